@@ -1,0 +1,1 @@
+"""Checkpoint files: headers, dialects, identification, streaming in and out."""

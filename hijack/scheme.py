@@ -1,0 +1,260 @@
+"""The base class of every weight format."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hijack.checkpoint.dialect import Claim, Dialect
+from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.errors import CheckpointError, HijackError, SchemeError
+from hijack.hooks import hookimpl
+
+if TYPE_CHECKING:
+    from hijack.registry import Registry
+
+NATIVE = Dialect()
+
+
+class Scheme(abc.ABC):
+    """How one weight format works.
+
+    A subclass gives ``name``, ``quantize`` and ``dequantize``; everything else has a
+    default that follows from those two. A scheme holds no per-layer state: options are
+    arguments of ``quantize``, and whatever ``dequantize`` needs is in the tensors.
+
+    Attributes:
+        name: unique among registered schemes; letters, digits and underscores.
+        targets: module types whose ``weight`` this scheme may quantize.
+        dialects: spellings of the scheme in files; the first one is written by default.
+        origin: where the scheme was registered from; set by the registry.
+    """
+
+    name: ClassVar[str]
+    targets: tuple[type[nn.Module], ...] = (nn.Linear,)
+    dialects: tuple[Dialect, ...] = ()
+    origin: str = ""
+
+    @abc.abstractmethod
+    def quantize(
+        self, weight: Tensor, **options: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Turn a dense weight into codes and the tensors to decode them with.
+
+        Args:
+            weight: (N, ...) floating point, any device; may be a meta tensor, of which
+                only shapes and dtypes are asked.
+            **options: the scheme's own, such as ``block_size``.
+
+        Returns:
+            ``(qdata, params)``: the codes, and name to tensor. Names become buffers
+            beside ``weight`` and keys in files.
+        """
+
+    @abc.abstractmethod
+    def dequantize(
+        self, qdata: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> Tensor:
+        """Turn codes back into a dense weight.
+
+        Args:
+            qdata: as `quantize` gave it.
+            params: as `quantize` gave them; every scale multiplies.
+            dtype: dtype of the result.
+
+        Returns:
+            A tensor of the weight's original shape, on ``qdata``'s device.
+        """
+
+    # -- defaults a scheme may replace ---------------------------------------------------
+
+    def create_params(
+        self,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Make zeroed ``(qdata, params)`` for a weight that does not exist yet.
+
+        The default runs `quantize` on a meta tensor, so no dense weight is allocated.
+
+        Args:
+            shape: shape of the dense weight.
+            dtype: floating dtype of the dense weight.
+            device: where the result is allocated; None is torch's default device.
+            **options: as for `quantize`.
+
+        Raises:
+            SchemeError: if `quantize` needs real data; the scheme must then override
+                this method.
+        """
+        try:
+            dense = torch.empty(shape, dtype=dtype, device="meta")
+            qdata, params = self.quantize(dense, **options)
+        except HijackError:
+            raise
+        except Exception as error:
+            raise SchemeError(
+                f"{self.name}: quantize cannot run on a meta tensor of shape "
+                f"{tuple(shape)} ({type(error).__name__}: {error}); override "
+                "create_params to say which tensors the layer has"
+            ) from error
+        device = torch.get_default_device() if device is None else device
+        return (
+            torch.zeros_like(qdata, device=device),
+            {name: torch.zeros_like(t, device=device) for name, t in params.items()},
+        )
+
+    def validate(
+        self, qdata: Tensor, params: Mapping[str, Tensor], where: str
+    ) -> None:
+        """Refuse tensors of a file that do not fit each other.
+
+        Args:
+            qdata: the codes.
+            params: the scheme's other tensors.
+            where: the layer, for messages.
+
+        Raises:
+            HijackError: of a fitting kind. The default accepts everything.
+        """
+
+    def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
+        """Choose a forward for a module that is being wrapped.
+
+        Called once per module. Return a plain function whose first argument is the
+        module, the same object for every module that can share it; None takes the
+        default, which dequantizes and runs the module's own forward.
+        """
+        return None
+
+    def match(self, header: Header) -> Iterable[Claim]:
+        """Claim the layers of a checkpoint that this scheme can read."""
+        for layer in header.layers():
+            claim = self.recognise(header, layer)
+            if claim is not None:
+                yield claim
+
+    # -- services ------------------------------------------------------------------------
+
+    def recognise(self, header: Header, layer: str) -> Claim | None:
+        """The best founded claim of any of the scheme's dialects to one layer."""
+        if join(layer, "weight") not in header.tensors:
+            return None
+        claims = (d.recognise(self, header, layer) for d in self.all_dialects())
+        return max(
+            (claim for claim in claims if claim is not None),
+            key=lambda claim: claim.certainty,
+            default=None,
+        )
+
+    def all_dialects(self) -> tuple[Dialect, ...]:
+        """The declared dialects, and the native one last."""
+        return (*self.dialects, NATIVE)
+
+    def dialect(self, name: str | None = None) -> Dialect:
+        """The dialect of that name; without a name, the one written by default."""
+        known = {dialect.name: dialect for dialect in self.all_dialects()}
+        if name is None:
+            return next(iter(known.values()))
+        if name not in known:
+            raise CheckpointError(
+                f"{self.name}: unknown dialect {name!r}; "
+                f"expected one of {', '.join(sorted(known))}"
+            )
+        return known[name]
+
+    def decode(
+        self, claim: Claim, state_dict: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Take a claimed layer's tensors out of a state dict, checked.
+
+        Args:
+            claim: a claim of this scheme.
+            state_dict: full key to tensor.
+
+        Returns:
+            ``(qdata, params)``, views of the state dict's tensors where possible.
+
+        Raises:
+            HijackError: if the tensors do not fit each other.
+        """
+        tensors = {role: state_dict[key] for role, key in claim.keys.items()}
+        qdata, params = self.dialect(claim.dialect).decode(claim, tensors)
+        self.validate(qdata, params, claim.layer or "weight")
+        return qdata, params
+
+    def fitting_params(
+        self, header: Header, layer: str, weight: TensorInfo
+    ) -> tuple[str, ...] | None:
+        """Names of the scheme's parameters if the layer's tensors fit, else None.
+
+        They fit if they have the dtypes and shapes that `quantize` gives by default for
+        a dense weight of the stored shape. A format without parameters never fits: any
+        plain tensor would.
+        """
+        try:
+            qdata, params = self.create_params(
+                weight.shape, torch.float32, device="meta"
+            )
+        except HijackError:
+            return None
+        if not params or not _same(weight, qdata):
+            return None
+        for name, tensor in params.items():
+            info = header.tensors.get(join(layer, name))
+            if info is None or not _same(info, tensor):
+                return None
+        return tuple(params)
+
+    def __deepcopy__(self, memo: object) -> Scheme:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<scheme {self.name}>"
+
+    # -- a scheme is its own plugin ------------------------------------------------------
+
+    @hookimpl
+    def hijack_register_schemes(self, registry: Registry) -> None:
+        """A registered scheme has nothing more to register."""
+
+    @hookimpl
+    def hijack_identify(self, header: Header) -> list[Claim]:
+        return list(self.match(header))
+
+    @hookimpl
+    def hijack_select_scheme(
+        self, module: nn.Module, prefix: str, state_dict: Mapping[str, Tensor]
+    ) -> Claim | None:
+        if not isinstance(module, self.targets):
+            return None
+        return self.recognise(Header.from_state_dict(state_dict), prefix[:-1])
+
+    @hookimpl
+    def hijack_create_params(
+        self,
+        module: nn.Module,
+        scheme: Scheme,
+        prefix: str,
+        state_dict: Mapping[str, Tensor] | None,
+    ) -> tuple[Tensor, dict[str, Tensor]] | None:
+        if scheme is not self or state_dict is None:
+            return None
+        claim = self.recognise(Header.from_state_dict(state_dict), prefix[:-1])
+        return None if claim is None else self.decode(claim, state_dict)
+
+    @hookimpl
+    def hijack_bind_forward(
+        self, module: nn.Module, scheme: Scheme
+    ) -> Callable[..., Tensor] | None:
+        return self.bind_forward(module) if scheme is self else None
+
+
+def _same(info: TensorInfo, tensor: Tensor) -> bool:
+    return info.shape == tuple(tensor.shape) and info.torch_dtype == tensor.dtype

@@ -1,0 +1,1 @@
+"""Weight formats that come with hijack; importing one registers it."""
