@@ -4,8 +4,15 @@ from hijack.checkpoint.dialect import Certainty, Claim, Dialect
 from hijack.checkpoint.header import Header, TensorInfo
 from hijack.errors import HijackError
 from hijack.hooks import hookimpl
-from hijack.registry import create_registry, default_registry
+from hijack.registry import (
+    create_registry,
+    default_registry,
+    register,
+    schemes,
+    unregister,
+)
 from hijack.scheme import Scheme
+from hijack.wrap import WrapReport, building, unwrap, wrap_model, wrap_module
 
 __all__ = [
     "Certainty",
@@ -15,7 +22,15 @@ __all__ = [
     "HijackError",
     "Scheme",
     "TensorInfo",
+    "WrapReport",
+    "building",
     "create_registry",
     "default_registry",
     "hookimpl",
+    "register",
+    "schemes",
+    "unregister",
+    "unwrap",
+    "wrap_model",
+    "wrap_module",
 ]

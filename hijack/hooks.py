@@ -3,15 +3,25 @@
 A plugin is any object whose methods are marked with `hookimpl`; a `hijack.Scheme` is one
 already. Plugins decide once per file, module or host. What they answer is bound, so no
 hook runs in a forward.
+
+Below the contract stands the generic wrapping it serves: `Wrapped` is mixed into the class
+of any module to take over its parameters and its forward, `wrap_init` its construction.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import pluggy
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from hijack.errors import HijackError
 
 if TYPE_CHECKING:
     from hijack.checkpoint.dialect import Claim
@@ -139,3 +149,271 @@ class HookSpecs:
             host: name of the host, such as ``"comfyui"``.
             version: the version found.
         """
+
+
+# -- the generic wrapping: parameters and forward ----------------------------------------
+
+
+@dataclasses.dataclass
+class Layer:
+    """What hijack remembers of one wrapped module, as ``module._hijack``.
+
+    Attributes:
+        scheme: how the weight is coded.
+        base: the module's class before it was wrapped.
+        shape: shape of the dense weight.
+        dtype: dtype of the dense weight; follows ``.to(dtype)``.
+        names: buffers that hold the scheme's parameters.
+        options: options of ``scheme.quantize``.
+        dialect: dialect of the file the layer came from, or None.
+        requires_grad: whether the dense weight required a gradient.
+    """
+
+    scheme: Scheme
+    base: type[nn.Module]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    names: tuple[str, ...] = ()
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    dialect: str | None = None
+    requires_grad: bool = True
+
+
+class Wrapped(nn.Module):
+    """Mixed into the class of a module whose weight is quantized.
+
+    ``weight`` holds the codes, buffers beside it the scheme's other tensors. ``forward``
+    is a plain function of the generated class, because that alone survives
+    ``torch.compile``, export, deepcopy, ``torch.save`` and spawn, and costs nothing.
+    """
+
+    _hijack: Layer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move the quantized tensors with the module, but never cast them.
+
+        Codes cast without their scale are garbage, so what ``fn`` would do to them is
+        tried on an empty tensor first.
+        """
+        layer = self._hijack
+        weight = self.weight
+        own = {id(weight), *(id(self._buffers[name]) for name in layer.names)}
+
+        def guarded(tensor: Tensor) -> Tensor:
+            if id(tensor) not in own:
+                return fn(tensor)
+            probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+        dense = fn(torch.empty(0, dtype=layer.dtype, device=weight.device))
+        super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
+        layer.dtype = dense.dtype
+        return self
+
+    def _save_to_state_dict(
+        self, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # a state dict carries the marker a file would carry in its header
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None:
+            metadata[prefix[:-1]]["hijack"] = {"scheme": self._hijack.scheme.name}
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Take quantized tensors in any of the scheme's dialects, or a dense weight."""
+        from hijack.layers import take_tensors
+
+        given: dict[str, Any] = state_dict
+        if prefix + "weight" in state_dict:
+            assign = bool(local_metadata.get("assign_to_params_buffers", False))
+            try:
+                given = take_tensors(self, state_dict, prefix, assign)
+            except HijackError as error:
+                error_msgs.append(str(error))
+                return
+        super()._load_from_state_dict(
+            given,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def extra_repr(self) -> str:
+        """The module's own description and its scheme."""
+        own = super().extra_repr()
+        return f"{own}, scheme={self._hijack.scheme.name}".removeprefix(", ")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # the generated class cannot be found by name, so pickle the way to make it
+        reduced = super().__reduce_ex__(protocol)
+        return (_unbound, (self._hijack.base,), *reduced[2:])
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        bind(self)
+
+
+def _unbound(base: type[nn.Module]) -> nn.Module:
+    """An empty module that becomes a wrapped one when its state is set."""
+    unbound = _wrapped_class(base, "unbound", base.forward)
+    return unbound.__new__(unbound)
+
+
+@functools.cache
+def _wrapped_class(
+    base: type[nn.Module], scheme_name: str, forward: Callable[..., Any]
+) -> type[nn.Module]:
+    namespace: dict[str, Any] = {"forward": forward, "__module__": __name__}
+    if hasattr(base, "reset_parameters"):
+        namespace["reset_parameters"] = _reset_parameters
+    return type(f"{base.__name__}_{scheme_name}", (Wrapped, base), namespace)
+
+
+def bind(module: nn.Module) -> None:
+    """Give a module that has its quantized tensors the class that knows their forward."""
+    from hijack.registry import default_registry
+
+    layer: Layer = module.__dict__["_hijack"]
+    forward = default_registry().bind_forward(module, layer.scheme)
+    if forward is None:
+        forward = _FORWARDS.get(layer.base.forward, _standin_forward)
+    module.__class__ = _wrapped_class(layer.base, layer.scheme.name, forward)
+
+
+def dense_weight(module: nn.Module, dtype: torch.dtype | None = None) -> Tensor:
+    """The dequantized weight of a wrapped module.
+
+    Args:
+        module: a wrapped module.
+        dtype: dtype of the result; default is that of the weight before it was wrapped.
+
+    Returns:
+        A tensor of the dense weight's shape, on the module's device.
+    """
+    layer: Layer = module._hijack  # type: ignore[assignment]
+    params = {name: getattr(module, name) for name in layer.names}
+    dense = layer.scheme.dequantize(
+        module.weight,  # type: ignore[arg-type]
+        params,
+        layer.dtype if dtype is None else dtype,
+    )
+    return dense
+
+
+def _input_dtype(module: Wrapped, x: Tensor) -> torch.dtype:
+    return x.dtype if x.dtype.is_floating_point else module._hijack.dtype
+
+
+def _bias(module: Any, dtype: torch.dtype) -> Tensor | None:
+    bias: Tensor | None = module.bias
+    return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
+
+
+def _linear_forward(self: Any, input: Tensor) -> Tensor:
+    dtype = _input_dtype(self, input)
+    return F.linear(input, dense_weight(self, dtype), _bias(self, dtype))
+
+
+def _conv_forward(self: Any, input: Tensor) -> Tensor:
+    dtype = _input_dtype(self, input)
+    result: Tensor = self._conv_forward(
+        input, dense_weight(self, dtype), _bias(self, dtype)
+    )
+    return result
+
+
+def _embedding_forward(self: Any, input: Tensor) -> Tensor:
+    return F.embedding(
+        input,
+        dense_weight(self),
+        self.padding_idx,
+        self.max_norm,
+        self.norm_type,
+        self.scale_grad_by_freq,
+        self.sparse,
+    )
+
+
+def _standin_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run the module's own forward on a stand-in that holds the dense weight.
+
+    For modules whose forward hijack does not know. The stand-in shares everything else
+    with the module, and two threads may call the module at once.
+    """
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    dtype = self._hijack.dtype if first is None else _input_dtype(self, first)
+    base = self._hijack.base
+    standin = base.__new__(base)
+    standin.__dict__.update(self.__dict__)
+    standin.__dict__["_parameters"] = {
+        **self._parameters,
+        "weight": dense_weight(self, dtype),
+    }
+    return base.forward(standin, *args, **kwargs)
+
+
+#: A module's own forward to one that takes the weight from its codes.
+_FORWARDS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    nn.Linear.forward: _linear_forward,
+    nn.Conv1d.forward: _conv_forward,
+    nn.Conv2d.forward: _conv_forward,
+    nn.Conv3d.forward: _conv_forward,
+    nn.Embedding.forward: _embedding_forward,
+}
+
+
+def _reset_parameters(self: Any) -> None:
+    """Initialise anew: create quantized parameters as the module's class would."""
+    from hijack.layers import recreate
+
+    recreate(self)
+
+
+# -- the generic wrapping: construction --------------------------------------------------
+
+
+def wrap_init(
+    init: Callable[..., None],
+    applies: Callable[[nn.Module], bool],
+    born: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+) -> Callable[..., None]:
+    """Wrap an ``__init__`` so that modules are constructed on the meta device.
+
+    Args:
+        init: the ``__init__`` of the class that defines it.
+        applies: whether a module is to be constructed so.
+        born: called with module, args and kwargs when ``init`` has returned; once per
+            object, also where base and subclass are both wrapped.
+
+    Returns:
+        A plain function to put in ``init``'s place.
+    """
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if "_hijack_birth" in self.__dict__ or not applies(self):
+            init(self, *args, **kwargs)
+            return
+        bound = signature.bind(self, *args, **kwargs)
+        if "device" in signature.parameters:
+            bound.arguments["device"] = "meta"
+        self.__dict__["_hijack_birth"] = True
+        with torch.device("meta"):
+            init(*bound.args, **bound.kwargs)
+        del self.__dict__["_hijack_birth"]
+        born(self, args, kwargs)
+
+    return wrapper

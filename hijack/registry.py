@@ -286,3 +286,27 @@ def create_registry(*, entry_points: bool = False) -> Registry:
 def default_registry() -> Registry:
     """The registry behind ``hijack.register`` and everything that names a scheme."""
     return Registry(entry_points=True)
+
+
+def register(scheme: Scheme) -> Scheme:
+    """Add a scheme to the default registry and return it.
+
+    Raises:
+        SchemeError: if it is not a scheme, or has no usable name.
+        DuplicateSchemeError: if the name is taken.
+    """
+    return default_registry().register(scheme)
+
+
+def unregister(name: str) -> Scheme:
+    """Remove a scheme from the default registry and return it.
+
+    Raises:
+        UnknownSchemeError: if no scheme has that name.
+    """
+    return default_registry().unregister(name)
+
+
+def schemes() -> dict[str, Scheme]:
+    """Name to scheme in the default registry; ``scheme.origin`` says where from."""
+    return default_registry().schemes()

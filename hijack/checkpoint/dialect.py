@@ -11,8 +11,8 @@ import dataclasses
 import enum
 import functools
 import json
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -77,24 +77,18 @@ class Dialect:
         names the scheme.
         """
         marker = native_marker(header, layer)
-        if marker is not None and marker.get("scheme") != scheme.name:
+        if marker is None:
+            weight = header.tensors[join(layer, "weight")]
+            names = scheme.fitting_params(header, layer, weight)
+            return None if names is None else native_claim(layer, scheme.name, names)
+        names = marker.get("params", ())
+        if marker.get("scheme") != scheme.name or not all(
+            isinstance(name, str) and join(layer, name) in header.tensors
+            for name in names
+        ):
             return None
-        weight = header.tensors[join(layer, "weight")]
-        names = scheme.fitting_params(header, layer, weight)
-        if names is None:
-            return None
-        keys = {name: join(layer, name) for name in ("weight", *names)}
-        block = marker.get("block_size") if marker else None
-        return Claim(
-            layer,
-            scheme.name,
-            self.name,
-            keys,
-            block_size=(int(block[0]), int(block[1])) if block else None,
-            certainty=Certainty.MARKED if marker else Certainty.FITS,
-            evidence=(
-                f"metadata names {scheme.name}" if marker else "dtypes and shapes fit",
-            ),
+        return native_claim(
+            layer, scheme.name, names, marker.get("block_size"), marked=True
         )
 
     def decode(
@@ -122,9 +116,33 @@ class Dialect:
         return {"weight": qdata, **params}
 
 
-def native_marker(
-    header: Header, layer: str
-) -> Mapping[str, list[int] | str] | None:
+def native_claim(
+    layer: str,
+    scheme: str,
+    names: Iterable[str],
+    block_size: Sequence[int] | None = None,
+    *,
+    marked: bool = False,
+) -> Claim:
+    """A claim to a layer whose keys are the scheme's own names."""
+    keys = {name: join(layer, name) for name in ("weight", *names)}
+    evidence = f"metadata names {scheme}" if marked else "dtypes and shapes fit"
+    block = None if block_size is None else (int(block_size[0]), int(block_size[1]))
+    certainty = Certainty.MARKED if marked else Certainty.FITS
+    return Claim(layer, scheme, Dialect.name, keys, block, certainty, (evidence,))
+
+
+def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
+    """Text for header metadata `METADATA_KEY`; `native_marker` reads it.
+
+    Args:
+        layers: layer to ``{"scheme": name, "params": names, "block_size": [R, C]}``; the
+            block size may be left out.
+    """
+    return json.dumps({"version": 1, "layers": layers}, sort_keys=True)
+
+
+def native_marker(header: Header, layer: str) -> Mapping[str, Any] | None:
     """What hijack's own metadata says of a layer, or None."""
     text = header.metadata.get(METADATA_KEY)
     entry = _marked_layers(text).get(layer) if text else None
