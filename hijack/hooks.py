@@ -387,15 +387,16 @@ def _reset_parameters(self: Any) -> None:
 def wrap_init(
     init: Callable[..., None],
     applies: Callable[[nn.Module], bool],
-    born: Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None],
+    born: Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None],
 ) -> Callable[..., None]:
     """Wrap an ``__init__`` so that modules are constructed on the meta device.
 
     Args:
         init: the ``__init__`` of the class that defines it.
         applies: whether a module is to be constructed so.
-        born: called with module, args and kwargs when ``init`` has returned; once per
-            object, also where base and subclass are both wrapped.
+        born: called with module, args, kwargs and the device they asked for, when
+            ``init`` has returned; once per object, also where base and subclass are
+            both wrapped.
 
     Returns:
         A plain function to put in ``init``'s place.
@@ -408,12 +409,13 @@ def wrap_init(
             init(self, *args, **kwargs)
             return
         bound = signature.bind(self, *args, **kwargs)
+        device = bound.arguments.get("device")
         if "device" in signature.parameters:
             bound.arguments["device"] = "meta"
         self.__dict__["_hijack_birth"] = True
         with torch.device("meta"):
             init(*bound.args, **bound.kwargs)
         del self.__dict__["_hijack_birth"]
-        born(self, args, kwargs)
+        born(self, args, kwargs, device)
 
     return wrapper

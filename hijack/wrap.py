@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
-import inspect
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -107,12 +106,18 @@ def wrap_model(
     """
     chosen = default_registry().get(scheme)
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
+    fused = _read_by_fast_path(model)
     _check_patterns(include, targets, chosen)
     skipped: dict[str, str] = {}
     quantized: dict[int, Quantized] = {}
     todo: dict[str, nn.Module] = {}
     for name, module in targets.items():
         reason = _left_out(name, include, exclude) or _why_not(module, chosen)
+        if reason is None and module in fused:
+            reason = (
+                "its parent (TransformerEncoderLayer) reads the weight itself; call "
+                "torch.backends.mha.set_fastpath_enabled(False) first"
+            )
         if reason is not None:
             skipped[name] = reason
             continue
@@ -236,12 +241,14 @@ class _Nursery:
         return wrapper
 
     def _born(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        device: torch.device | str | None,
     ) -> None:
-        bound = inspect.signature(type(module).__init__)
-        named = dict(zip(list(bound.parameters)[1:], args, strict=False)) | kwargs
-        device = torch.device(named.get("device") or torch.get_default_device())
-        self.births[id(module)] = args, kwargs, device
+        where = torch.get_default_device() if device is None else torch.device(device)
+        self.births[id(module)] = args, kwargs, where
         default_registry().notify_init(module, args, kwargs)
 
     def settle(self) -> None:
@@ -336,6 +343,14 @@ def _why_not(module: nn.Module, scheme: Scheme) -> str | None:
     if module._parameters.get("weight") is None:
         return "it has no parameter named weight"
     return None
+
+
+def _read_by_fast_path(model: nn.Module) -> set[nn.Module]:
+    """Modules whose weight torch's fused encoder layer reads behind their back."""
+    if not torch.backends.mha.get_fastpath_enabled():
+        return set()
+    layers = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
+    return {part for layer in layers for part in (layer.linear1, layer.linear2)}
 
 
 def _left_out(name: str, include: Patterns, exclude: Patterns) -> str | None:

@@ -1,0 +1,173 @@
+"""Modules constructed quantized."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import hijack
+from hijack.hooks import Wrapped
+
+
+class Bytes(hijack.Scheme):
+    """One byte a weight, one scale a row."""
+
+    name = "bytes_test"
+    targets = (nn.Linear, nn.Embedding)
+
+    def quantize(self, weight, levels=127, **options):
+        """Round to a number of levels."""
+        scale = weight.abs().amax(1, keepdim=True).float().clamp_min(1e-12) / levels
+        return (weight / scale).round().to(torch.int8), {"weight_scale": scale}
+
+    def dequantize(self, qdata, params, dtype):
+        """Multiply."""
+        return (qdata.float() * params["weight_scale"]).to(dtype)
+
+
+class Net(nn.Module):
+    """A model that initialises its layers itself, and ties two weights."""
+
+    def __init__(self, width=8):
+        super().__init__()
+        self.embed = nn.Embedding(5, width)
+        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(3))
+        self.norm = nn.LayerNorm(width)
+        for block in self.blocks:
+            nn.init.xavier_uniform_(block.weight)
+            nn.init.zeros_(block.bias)
+
+    def forward(self, ids):
+        """Embed and mix."""
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest tensor made outside the meta device, in bytes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(t, torch.Tensor) and not t.is_meta:
+                self.bytes = max(self.bytes, t.numel() * t.element_size())
+        return out
+
+
+@pytest.fixture
+def scheme():
+    """The scheme, not registered: building takes it as it is."""
+    return Bytes()
+
+
+def test_modules_are_born_quantized(scheme):
+    """Targets have codes and scales of the right shapes; others are as usual."""
+    with hijack.building(scheme):
+        net = Net()
+    assert isinstance(net.embed, Wrapped)
+    assert all(isinstance(block, Wrapped) for block in net.blocks)
+    assert net.blocks[0].weight_scale.shape == (8, 1)
+    assert torch.equal(net.norm.weight, torch.ones(8))
+    assert net(torch.tensor([[1, 2]])).shape == (1, 2, 8)
+
+
+def test_no_dense_weight_is_ever_allocated(scheme):
+    """The largest real tensor made while building is the codes of one layer."""
+    with Largest() as seen, hijack.building(scheme):
+        layer = nn.Linear(512, 256)
+    assert layer.weight.dtype == torch.int8
+    assert seen.bytes == 512 * 256
+
+
+def test_a_built_model_loads_what_a_wrapped_one_saved(scheme):
+    """Building and wrapping give the same keys, shapes and dtypes."""
+    net = Net()
+    hijack.wrap_model(net, scheme)
+    with hijack.building(scheme):
+        built = Net()
+    built.load_state_dict(net.state_dict())
+    ids = torch.tensor([[0, 4]])
+    assert torch.equal(built(ids), net(ids))
+
+
+def test_patterns_choose_by_name(scheme):
+    """Names count from the outermost module; the rest is initialised by its class."""
+    with hijack.building(scheme, include="blocks.*", exclude="blocks.1"):
+        net = Net()
+    kinds = [isinstance(block, Wrapped) for block in net.blocks]
+    assert kinds == [True, False, True]
+    assert not isinstance(net.embed, Wrapped)
+    assert net.embed.weight.std() > 0.1
+    assert 0 < net.blocks[1].weight.abs().max() < 1
+
+
+def test_options_reach_the_scheme(scheme):
+    """building passes its options to quantize."""
+    with hijack.building(scheme, levels=7):
+        layer = nn.Linear(4, 4)
+    assert layer._hijack.options == {"levels": 7}
+
+
+def test_constructors_are_restored(scheme):
+    """After the context, also after an error, constructors are the original objects."""
+    owners = (nn.Module, nn.Linear, nn.Embedding)
+    before = [vars(owner)["__init__"] for owner in owners]
+    with pytest.raises(RuntimeError, match="stop"), hijack.building(scheme):
+        nn.Linear(2, 2)
+        raise RuntimeError("stop")
+    assert [vars(owner)["__init__"] for owner in owners] == before
+    assert type(nn.Linear(2, 2)) is nn.Linear
+
+
+def test_the_device_asked_for_is_kept(scheme):
+    """A device argument, by name or by default, is where the codes lie."""
+    with hijack.building(scheme):
+        named = nn.Linear(4, 4, device="cpu")
+        positional = nn.Linear(4, 4, True, "meta")
+        with torch.device("meta"):
+            ambient = nn.Linear(4, 4)
+    assert named.weight.device.type == "cpu"
+    assert positional.weight.is_meta
+    assert ambient.weight.is_meta
+
+
+def test_plugins_see_each_construction_once(scheme):
+    """hijack_init is called once per object, with its arguments."""
+    seen = []
+
+    class Plugin:
+        @hijack.hookimpl
+        def hijack_init(self, module, args, kwargs):
+            seen.append((type(module).__name__, args, kwargs))
+
+    class Sub(nn.Linear):
+        def __init__(self, n):
+            super().__init__(n, n, bias=False)
+
+    plugin = Plugin()
+    pm = hijack.default_registry()._pm
+    pm.register(plugin)
+    try:
+        with hijack.building(scheme):
+            nn.Linear(2, 3)
+            Sub(4)
+    finally:
+        pm.unregister(plugin)
+    assert seen == [("Linear", (2, 3), {}), ("Sub", (4, 4), {"bias": False})]
+
+
+def test_modules_dropped_inside_are_forgotten(scheme):
+    """A module that is garbage before the context ends is not settled."""
+    with hijack.building(scheme):
+        nn.Linear(4, 4)
+        gc.collect()
+        kept = nn.Linear(3, 3)
+    assert isinstance(kept, Wrapped)

@@ -1,0 +1,449 @@
+"""Wrapping any module: what changes, what survives, and what unwrap leaves."""
+
+import copy
+import io
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import hijack
+from hijack.errors import (
+    DTypeError,
+    ModuleError,
+    NonFiniteError,
+    SchemeError,
+    UnknownSchemeError,
+)
+from hijack.hooks import Wrapped, dense_weight
+
+MODULES = {
+    "linear": (lambda: nn.Linear(24, 16), (2, 24)),
+    "linear-no-bias": (lambda: nn.Linear(24, 16, bias=False), (2, 24)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    "conv2d-reflect": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        (2, 4, 8, 8),
+    ),
+    "conv3d-groups": (lambda: nn.Conv3d(4, 6, 3, groups=2), (1, 4, 5, 5, 5)),
+    "conv-transpose": (lambda: nn.ConvTranspose2d(4, 6, 3), (2, 4, 5, 5)),
+    "layer-norm": (lambda: nn.LayerNorm(24), (2, 24)),
+    "custom": (lambda: Doubling(24, 16), (2, 24)),
+}
+
+
+class Int8(hijack.Scheme):
+    """Symmetric int8, one scale for each first index."""
+
+    name = "int8_test"
+    targets = (
+        nn.Linear,
+        nn.Conv1d,
+        nn.Conv2d,
+        nn.Conv3d,
+        nn.ConvTranspose2d,
+        nn.Embedding,
+        nn.LayerNorm,
+    )
+
+    def quantize(self, weight, **options):
+        """Scale each row by its largest magnitude."""
+        dims = tuple(range(1, weight.dim()))
+        peak = weight.float().abs()
+        scale = (peak.amax(dims, keepdim=True) if dims else peak).clamp_min(1e-12) / 127
+        return (weight / scale).round().to(torch.int8), {"weight_scale": scale}
+
+    def dequantize(self, qdata, params, dtype):
+        """Multiply codes by their scale."""
+        return (qdata.float() * params["weight_scale"]).to(dtype)
+
+
+class Doubling(nn.Linear):
+    """A Linear subclass with a forward of its own."""
+
+    def forward(self, input, factor=2.0):
+        """Twice the linear map."""
+        return factor * F.linear(input, self.weight, self.bias)
+
+
+@pytest.fixture
+def scheme():
+    """A registered int8 scheme."""
+    yield hijack.register(Int8())
+    hijack.unregister("int8_test")
+
+
+def small_model():
+    """A model with an embedding, shared weights and a norm."""
+    model = nn.Sequential(
+        nn.Embedding(11, 8), nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 11, bias=False)
+    )
+    model[3].weight = model[0].weight
+    return model
+
+
+def snapshot(module):
+    """Everything unwrap promises to give back, except the values of weights."""
+    return {
+        name: (
+            type(part),
+            set(part.__dict__),
+            list(part._parameters),
+            list(part._buffers),
+            {k: (p.dtype, p.shape, p.requires_grad) for k, p in part._parameters.items() if p is not None},
+        )
+        for name, part in module.named_modules()
+    }
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_a_wrapped_module_computes_with_its_dequantized_weight(scheme, kind):
+    """Any module gives what its own forward gives on the dequantized weight."""
+    make, shape = MODULES[kind]
+    dense, x = make(), torch.randn(shape)
+    wrapped = hijack.wrap_module(copy.deepcopy(dense), scheme)
+    assert wrapped.weight.dtype == torch.int8
+    dense.weight.data = dense_weight(wrapped)
+    torch.testing.assert_close(wrapped(x), dense(x), rtol=0, atol=0)
+
+
+def test_arguments_reach_a_forward_hijack_does_not_know(scheme):
+    """A subclass's own forward runs, with its own arguments."""
+    layer = hijack.wrap_module(Doubling(8, 8), scheme)
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(layer(x, factor=4.0), 2 * layer(x))
+
+
+def test_wrap_module_returns_the_same_object(scheme):
+    """The module object, its bias and its hooks stay."""
+    layer, calls = nn.Linear(4, 4), []
+    layer.register_forward_hook(lambda *a: calls.append(1))
+    bias = layer.bias
+    assert hijack.wrap_module(layer, "int8_test") is layer
+    layer(torch.zeros(1, 4))
+    assert layer.bias is bias
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_unwrap_leaves_nothing_behind(scheme, kind):
+    """Class, __dict__, parameters and buffers are those of a module never wrapped."""
+    module = MODULES[kind][0]()
+    before = snapshot(module)
+    hijack.wrap_module(module, scheme)
+    expected = dense_weight(module)
+    assert snapshot(module) != before
+    hijack.unwrap(module)
+    assert snapshot(module) == before
+    assert torch.equal(module.weight, expected)
+
+
+def test_wrap_model_reports_what_it_did(scheme):
+    """The report names every layer quantized and why others were not."""
+    model = small_model()
+    report = hijack.wrap_model(model, scheme, exclude=["2"])
+    assert report.layers == ("0", "1", "3")
+    assert report.skipped == {"2": "excluded"}
+    assert report.bytes_before == (11 * 8 + 8 * 8) * 4
+    assert report.bytes_after == 11 * 8 + 11 * 4 + 8 * 8 + 8 * 4
+    assert "3 layers quantized" in str(report)
+
+
+def test_shared_weights_stay_shared(scheme):
+    """Two modules with one weight have one set of codes, and one weight after unwrap."""
+    model = small_model()
+    hijack.wrap_model(model, scheme)
+    assert model[3].weight is model[0].weight
+    hijack.unwrap(model)
+    assert model[3].weight is model[0].weight
+
+
+def test_include_patterns_choose_layers(scheme):
+    """Only modules whose name matches are wrapped; other targets are reported."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    report = hijack.wrap_model(model, scheme, include="a")
+    assert report.layers == ("a",)
+    assert report.skipped == {"b": "not included"}
+
+
+def test_an_include_pattern_that_matches_nothing_is_an_error(scheme):
+    """A misspelt pattern is refused and nothing changes."""
+    model = small_model()
+    with pytest.raises(ModuleError, match=r"'blocks\.\*' matches no module.*such as 0"):
+        hijack.wrap_model(model, scheme, include=["blocks.*"])
+    assert not any(isinstance(m, Wrapped) for m in model.modules())
+
+
+def test_a_refused_layer_leaves_the_whole_model_dense(scheme):
+    """wrap_model names the layer and changes nothing."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.data[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"^1: weight holds inf or NaN; got 1 "):
+        hijack.wrap_model(model, scheme)
+    assert type(model[0]) is nn.Linear
+
+
+class Raising(Int8):
+    """A scheme that fails."""
+
+    name = "raising"
+
+    def quantize(self, weight, **options):
+        """Fail."""
+        raise IndexError("boom")
+
+
+class Malformed(Int8):
+    """A scheme that answers nonsense."""
+
+    name = "malformed"
+
+    def quantize(self, weight, **options):
+        """Give no parameters."""
+        return weight
+
+
+class Colliding(Int8):
+    """A scheme whose parameter is called as one of the module's."""
+
+    name = "colliding"
+
+    def quantize(self, weight, **options):
+        """Name a parameter bias."""
+        return weight.to(torch.int8), {"bias": weight}
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (Raising, SchemeError, r"raising cannot quantize .* \(4, 4\).*IndexError: boom"),
+        (Malformed, SchemeError, r"malformed: quantize gave Tensor, expected"),
+        (Colliding, SchemeError, r"'bias' is already an attribute of Linear"),
+    ],
+)
+def test_a_scheme_that_misbehaves_is_named(make, error, message):
+    """The error says which scheme did what to which layer; the module stays dense."""
+    layer = nn.Linear(4, 4)
+    before = snapshot(layer)
+    with pytest.raises(error, match=message):
+        hijack.wrap_module(layer, make())
+    assert snapshot(layer) == before
+
+
+def test_modules_that_cannot_be_wrapped_are_refused(scheme):
+    """Each refusal says why and what to do."""
+    wrapped = hijack.wrap_module(nn.Linear(4, 4), scheme)
+    parametrized = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    half_made = nn.Linear(4, 4)
+    half_made.weight = None
+    cases = {
+        "wrapped with int8_test already": wrapped,
+        "ReLU is no target; expected one of Linear": nn.ReLU(),
+        "MultiheadAttention.*reads the weight": nn.MultiheadAttention(4, 2).out_proj,
+        "it is lazy; run the model once": nn.LazyLinear(4),
+        "parametrized; remove": parametrized,
+        "no parameter named weight": half_made,
+    }
+    for message, module in cases.items():
+        with pytest.raises(ModuleError, match=message):
+            hijack.wrap_module(module, scheme)
+    with pytest.raises(DTypeError, match=r"float8_e4m3fn, expected one of"):
+        layer = nn.Linear(4, 4)
+        layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), False)
+        hijack.wrap_module(layer, scheme)
+    with pytest.raises(UnknownSchemeError, match=r"'nope'; registered are: .*int8_test"):
+        hijack.wrap_module(nn.Linear(4, 4), "nope")
+
+
+def test_attention_is_left_to_read_its_own_weight(scheme):
+    """wrap_model leaves dense what a parent reads behind the module's back."""
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    x = torch.randn(1, 3, 8)
+    expected = model(x)
+    report = hijack.wrap_model(model, scheme, exclude="norm*")
+    assert "MultiheadAttention" in report.skipped["self_attn.out_proj"]
+    assert "set_fastpath_enabled(False)" in report.skipped["linear1"]
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_to_moves_codes_but_never_casts_them(scheme):
+    """.to(dtype) casts the bias, keeps codes and scales, and is remembered by unwrap."""
+    layer = hijack.wrap_module(nn.Linear(8, 4), scheme)
+    codes, scale = layer.weight.clone(), layer.weight_scale.clone()
+    layer.half().to(torch.bfloat16)
+    assert layer.bias.dtype == torch.bfloat16
+    assert torch.equal(layer.weight, codes)
+    assert torch.equal(layer.weight_scale, scale)
+    assert layer(torch.zeros(1, 8, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert layer.to("meta").weight_scale.is_meta
+    assert hijack.unwrap(layer.to_empty(device="cpu")).weight.dtype == torch.bfloat16
+
+
+def test_an_input_of_another_dtype_meets_a_weight_of_its_dtype(scheme):
+    """Weight and bias follow the input's dtype."""
+    layer = hijack.wrap_module(nn.Linear(8, 4), scheme)
+    assert layer(torch.zeros(2, 8, dtype=torch.float16)).dtype == torch.float16
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_state_dicts_round_trip(scheme, assign):
+    """Codes, scales and keys come back bit for bit."""
+    first = hijack.wrap_module(nn.Linear(8, 4), scheme)
+    second = hijack.wrap_module(nn.Linear(8, 4), scheme)
+    assert list(first.state_dict()) == ["weight", "bias", "weight_scale"]
+    second.load_state_dict(first.state_dict(), assign=assign)
+    for key, tensor in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], tensor), key
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_dense_state_dict_is_quantized_on_load(scheme, assign):
+    """A wrapped module takes a dense weight and quantizes it."""
+    dense = nn.Linear(8, 4)
+    layer = hijack.wrap_module(nn.Linear(8, 4), scheme)
+    layer.load_state_dict(dense.state_dict(), assign=assign)
+    expected = hijack.wrap_module(copy.deepcopy(dense), scheme)
+    assert torch.equal(layer.weight, expected.weight)
+    assert torch.equal(layer.weight_scale, expected.weight_scale)
+
+
+def test_a_state_dict_of_another_shape_is_refused_by_torch(scheme):
+    """The error names both shapes and the module keeps its tensors."""
+    layer = hijack.wrap_module(nn.Linear(8, 4), scheme)
+    other = hijack.wrap_module(nn.Linear(8, 6), scheme)
+    before = layer.weight.clone()
+    with pytest.raises(RuntimeError, match=r"shape \(6, 8\), the module expects \(4, 8\)"):
+        layer.load_state_dict(other.state_dict())
+    assert torch.equal(layer.weight, before)
+
+
+def test_deepcopy_is_independent(scheme):
+    """A copy computes with its own tensors."""
+    layer = hijack.wrap_module(nn.Linear(8, 4), scheme)
+    x = torch.randn(2, 8)
+    expected, twin = layer(x), copy.deepcopy(layer)
+    twin.weight.data.zero_()
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(twin(x), twin.bias.expand(2, 4))
+    assert type(twin) is type(layer)
+
+
+def test_torch_save_round_trips_whole_modules(scheme):
+    """A pickled module comes back wrapped, with its forward."""
+    layer, x = hijack.wrap_module(nn.Linear(8, 4), scheme), torch.randn(2, 8)
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert torch.equal(again(x), layer(x))
+
+
+def test_a_spawned_process_gets_a_working_module(tmp_path):
+    """A wrapped module sent to a spawned process computes the same there."""
+    script = tmp_path / "spawned.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import torch, hijack
+            import torch.multiprocessing as mp
+
+            class Halves(hijack.Scheme):
+                name = "halves"
+                def quantize(self, weight, **options):
+                    return weight.half(), {"one": torch.ones(1)}
+                def dequantize(self, qdata, params, dtype):
+                    return (qdata * params["one"]).to(dtype)
+
+            def work(layer, x, out):
+                out.put(layer(x).detach().numpy())
+
+            if __name__ == "__main__":
+                layer = hijack.wrap_module(torch.nn.Linear(8, 4), Halves())
+                x = torch.randn(2, 8)
+                context = mp.get_context("spawn")
+                out = context.Queue()
+                process = context.Process(target=work, args=(layer, x, out))
+                process.start()
+                got = torch.from_numpy(out.get(timeout=60))
+                process.join()
+                assert torch.equal(got, layer(x)), (got, layer(x))
+                print("equal")
+            """
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv-transpose", "custom"])
+def test_compile_traces_the_wrapped_forward_inside_a_parent(scheme, kind):
+    """A compiled parent computes the wrapped values in one graph."""
+    make, shape = MODULES[kind]
+    parent, x = nn.Sequential(make(), nn.Tanh()), torch.randn(shape)
+    dense = parent(x)
+    hijack.wrap_model(parent, scheme)
+    expected = parent(x)
+    compiled = torch.compile(parent, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(compiled, dense, rtol=1e-5, atol=1e-5)
+
+
+def test_equal_layers_share_one_graph(scheme):
+    """Twelve equal layers called from one compiled function do not recompile."""
+    layers = [hijack.wrap_module(nn.Linear(8, 8), scheme) for _ in range(12)]
+    counter = torch._dynamo.testing.CompileCounter()
+    step = torch.compile(lambda layer, x: layer(x), backend=counter, fullgraph=True)
+    x = torch.randn(2, 8)
+    for layer in layers:
+        torch.testing.assert_close(step(layer, x), layer(x))
+    assert counter.frame_count == 1
+
+
+def test_export_keeps_the_wrapped_values(scheme):
+    """An exported program computes what the module computes."""
+    layer, x = hijack.wrap_module(nn.Linear(8, 4), scheme), torch.randn(2, 8)
+    program = torch.export.export(layer, (x,))
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_functional_call_uses_the_tensors_it_is_given(scheme):
+    """functional_call replaces codes and scales."""
+    layer, x = hijack.wrap_module(nn.Linear(8, 4, bias=False), scheme), torch.randn(2, 8)
+    doubled = {"weight_scale": layer.weight_scale * 2}
+    torch.testing.assert_close(
+        torch.func.functional_call(layer, doubled, (x,)), 2 * layer(x)
+    )
+
+
+def test_gradients_flow_through_the_input(scheme):
+    """The input's gradient is that of the dequantized weight; codes have none."""
+    layer = hijack.wrap_module(nn.Linear(8, 4), scheme).requires_grad_(False)
+    x = torch.randn(2, 8, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, dense_weight(layer).sum(0).expand(2, 8))
+    assert layer.weight.grad is None
+
+
+def test_embedding_looks_up_dequantized_rows(scheme):
+    """An embedding's integer input selects rows of the dequantized weight."""
+    layer = hijack.wrap_module(nn.Embedding(10, 4, padding_idx=0), scheme)
+    ids = torch.tensor([[1, 9], [0, 3]])
+    assert torch.equal(layer(ids), dense_weight(layer)[ids])
+
+
+def test_reset_parameters_creates_fresh_quantized_weights(scheme):
+    """reset_parameters initialises as the class does, then quantizes."""
+    layer = hijack.wrap_module(nn.Linear(64, 64), scheme)
+    before = dense_weight(layer)
+    layer.reset_parameters()
+    after = dense_weight(layer)
+    assert layer.weight.dtype == torch.int8
+    assert not torch.equal(before, after)
+    assert 0.5 < (after.std() / before.std()).item() < 2
