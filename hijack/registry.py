@@ -113,11 +113,9 @@ class Registry:
         try:
             self._pm.register(plugin, name=name)
             self._pm.check_pending()
-            caller = self._pm.subset_hook_caller(
-                "hijack_register_schemes",
-                [p for p in self._pm.get_plugins() if p is not plugin],
-            )
-            caller(registry=self)
+            for impl in self._pm.hook.hijack_register_schemes.get_hookimpls():
+                if impl.plugin is plugin:
+                    impl.function(*(self for _ in impl.argnames))
         except Exception as error:
             for scheme_name in set(self._schemes) - before:
                 self.unregister(scheme_name)
