@@ -2,8 +2,10 @@
 
 from hijack.checkpoint.dialect import Certainty, Claim, Dialect
 from hijack.checkpoint.header import Header, TensorInfo
+from hijack.checkpoint.identify import Identification, identify
 from hijack.errors import HijackError
 from hijack.hooks import hookimpl
+from hijack.loading import LoadReport, load, save
 from hijack.registry import (
     create_registry,
     default_registry,
@@ -20,6 +22,8 @@ __all__ = [
     "Dialect",
     "Header",
     "HijackError",
+    "Identification",
+    "LoadReport",
     "Scheme",
     "TensorInfo",
     "WrapReport",
@@ -27,7 +31,10 @@ __all__ = [
     "create_registry",
     "default_registry",
     "hookimpl",
+    "identify",
+    "load",
     "register",
+    "save",
     "schemes",
     "unregister",
     "unwrap",

@@ -217,7 +217,9 @@ class Wrapped(nn.Module):
         # a state dict carries the marker a file would carry in its header
         metadata = getattr(destination, "_metadata", None)
         if metadata is not None:
-            metadata[prefix[:-1]]["hijack"] = {"scheme": self._hijack.scheme.name}
+            layer = self._hijack
+            marker = {"scheme": layer.scheme.name, "params": list(layer.names)}
+            metadata[prefix[:-1]]["hijack"] = marker
 
     def _load_from_state_dict(
         self,

@@ -1,0 +1,189 @@
+"""What a checkpoint is: which scheme reads each layer, and on what evidence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hijack.checkpoint.dialect import Claim
+from hijack.checkpoint.header import Header, join
+from hijack.checkpoint.reader import Paths, read_header
+from hijack.errors import AmbiguousError
+
+if TYPE_CHECKING:
+    from hijack.registry import Registry
+
+#: Last parts of keys that hold a scale of a weight or of an input, in any format known.
+SCALE_NAMES = frozenset(
+    {
+        "scale_weight",
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_scale_2",
+        "weight_global_scale",
+        "qscale_weight",
+        "scale_input",
+        "input_scale",
+    }
+)
+#: Dtypes that are codes of something, whatever their layer holds.
+CODE_DTYPES = frozenset(
+    {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
+)
+#: Keys by which ComfyUI marks layers it reads itself.
+NATIVE_MARKER = "comfy_quant"
+
+
+@dataclasses.dataclass(frozen=True)
+class Identification:
+    """What `identify` found.
+
+    Attributes:
+        source: what the checkpoint is called.
+        tensors: number of tensors in it.
+        layers: layer to the best founded claim to it.
+        ambiguous: layer to the claims of different schemes that are founded equally.
+        native: layers that ComfyUI's own marker claims.
+        orphans: keys of scales that no claimed or native layer owns.
+        unscaled: layers whose weight is codes without any scale: plain casts, or codes
+            that nobody knows.
+    """
+
+    source: str
+    tensors: int
+    layers: Mapping[str, Claim]
+    ambiguous: Mapping[str, tuple[Claim, ...]] = dataclasses.field(default_factory=dict)
+    native: tuple[str, ...] = ()
+    orphans: tuple[str, ...] = ()
+    unscaled: tuple[str, ...] = ()
+
+    def claims(self) -> dict[str, Claim]:
+        """The claim to each layer.
+
+        Raises:
+            AmbiguousError: naming a layer that several schemes claim equally.
+        """
+        for layer, claims in self.ambiguous.items():
+            names = ", ".join(sorted({claim.scheme for claim in claims}))
+            raise AmbiguousError(
+                f"{self.source}: {layer}: claimed equally by {names}; expected one "
+                "scheme; disable the others with HIJACK_DISABLE"
+            )
+        return dict(self.layers)
+
+    def groups(self) -> list[tuple[str, str, str, int]]:
+        """Scheme, dialect, block size and number of layers of each kind."""
+        kinds = Counter(
+            (claim.scheme, claim.dialect, block_text(claim.block_size))
+            for claim in self.layers.values()
+        )
+        return [(*kind, count) for kind, count in sorted(kinds.items())]
+
+    def to_json(self) -> str:
+        """Everything found, as JSON."""
+        return json.dumps(
+            {
+                "source": self.source,
+                "tensors": self.tensors,
+                "layers": {name: _claim_json(c) for name, c in self.layers.items()},
+                "ambiguous": {
+                    name: [_claim_json(c) for c in claims]
+                    for name, claims in self.ambiguous.items()
+                },
+                "native": list(self.native),
+                "orphans": list(self.orphans),
+                "unscaled": list(self.unscaled),
+            },
+            indent=1,
+        )
+
+
+def identify(source: Paths | Header, registry: Registry | None = None) -> Identification:
+    """Find out from the header alone which scheme reads which layer.
+
+    Args:
+        source: a path, a list of shards, or a header already read.
+        registry: whose schemes are asked; default is the default registry.
+
+    Returns:
+        Claims with their evidence, and what nobody claims.
+
+    Raises:
+        HeaderError: if a file is malformed.
+    """
+    from hijack.registry import default_registry
+
+    header = source if isinstance(source, Header) else read_header(source)
+    registry = default_registry() if registry is None else registry
+    by_layer: dict[str, list[Claim]] = {}
+    for claim in registry.identify(header):
+        by_layer.setdefault(claim.layer, []).append(claim)
+    native = tuple(
+        layer for layer in header.layers() if join(layer, NATIVE_MARKER) in header.tensors
+    )
+    layers: dict[str, Claim] = {}
+    ambiguous: dict[str, tuple[Claim, ...]] = {}
+    for layer, claims in by_layer.items():
+        best = max(claim.certainty for claim in claims)
+        top = [claim for claim in claims if claim.certainty == best]
+        if len({claim.scheme for claim in top}) > 1:
+            ambiguous[layer] = tuple(top)
+        else:
+            layers[layer] = top[0]
+    used = {
+        key
+        for claims in (*ambiguous.values(), *((c,) for c in layers.values()))
+        for claim in claims
+        for key in claim.keys.values()
+    }
+    orphans = _orphans(header, used, set(native), set(layers) | set(ambiguous))
+    unscaled = tuple(
+        layer
+        for layer in header.layers()
+        if layer not in by_layer
+        and layer not in native
+        and header.tensors[join(layer, "weight")].dtype in CODE_DTYPES
+    )
+    return Identification(
+        source=header.source,
+        tensors=len(header.tensors),
+        layers=layers,
+        ambiguous=ambiguous,
+        native=native,
+        orphans=orphans,
+        unscaled=unscaled,
+    )
+
+
+def block_text(block_size: tuple[int, int] | None) -> str:
+    """A block size as people write it: ``1x64``."""
+    return "-" if block_size is None else f"{block_size[0]}x{block_size[1]}"
+
+
+def _orphans(
+    header: Header, used: set[str], native: set[str], claimed: set[str]
+) -> tuple[str, ...]:
+    """Scales that belong to no layer anybody reads; activations' scales may go unused."""
+    found = []
+    for key in header.tensors:
+        layer, _, name = key.rpartition(".")
+        if name not in SCALE_NAMES or key in used or layer in native:
+            continue
+        if layer in claimed and "input" in name:
+            continue
+        found.append(key)
+    return tuple(found)
+
+
+def _claim_json(claim: Claim) -> dict[str, Any]:
+    return {
+        "scheme": claim.scheme,
+        "dialect": claim.dialect,
+        "block_size": claim.block_size,
+        "certainty": claim.certainty.name.lower(),
+        "keys": dict(claim.keys),
+        "evidence": list(claim.evidence),
+    }

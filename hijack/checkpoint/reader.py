@@ -1,0 +1,291 @@
+"""Read safetensors files: headers strictly, tensors without copying."""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from hijack.checkpoint.header import DTYPES, Header, TensorInfo
+from hijack.errors import CheckpointError, HeaderError
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+#: No real header comes near; larger ones are a damaged or hostile length.
+MAX_HEADER = 100_000_000
+#: Bytes an element takes, for dtypes torch cannot tell.
+_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
+#: First bytes of files people take for safetensors, and what they are.
+_MAGIC = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, such as torch.save writes; hijack never unpickles",
+    b"\x80\x02": "a pickle; hijack never unpickles",
+    b"\x80\x04": "a pickle; hijack never unpickles",
+    b"\x80\x05": "a pickle; hijack never unpickles",
+}
+
+
+def read_header(source: Paths) -> Header:
+    """Read what a checkpoint says about itself; no tensor data is read.
+
+    Args:
+        source: a safetensors file, a ``*.index.json`` that names shards, or a list of
+            shards.
+
+    Returns:
+        The header of all shards together, with ``config.json`` if it lies beside them.
+
+    Raises:
+        HeaderError: if a file is missing, is no safetensors file, or contradicts itself.
+    """
+    paths = _shards(source)
+    tensors: dict[str, TensorInfo] = {}
+    metadata: dict[str, str] = {}
+    for path in paths:
+        found, extra = _read_one(path)
+        twice = tensors.keys() & found.keys()
+        if twice:
+            raise HeaderError(
+                f"{path}: holds {min(twice)!r}, which another shard holds too; expected "
+                "each tensor in one file; leave one of the files out"
+            )
+        tensors |= found
+        metadata |= extra
+    names = ", ".join(str(path) for path in paths)
+    return Header(tensors, metadata, _config(paths[0].parent), names)
+
+
+def open_tensors(header: Header) -> Mapping[str, Tensor]:
+    """The tensors of a checkpoint's files, mapped into memory.
+
+    Args:
+        header: as `read_header` gave it.
+
+    Returns:
+        Key to tensor on the CPU. Tensors share pages with the files: nothing is read
+        before it is used, and writing to one does not change the file.
+    """
+    return _MappedTensors(header)
+
+
+class _MappedTensors(Mapping[str, Tensor]):
+    """Tensors as private copy-on-write maps of their files."""
+
+    def __init__(self, header: Header) -> None:
+        self._header = header
+        self._data: dict[Path, tuple[Tensor, int]] = {}
+
+    def __getitem__(self, key: str) -> Tensor:
+        info = self._header.tensors[key]
+        dtype = info.torch_dtype
+        if dtype is None or info.file is None:
+            raise CheckpointError(
+                f"{key}: dtype {info.dtype} is not known to torch {torch.__version__}; "
+                "install a newer torch"
+            )
+        data, start = self._open(info.file)
+        raw = data[start + info.begin : start + info.end]
+        if raw.numel() == 0:
+            return torch.empty(info.shape, dtype=dtype)
+        if raw.storage_offset() % dtype.itemsize:  # a writer that does not align
+            raw = raw.clone()
+        return raw.view(dtype).view(info.shape)
+
+    def _open(self, path: Path) -> tuple[Tensor, int]:
+        if path not in self._data:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            self._data[path] = torch.frombuffer(pages, dtype=torch.uint8), 8 + length
+        return self._data[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header.tensors)
+
+    def __len__(self) -> int:
+        return len(self._header.tensors)
+
+
+def data_start(path: Path) -> int:
+    """Offset of the data section of a file whose header was read."""
+    with path.open("rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+# -- which files -------------------------------------------------------------------------
+
+
+def _shards(source: Paths) -> list[Path]:
+    if not isinstance(source, str | os.PathLike):
+        paths = [Path(part) for part in source]
+        if not paths:
+            raise HeaderError("checkpoint: got an empty list of shards, expected files")
+        return paths
+    path = Path(source)
+    return _indexed(path) if path.name.endswith(".index.json") else [path]
+
+
+def _indexed(path: Path) -> list[Path]:
+    """The shards an index names, all of them plain names in its own folder."""
+    table = _read_json(path)
+    weight_map = table.get("weight_map") if isinstance(table, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise HeaderError(f"{path}: has no weight_map, expected key to file name")
+    shards = []
+    for name in dict.fromkeys(weight_map.values()):
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise HeaderError(
+                f"{path}: names the shard {name!r}, expected a file in the same folder"
+            )
+        shard = path.parent / name
+        if shard.is_symlink() and shard.resolve().parent != path.parent.resolve():
+            # hub caches link shards into a blobs folder of their own, beside snapshots
+            if "snapshots" not in path.parent.absolute().parts:
+                raise HeaderError(
+                    f"{path}: the shard {name!r} is a link out of its folder; replace it "
+                    "by the file"
+                )
+        shards.append(shard)
+    return shards
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes().decode())
+    except OSError as error:
+        raise HeaderError(f"{path}: cannot be read; {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise HeaderError(f"{path}: is not JSON; {error}") from error
+
+
+def _config(folder: Path) -> Mapping[str, object] | None:
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = _read_json(path)
+    except HeaderError:
+        return None  # another program's file; the checkpoint can still be read
+    return config if isinstance(config, dict) else None
+
+
+# -- one file ----------------------------------------------------------------------------
+
+
+def _read_one(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            text = _header_bytes(path, file, size)
+    except IsADirectoryError as error:
+        raise HeaderError(f"{path}: is a folder, expected a file") from error
+    except OSError as error:
+        raise HeaderError(f"{path}: cannot be read; {error.strerror}") from error
+    table = _parse(path, text)
+    metadata = _metadata(path, table.pop("__metadata__", {}))
+    infos = {key: _tensor_info(path, key, entry) for key, entry in table.items()}
+    _check_layout(path, infos, size - 8 - len(text))
+    return infos, metadata
+
+
+def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
+    head = file.read(8)
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            raise HeaderError(f"{path}: is {what}; expected a safetensors file")
+    if len(head) < 8:
+        raise HeaderError(f"{path}: is {size} bytes long, expected a safetensors file")
+    length = int.from_bytes(head, "little")
+    if length > min(size - 8, MAX_HEADER):
+        raise HeaderError(
+            f"{path}: the header is said to be {length} bytes long, in a file of {size}; "
+            "the file is truncated or no safetensors file; download it again"
+        )
+    return file.read(length)
+
+
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    try:
+        table = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    except _DuplicateError as error:
+        raise HeaderError(f"{path}: the header has the key {error} twice") from error
+    except UnicodeDecodeError as error:
+        raise HeaderError(f"{path}: the header is not UTF-8; {error.reason}") from error
+    except RecursionError as error:
+        raise HeaderError(f"{path}: the header is nested too deeply") from error
+    except ValueError as error:
+        raise HeaderError(f"{path}: the header is not JSON; {error}") from error
+    if not isinstance(table, dict):
+        raise HeaderError(f"{path}: the header is {type(table).__name__}, expected a table")
+    return table
+
+
+class _DuplicateError(Exception):
+    """A JSON object has a key twice."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _DuplicateError(repr(key))
+            seen.add(key)
+    return table
+
+
+def _metadata(path: Path, table: Any) -> dict[str, str]:
+    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+        raise HeaderError(f"{path}: __metadata__ must map strings to strings")
+    return table
+
+
+def _tensor_info(path: Path, key: str, entry: Any) -> TensorInfo:
+    where = f"{path}: {key}"
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        raise HeaderError(f"{where}: expected dtype, shape and data_offsets")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES and dtype not in _BITS:
+        raise HeaderError(f"{where}: unknown dtype {dtype!r}")
+    if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
+        raise HeaderError(f"{where}: shape {shape} or data_offsets {offsets} are malformed")
+    begin, end = offsets
+    known = DTYPES.get(dtype)
+    bits = _BITS.get(dtype) or (known.itemsize * 8 if known else 8)
+    if (end - begin) * 8 != math.prod(shape) * bits:
+        raise HeaderError(
+            f"{where}: {end - begin} bytes for shape {shape} of {dtype}, expected "
+            f"{math.prod(shape) * bits // 8}"
+        )
+    return TensorInfo(dtype, tuple(shape), path, begin, end)
+
+
+def _naturals(values: Any) -> bool:
+    return isinstance(values, list) and all(type(v) is int and v >= 0 for v in values)
+
+
+def _check_layout(path: Path, infos: Mapping[str, TensorInfo], size: int) -> None:
+    """Tensors must fill the data section without holes or overlaps."""
+    ordered = sorted(infos.items(), key=lambda item: (item[1].begin, item[1].end))
+    end = 0
+    for key, info in ordered:
+        if info.begin != end:
+            what = "overlaps the tensor before it" if info.begin < end else "leaves a hole"
+            raise HeaderError(
+                f"{path}: {key}: begins at byte {info.begin}, expected {end}; it {what}"
+            )
+        end = info.end
+    if end != size:
+        raise HeaderError(
+            f"{path}: tensors take {end} bytes, the file has {size}; it is truncated or "
+            "damaged; download it again"
+        )
+

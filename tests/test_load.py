@@ -1,0 +1,264 @@
+"""Loading quantized checkpoints into any model, and saving them."""
+
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hijack
+import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from hijack.errors import (
+    CheckpointError,
+    ModuleError,
+    ShapeError,
+    UnconsumedScaleError,
+)
+from hijack.hooks import Wrapped, dense_weight
+
+
+class Nibbles(hijack.Scheme):
+    """Two 4-bit codes a byte: the stored shape is not the dense one."""
+
+    name = "nibbles"
+
+    def quantize(self, weight, **options):
+        """Round to -7..7 and pack neighbours."""
+        scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 7
+        codes = (weight / scale).round().to(torch.int32) + 8
+        return (codes[:, ::2] * 16 + codes[:, 1::2]).to(torch.uint8), {"scale4": scale}
+
+    def dequantize(self, qdata, params, dtype):
+        """Unpack and multiply."""
+        codes = torch.stack([qdata // 16, qdata % 16], -1).flatten(1).float() - 8
+        return (codes * params["scale4"]).to(dtype)
+
+
+@pytest.fixture
+def nibbles():
+    """The packed scheme, registered."""
+    yield hijack.register(Nibbles())
+    hijack.unregister("nibbles")
+
+
+def make():
+    """A small dense model."""
+    return nn.Sequential(nn.Linear(128, 64), nn.LayerNorm(64), nn.Linear(64, 32))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A wrapped model and the file it was saved to."""
+    model = make()
+    hijack.wrap_model(model, "blockwise_fp8", include=["0", "2"])
+    path = tmp_path / "model.safetensors"
+    hijack.save(model, path)
+    return model, path
+
+
+def test_save_and_load_give_the_same_model(saved):
+    """A fresh dense model becomes the saved one, bit for bit."""
+    model, path = saved
+    fresh, x = make(), torch.randn(3, 128)
+    report = hijack.load(fresh, path)
+    assert set(report.layers) == {"0", "2"}
+    assert report.dense == 4
+    assert torch.equal(fresh(x), model(x))
+    assert "2 quantized layers (blockwise_fp8), 4 dense" in str(report)
+
+
+def test_the_default_dialect_is_the_scheme_s_first(saved):
+    """blockwise_fp8 layers are written as musubi-tuner writes them."""
+    tensors = load_file(saved[1])
+    assert tensors["0.scale_weight"].shape == (64, 2, 1)
+    assert tensors["0.weight"].dtype == torch.float8_e4m3fn
+
+
+def test_a_meta_model_loads_without_allocating(saved):
+    """A model on the meta device takes the file's tensors as they are."""
+    model, path = saved
+    with torch.device("meta"):
+        fresh = make()
+    hijack.load(fresh, path)
+    assert not any(p.is_meta for p in fresh.parameters())
+    x = torch.randn(3, 128)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_loading_a_state_dict_keeps_its_tensors(saved):
+    """assign: the module holds the very tensors it was given."""
+    tensors = load_file(saved[1])
+    fresh = make()
+    hijack.load(fresh, tensors)
+    assert fresh[0].weight.data_ptr() == tensors["0.weight"].data_ptr()
+    assert fresh[0].weight_scale.data_ptr() == tensors["0.scale_weight"].data_ptr()
+
+
+def test_a_wrapped_models_own_state_dict_loads(nibbles):
+    """state_dict() carries the markers that name the scheme of packed codes."""
+    model = make()
+    hijack.wrap_model(model, nibbles)
+    fresh, x = make(), torch.randn(3, 128)
+    hijack.load(fresh, model.state_dict())
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_a_scheme_without_dialects_round_trips_through_a_file(nibbles, tmp_path):
+    """Header metadata names scheme and parameters, also where shapes do not tell."""
+    model = make()
+    hijack.wrap_model(model, nibbles, include="0")
+    path = tmp_path / "packed.safetensors"
+    hijack.save(model, path)
+    with safe_open(path, "pt") as file:
+        marker = json.loads(file.metadata()["hijack"])
+    assert marker["layers"]["0"] == {"params": ["scale4"], "scheme": "nibbles"}
+    fresh, x = make(), torch.randn(3, 128)
+    hijack.load(fresh, path)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_ragged_blocks_keep_their_size(tmp_path):
+    """A 128x128 grid over 192 rows comes back with the block size it had."""
+    model = nn.Sequential(nn.Linear(256, 192))
+    hijack.wrap_model(model, "blockwise_fp8", block_size=(128, 128))
+    path = tmp_path / "ragged.safetensors"
+    hijack.save(model, path)
+    fresh, x = nn.Sequential(nn.Linear(256, 192)), torch.randn(3, 256)
+    report = hijack.load(fresh, path)
+    assert report.layers["0"].block_size == (128, 128)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_a_loaded_file_is_saved_as_it_was(saved, tmp_path):
+    """Load and save give the same tensors under the same keys."""
+    fresh = make()
+    hijack.load(fresh, saved[1])
+    again = tmp_path / "again.safetensors"
+    hijack.save(fresh, again)
+    first, second = load_file(saved[1]), load_file(again)
+    assert set(first) == set(second)
+    for key in first:
+        assert torch.equal(first[key].view(torch.uint8), second[key].view(torch.uint8))
+
+
+def test_shards_and_their_index_load_as_one(saved, tmp_path):
+    """A list of files, and an index that names them, are one checkpoint."""
+    model, path = saved
+    tensors = load_file(path)
+    parts = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    keys = list(tensors)
+    for part, some in zip(parts, (keys[:3], keys[3:]), strict=True):
+        save_file({k: tensors[k] for k in some}, part)
+    index = tmp_path / "model.safetensors.index.json"
+    weight_map = {k: parts[i >= 3].name for i, k in enumerate(keys)}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    x = torch.randn(3, 128)
+    for source in (parts, index):
+        fresh = make()
+        hijack.load(fresh, source)
+        assert torch.equal(fresh(x), model(x))
+
+
+def test_missing_and_unexpected_keys_are_errors_unless_allowed(saved):
+    """strict names them and changes nothing; otherwise they are reported."""
+    tensors = load_file(saved[1])
+    del tensors["1.bias"]
+    tensors["9.weight"] = torch.zeros(2)
+    fresh = make()
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"missing 1 \(1.bias\); unexpected 1 \(9"):
+        hijack.load(fresh, tensors)
+    assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
+    report = hijack.load(fresh, tensors, strict=False)
+    assert (report.missing, report.unexpected) == (("1.bias",), ("9.weight",))
+    assert isinstance(fresh[0], Wrapped)
+
+
+def test_a_scale_nobody_reads_is_an_error(saved):
+    """A layer whose scale has the wrong name is not loaded as raw codes."""
+    tensors = load_file(saved[1])
+    tensors["0.scale_of_weight"] = tensors.pop("0.scale_weight")
+    with pytest.raises((UnconsumedScaleError, CheckpointError), match=r"0\."):
+        hijack.load(make(), tensors, strict=False)
+    tensors["0.weight_scale_inv"] = tensors.pop("0.scale_of_weight")
+    with pytest.raises(UnconsumedScaleError, match=r"no scheme reads 0.weight_scale_inv"):
+        hijack.load(make(), tensors)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"1.weight": torch.ones(63)}, ShapeError, r"1.weight: got shape \(63,\), exp"),
+        (
+            {"0.weight": torch.ones(64, 64).to(torch.float8_e4m3fn)},
+            ShapeError,
+            r"0: blockwise_fp8 codes decode to .*\(64, 64\), the module expects \(64, 128",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_shape_leaves_the_model_alone(
+    saved, change, error, message
+):
+    """Shapes are compared before anything is replaced."""
+    fresh = make()
+    with pytest.raises(error, match=message):
+        hijack.load(fresh, {**load_file(saved[1]), **change})
+    assert not any(isinstance(m, Wrapped) for m in fresh.modules())
+
+
+def test_codes_for_a_module_the_scheme_does_not_target_are_refused(saved):
+    """The error names the module's type."""
+    fresh = nn.Sequential(nn.Bilinear(8, 16, 64), nn.LayerNorm(64), nn.Linear(64, 32))
+    with pytest.raises(ModuleError, match=r"^0: .*codes for a Bilinear, expected one of"):
+        hijack.load(fresh, saved[1])
+
+
+def test_a_wrapped_model_takes_a_dense_checkpoint():
+    """Dense weights are quantized as they are loaded."""
+    dense, wrapped, x = make(), make(), torch.randn(3, 128)
+    hijack.wrap_model(wrapped, "blockwise_fp8", include=["0"])
+    hijack.load(wrapped, dense.state_dict())
+    assert isinstance(wrapped[0], Wrapped)
+    error = (wrapped(x) - dense(x)).norm() / dense(x).norm()
+    assert 0 < error < 0.05
+
+
+def test_a_wrapped_model_takes_another_scheme(nibbles, saved):
+    """Loading replaces the scheme a layer had."""
+    model, path = saved
+    fresh = make()
+    hijack.wrap_model(fresh, nibbles)
+    x = torch.randn(3, 128)
+    hijack.load(fresh, path)
+    assert torch.equal(fresh(x), model(x))
+    assert hijack.unwrap(fresh)[0].weight.dtype == torch.float32
+
+
+def test_tied_weights_load_from_one_key():
+    """A shared weight, stored once, is shared codes afterwards."""
+
+    def tied():
+        model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+        model["b"].weight = model["a"].weight
+        return model
+
+    first, second = tied(), tied()
+    hijack.wrap_model(first, "blockwise_fp8")
+    tensors = {k: v for k, v in first.state_dict().items() if "b.weight" not in k}
+    hijack.load(second, tensors)
+    assert second["b"].weight is second["a"].weight
+    assert torch.equal(dense_weight(second["b"]), dense_weight(first["a"]))
+
+
+def test_save_refuses_a_dialect_that_cannot_spell_a_layer(tmp_path):
+    """musubi has no 2-D blocks; the error names the dialect and nothing is written."""
+    model = nn.Sequential(nn.Linear(256, 256))
+    hijack.wrap_model(model, "blockwise_fp8", block_size=(128, 128))
+    path = tmp_path / "x.safetensors"
+    with pytest.raises(CheckpointError, match="musubi"):
+        hijack.save(model, path, dialect="musubi")
+    with pytest.raises(CheckpointError, match="unknown dialect 'nix'.*hijack, musubi"):
+        hijack.save(model, path, dialect="nix")
+    assert list(tmp_path.iterdir()) == []
