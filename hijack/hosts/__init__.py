@@ -1,0 +1,7 @@
+"""Patching hosts: programs that load models and do not know hijack."""
+
+from __future__ import annotations
+
+from hijack.hosts.control import HostStatus, add_host, arm, patch, status, unpatch
+
+__all__ = ["HostStatus", "add_host", "arm", "patch", "status", "unpatch"]

@@ -1,0 +1,79 @@
+"""ComfyUI, from 0.3.64 to 0.33.0.
+
+One function is patched, ``comfy.model_detection.model_config_from_unet``: its signature
+is the same in all these releases, and every loader of diffusion models calls it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+from hijack.hosts.adapter import Probe
+from hijack.patching import Patch
+
+NAME = "comfyui"
+#: The host can be patched once this module is imported completely.
+MODULE = "comfy.model_detection"
+#: First and last version this was tested with.
+SUPPORTED = ("0.3.64", "0.33.0")
+
+PROBES = (
+    Probe(
+        "comfy.model_detection.model_config_from_unet",
+        ("state_dict", "unet_key_prefix"),
+    ),
+    Probe(
+        "comfy.supported_models_base.BASE.set_inference_dtype",
+        ("dtype", "manual_cast_dtype"),
+    ),
+    Probe("comfy.supported_models_base.BASE.process_unet_state_dict", ("state_dict",)),
+    Probe("comfy.supported_models_base.BASE.custom_operations"),
+    Probe("comfy.supported_models_base.BASE.supported_inference_dtypes"),
+    Probe("comfy.ops.pick_operations", ("weight_dtype", "compute_dtype")),
+    Probe("comfy.ops.cast_bias_weight", ("s", "input")),
+    Probe("comfy.ops.disable_weight_init.Linear"),
+    Probe("comfy.ops.disable_weight_init.Embedding"),
+    Probe("comfy.utils.weight_dtype", ("sd", "prefix")),
+    Probe("comfy.utils.calculate_parameters", ("sd", "prefix")),
+    Probe(
+        "comfy.model_management.unet_dtype",
+        ("model_params", "supported_dtypes", "weight_dtype"),
+    ),
+    Probe(
+        "comfy.model_management.unet_manual_cast",
+        ("weight_dtype", "inference_device", "supported_dtypes"),
+    ),
+)
+
+
+def get_version() -> str:
+    """ComfyUI's version, or "unknown"."""
+    version = getattr(sys.modules.get("comfyui_version"), "__version__", None)
+    if isinstance(version, str):
+        return version
+    # A file of one line beside the package; not imported, for that is up to the host.
+    for path in getattr(sys.modules.get("comfy"), "__path__", ()):
+        file = Path(path).parent / "comfyui_version.py"
+        if file.is_file():
+            match = re.search(
+                r"__version__\s*=\s*['\"]([^'\"]+)", file.read_text("utf-8")
+            )
+            if match:
+                return match[1]
+    return "unknown"
+
+
+def patches() -> list[Patch]:
+    """What to patch."""
+    from hijack.hosts.comfyui.door import make_door
+
+    detection = sys.modules["comfy.model_detection"]
+    return [Patch(detection, "model_config_from_unet", make_door)]
+
+
+def live() -> int:
+    """How many quantized layers are alive in the host."""
+    layers = sys.modules.get("hijack.hosts.comfyui.layers")
+    return 0 if layers is None else len(layers.LIVE)

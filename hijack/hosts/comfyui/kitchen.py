@@ -1,0 +1,183 @@
+"""Quantized weights as comfy_kitchen's QuantizedTensor, from ComfyUI 0.8 on.
+
+Only what is a QuantizedTensor is streamed, pinned, and requantized by ComfyUI. Its
+layout is found by name alone, so every coding gets a name of its own; the class behind
+it does nothing but ask the scheme.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hijack.hosts.comfyui.coded import Coded, Coding
+
+#: What comfy.quant_ops must offer, all of it used here.
+NEEDED = (
+    "QuantizedTensor",
+    "QuantizedLayout",
+    "register_layout_class",
+    "get_layout_class",
+)
+
+
+def quant_ops() -> Any | None:
+    """ComfyUI's quantization module, if it is the one this file was written for."""
+    module = sys.modules.get("comfy.quant_ops")
+    if not getattr(module, "_CK_AVAILABLE", False):
+        return None
+    return module if all(hasattr(module, name) for name in NEEDED) else None
+
+
+class KitchenCarrier:
+    """Turns `Coded` into QuantizedTensor and back, sharing all tensors."""
+
+    def __init__(self, host: Any) -> None:
+        self.host = host
+
+    def wrap(self, coded: Coded, dtype: torch.dtype) -> Tensor:
+        """A QuantizedTensor that passes for a weight of ``dtype``."""
+        layout, name = self._layout(coded.coding)
+        params = layout.pack(coded, dtype)
+        tensor: Tensor = self.host.QuantizedTensor(coded.qdata, name, params)
+        return tensor
+
+    def unwrap(self, tensor: Tensor | None) -> Coded | None:
+        """The `Coded` in a QuantizedTensor of ours; None for any other tensor."""
+        if isinstance(tensor, Coded):
+            return tensor
+        if not isinstance(tensor, self.host.QuantizedTensor):
+            return None
+        layout = self.host.get_layout_class(tensor._layout_cls)
+        if not hasattr(layout, "coding"):
+            return None
+        coded: Coded = layout.unpack(tensor._qdata, tensor._params)
+        return coded
+
+    def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight a tensor stands for; any other tensor as it is."""
+        coded = self.unwrap(tensor)
+        return tensor if coded is None else coded.dense(dtype)
+
+    def mark(self, module: Any, coded: Coded) -> None:
+        """Tell ComfyUI by which layout it quantizes the module's weight again."""
+        module.layout_type = self._layout(coded.coding)[1]
+
+    def _layout(self, coding: Coding) -> tuple[Any, str]:
+        return _layout(self.host, coding)
+
+
+@functools.cache
+def _layout(host: Any, coding: Coding) -> tuple[Any, str]:
+    """Make and register the layout of one coding."""
+    options = ",".join(f"{name}={value}" for name, value in coding.options)
+    name = (
+        f"hijack:{coding.scheme.name}:{coding.dialect}:{options}:{id(coding.scheme):x}"
+    )
+    methods = {name: value for name, value in vars(_Layout).items() if name[0] != "_"}
+    layout = type(
+        f"Hijack_{coding.scheme.name}",
+        (host.QuantizedLayout,),
+        {**methods, "coding": coding},
+    )
+    host.register_layout_class(name, layout)
+    return layout, name
+
+
+class _Layout:
+    """The methods of a layout; ``coding`` is the only thing that differs."""
+
+    coding: Coding
+
+    @classmethod
+    def pack(cls, coded: Coded, dtype: torch.dtype) -> Any:
+        """The params of a QuantizedTensor: each scheme tensor is a field of its own."""
+        return params_class(len(coded.tensors))(
+            *coded.tensors.values(), tuple(coded.tensors), dtype, tuple(coded.shape)
+        )
+
+    @classmethod
+    def unpack(cls, qdata: Tensor, params: Any) -> Coded:
+        return Coded(qdata, params.tensors(), cls.coding, tuple(params.orig_shape))
+
+    @classmethod
+    def quantize(
+        cls,
+        tensor: Tensor,
+        scale: Any = None,
+        stochastic_rounding: int = 0,
+        inplace_ops: bool = False,
+        **_: Any,
+    ) -> tuple[Tensor, Any]:
+        qdata, tensors = cls.coding.quantize(tensor, int(stochastic_rounding or 0))
+        coded = Coded(qdata, tensors, cls.coding, tuple(tensor.shape))
+        return qdata, cls.pack(coded, tensor.dtype)
+
+    @classmethod
+    def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+        return cls.coding.scheme.dequantize(qdata, params.tensors(), params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
+        return (qtensor._qdata, *qtensor._params.tensors().values())
+
+    @classmethod
+    def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
+        # Keys are "X.weight" plus the suffix; the module adds the dialect's other keys.
+        return {"": cls.unpack(qdata, params).file_tensors()["weight"]}
+
+    @classmethod
+    def requantize_kwargs(cls, qtensor: Any) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def supports_fast_matmul(cls) -> bool:
+        return False
+
+
+class _Params:
+    """What ComfyUI asks of params, for any number of tensors ``t0``, ``t1``, ..."""
+
+    def tensors(self: Any) -> dict[str, Tensor]:
+        return {name: getattr(self, f"t{i}") for i, name in enumerate(self.names)}
+
+    def _tensor_fields(self: Any) -> list[str]:
+        return [f"t{index}" for index in range(len(self.names))]
+
+    def _map(self: Any, function: Any) -> Any:
+        changed = {
+            field: function(getattr(self, field)) for field in self._tensor_fields()
+        }
+        return dataclasses.replace(self, **changed)
+
+    def to_device(self: Any, device: torch.device) -> Any:
+        return self._map(lambda tensor: tensor.to(device=device))
+
+    def clone(self: Any) -> Any:
+        return self._map(torch.clone)
+
+    def copy_from(self: Any, source: Any, non_blocking: bool = False) -> None:
+        for field in self._tensor_fields():
+            getattr(self, field).copy_(
+                getattr(source, field), non_blocking=non_blocking
+            )
+        for field in ("names", "orig_dtype", "orig_shape"):
+            object.__setattr__(self, field, getattr(source, field))
+
+
+@functools.cache
+def params_class(count: int) -> Any:
+    """A frozen dataclass with that many tensor fields.
+
+    ComfyUI looks for tensors among the fields only, so they cannot be in a dict.
+    """
+    tensors = [(f"t{index}", Tensor) for index in range(count)]
+    rest = [("names", tuple), ("orig_dtype", torch.dtype), ("orig_shape", tuple)]
+    return dataclasses.make_dataclass(
+        f"HijackParams{count}", [*tensors, *rest], bases=(_Params,), frozen=True
+    )

@@ -1,0 +1,84 @@
+"""ComfyUI's own markers of quantized layers, and where they cannot be true.
+
+ComfyUI reads one FP8 format: a Linear with one scale. A file in another format that
+carries its marker anyway (people add it to make a file load) is ours to read. From 0.4
+on ComfyUI has by then rewritten all keys of such a file, which is undone here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hijack.checkpoint.header import join
+
+#: The marker of a whole file, up to 0.3, and of one layer, from 0.4 on.
+FILE_MARKER = "scaled_fp8"
+LAYER_MARKER = "comfy_quant"
+#: How files with the old marker spell scales, and what ComfyUI renames them to.
+RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+#: Names a scale of a weight has in one format or another.
+SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
+FORMATS = {
+    "float8_e4m3fn": torch.float8_e4m3fn,
+    "float8_e5m2": torch.float8_e5m2,
+}
+
+
+def read_through(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors as their writer spelled them, without markers that cannot be true.
+
+    Args:
+        tensors: keys that start with ``prefix``, and tensors.
+        prefix: the model's key prefix.
+    """
+    layers = [
+        key[: -len(LAYER_MARKER) - 1]
+        for key in tensors
+        if key.endswith(f".{LAYER_MARKER}")
+    ]
+    found = dict(tensors)
+    for layer in layers:
+        if _contradicts(found, layer):
+            del found[join(layer, LAYER_MARKER)]
+            for old, new in RENAMED.items():
+                tensor = found.pop(join(layer, new), None)
+                if tensor is not None:
+                    found[join(layer, old)] = tensor
+    marker = f"{prefix}{FILE_MARKER}"
+    if marker in found and any(_not_one_scale(found, key) for key in found):
+        del found[marker]
+    return found
+
+
+def native(tensors: Mapping[str, Tensor], layer: str) -> bool:
+    """Whether ComfyUI's own marker says that it reads the layer."""
+    return join(layer, LAYER_MARKER) in tensors
+
+
+def _contradicts(tensors: Mapping[str, Tensor], layer: str) -> bool:
+    weight = tensors.get(join(layer, "weight"))
+    scale = tensors.get(join(layer, "weight_scale"))
+    dtype = FORMATS.get(_format(tensors[join(layer, LAYER_MARKER)]))
+    if weight is None or scale is None or dtype is None:
+        return False
+    return scale.numel() != 1 or weight.ndim != 2 or weight.dtype != dtype
+
+
+def _not_one_scale(tensors: Mapping[str, Tensor], key: str) -> bool:
+    if not key.endswith(".scale_weight"):
+        return False
+    weight = tensors.get(f"{key.removesuffix('.scale_weight')}.weight")
+    return tensors[key].numel() != 1 or (weight is not None and weight.ndim != 2)
+
+
+def _format(marker: Tensor) -> str:
+    try:
+        entry: Any = json.loads(bytes(marker.flatten().tolist()))
+        return str(entry["format"])
+    except (ValueError, KeyError, TypeError):
+        return ""

@@ -1,0 +1,285 @@
+"""One `Control` per host: when to patch it, whether it may be, and what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.machinery
+import logging
+import sys
+import threading
+from collections.abc import Callable
+from types import ModuleType
+from typing import cast
+
+import wrapt
+
+from hijack.errors import PatchError
+from hijack.hosts.adapter import Adapter, tested
+from hijack.patching import PatchSet
+from hijack.registry import default_registry, disabled, strict
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class HostStatus:
+    """Where hijack stands with a host.
+
+    Attributes:
+        host: its name.
+        version: the version found; None while it is not imported.
+        patched: whether hijack's patches are on.
+        reason: why not, in one sentence; what is worth knowing if they are.
+        foreign: others who patched the same attributes, one sentence each.
+        live: modules of the host that hold quantized weights.
+    """
+
+    host: str
+    version: str | None
+    patched: bool
+    reason: str
+    foreign: tuple[str, ...] = ()
+    live: int = 0
+
+    def __str__(self) -> str:
+        state = "patched" if self.patched else "not patched"
+        lines = [f"{self.host} {self.version or ''}".strip() + f": {state}"]
+        lines[0] += f" ({self.reason})" if self.reason else ""
+        return "\n".join([*lines, *(f"  {sentence}" for sentence in self.foreign)])
+
+
+class Control:
+    """Patches one host, now or when it is imported, and takes the patches out."""
+
+    def __init__(self, name: str, load: Callable[[], Adapter]) -> None:
+        self.name = name
+        self._load = load
+        self._adapter: Adapter | None = None
+        self._patches: PatchSet | None = None
+        self._armed = False
+        self._watching = False
+        self._reason = "not armed; call hijack.patch"
+        self._lock = threading.RLock()
+
+    @property
+    def adapter(self) -> Adapter:
+        if self._adapter is None:
+            self._adapter = self._load()
+        return self._adapter
+
+    def status(self) -> HostStatus:
+        """Where hijack stands with the host."""
+        imported = _imported(self.adapter.MODULE)
+        patches = self._patches
+        patched = patches is not None and patches.applied
+        return HostStatus(
+            self.name,
+            self.adapter.get_version() if imported else None,
+            patched,
+            self._reason,
+            tuple(map(str, patches.foreign())) if patches is not None else (),
+            self.adapter.live(),
+        )
+
+    # -- patching ----------------------------------------------------------------------
+
+    def arm(self) -> None:
+        """Patch the host now, or as soon as it is imported.
+
+        Raises:
+            PatchError: if that fails at once and ``HIJACK_STRICT`` is set.
+        """
+        with self._lock:
+            if disabled(self.name):
+                self._reason = "disarmed by HIJACK_DISABLE"
+                return
+            self._armed = True
+            module = sys.modules.get(self.adapter.MODULE)
+            if module is None:
+                self._reason = f"waiting for {self.adapter.MODULE} to be imported"
+                self._watch()
+            elif _initializing(module):
+                self._reason = f"waiting until {self.adapter.MODULE} is imported"
+                _when_initialized(module, self._imported)
+            else:
+                self._try_patch()
+
+    def _watch(self) -> None:
+        if not self._watching:  # wrapt cannot forget a hook: register it once
+            self._watching = True
+            wrapt.register_post_import_hook(self._imported, self.adapter.MODULE)
+
+    def _imported(self, module: ModuleType) -> None:
+        with self._lock:
+            if self._armed:
+                self._try_patch()
+
+    def _try_patch(self) -> None:
+        try:
+            self._patch()
+        except Exception as error:
+            self._reason = f"{error}" or type(error).__name__
+            if strict():
+                raise
+            log.warning("hijack: %s not patched: %s", self.name, self._reason)
+
+    def _patch(self) -> None:
+        if self._patches is not None and self._patches.applied:
+            return
+        problems = [probe.problem() for probe in self.adapter.PROBES]
+        version = self.adapter.get_version()
+        for problem in problems:
+            if problem is not None:
+                raise PatchError(f"{self.name} {version}: {problem}")
+        if self._patches is None:
+            self._patches = PatchSet(self.adapter.patches())
+        self._patches.apply()
+        self._reason = ""
+        if not tested(version, self.adapter.SUPPORTED):
+            first, last = self.adapter.SUPPORTED
+            self._reason = (
+                f"version not tested, which is {first} to {last}; probes passed"
+            )
+            log.info("hijack: %s %s patched: %s", self.name, version, self._reason)
+        for foreign in self._patches.foreign():
+            log.warning("hijack: %s", foreign)
+        self._announce(version)
+
+    def _announce(self, version: str) -> None:
+        try:
+            default_registry().host_patched(self.name, version)
+        except Exception as error:  # a plugin's failure must not stop the host
+            if strict():
+                raise
+            log.warning(
+                "hijack: hijack_host_patched: %s: %s", type(error).__name__, error
+            )
+
+    def disarm(self, force: bool) -> None:
+        """Take the patches out, and do not patch when the host is imported.
+
+        Raises:
+            PatchError: if the host holds quantized modules, and not ``force``.
+        """
+        with self._lock:
+            live = self.adapter.live()
+            if live and not force:
+                raise PatchError(
+                    f"{self.name}: {live} quantized modules are alive; unload their "
+                    "models first, or call unpatch with force=True, which leaves them "
+                    "working"
+                )
+            self._armed = False
+            self._reason = "unpatched"
+            if self._patches is None:
+                return
+            for foreign in self._patches.revert():
+                self._reason = f"unpatched, but ours stays, off, because {foreign}"
+                log.warning("hijack: ours stays, switched off, because %s", foreign)
+
+
+# -- all hosts -------------------------------------------------------------------------
+
+
+def _module(name: str) -> Callable[[], Adapter]:
+    return lambda: cast(Adapter, importlib.import_module(name))
+
+
+_CONTROLS = {"comfyui": Control("comfyui", _module("hijack.hosts.comfyui"))}
+
+
+def add_host(adapter: Adapter) -> None:
+    """Make a host known; an adapter is a module or object like `Adapter`.
+
+    Raises:
+        PatchError: if a host of that name is known already.
+    """
+    if adapter.NAME in _CONTROLS:
+        raise PatchError(f"host {adapter.NAME!r} is already known; choose another name")
+    _CONTROLS[adapter.NAME] = Control(adapter.NAME, lambda: adapter)
+
+
+def patch(host: str = "comfyui") -> HostStatus:
+    """Patch a host, or arm it if it is not imported yet; once done, does nothing.
+
+    Args:
+        host: its name.
+
+    Returns:
+        What came of it; a host that cannot be patched goes on without hijack.
+
+    Raises:
+        PatchError: if the host is unknown; or cannot be patched, and ``HIJACK_STRICT``
+            is set.
+    """
+    control = _control(host)
+    control.arm()
+    return control.status()
+
+
+#: `patch`, under the name that says what a plugin's last line promises.
+arm = patch
+
+
+def unpatch(host: str = "comfyui", force: bool = False) -> HostStatus:
+    """Take hijack's patches out of a host: the exact inverse of `patch`.
+
+    Args:
+        host: its name.
+        force: even if modules of the host hold quantized weights; they go on working.
+
+    Raises:
+        PatchError: if the host is unknown, or such modules are alive and not ``force``.
+    """
+    control = _control(host)
+    control.disarm(force)
+    return control.status()
+
+
+def status() -> dict[str, HostStatus]:
+    """Where hijack stands with each host it knows, by name."""
+    return {name: control.status() for name, control in _CONTROLS.items()}
+
+
+def _control(host: str) -> Control:
+    if host not in _CONTROLS:
+        known = ", ".join(sorted(_CONTROLS))
+        raise PatchError(f"unknown host {host!r}; known are: {known}")
+    return _CONTROLS[host]
+
+
+# -- imports ---------------------------------------------------------------------------
+
+
+def _initializing(module: ModuleType) -> bool:
+    """Whether a module's code is still running."""
+    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
+
+
+def _imported(name: str) -> bool:
+    module = sys.modules.get(name)
+    return module is not None and not _initializing(module)
+
+
+def _when_initialized(module: ModuleType, call: Callable[[ModuleType], None]) -> None:
+    """Call once, when a module whose code is running has run.
+
+    Python has no event for that, and an import hook comes too late. But the import
+    system switches a flag of the spec off at the end, so the flag becomes a property.
+    """
+    spec = module.__spec__
+    callbacks = [call]
+
+    class Watched(type(spec)):  # type: ignore[misc]
+        @property
+        def _initializing(self) -> bool:
+            return bool(self.__dict__["_initializing"])
+
+        @_initializing.setter
+        def _initializing(self, value: bool) -> None:
+            self.__dict__["_initializing"] = value
+            if not value and callbacks and sys.modules.get(module.__name__) is module:
+                callbacks.pop()(module)
+
+    spec.__class__ = Watched

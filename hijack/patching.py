@@ -1,0 +1,274 @@
+"""Reversible patches of functions that belong to somebody else.
+
+What is put in place of a function is a *gate*: a plain function that calls the
+replacement while the patch is on, and the original once it is off. A gate that somebody
+else has wrapped meanwhile cannot be taken out without breaking them, so it stays, off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import logging
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final
+
+from hijack.errors import PatchError
+
+log = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "MISSING"
+
+
+#: Stands for an attribute that its owner did not define itself.
+MISSING: Final = _Missing()
+
+
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """One function to replace.
+
+    Attributes:
+        owner: the class or module that defines the function.
+        attribute: its name there.
+        make_replacement: given the original function (without ``staticmethod`` or
+            ``classmethod`` around it), returns the one to call instead.
+        define: also allow an attribute that ``owner`` inherits; reverting deletes it.
+    """
+
+    owner: type | types.ModuleType
+    attribute: str
+    make_replacement: Callable[[Function], Function]
+    define: bool = False
+
+    @property
+    def where(self) -> str:
+        """Dotted name of what is patched."""
+        return f"{_name_of(self.owner)}.{self.attribute}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Foreign:
+    """Somebody else's patch of the same attribute.
+
+    Attributes:
+        where: dotted name of the attribute.
+        who: module, name and file of the function found there.
+        over: whether it was put over ours; else it was there before us.
+    """
+
+    where: str
+    who: str
+    over: bool
+
+    def __str__(self) -> str:
+        when = "after" if self.over else "before"
+        return f"{self.where}: patched {when} us by {self.who}"
+
+
+@dataclasses.dataclass
+class _Gate:
+    """A patch in place: what was there, what is there now, and whether it is on."""
+
+    patch: Patch
+    before: object
+    original: Function
+    installed: object = MISSING
+    on: bool = True
+
+    def current(self) -> object:
+        return vars(self.patch.owner).get(self.patch.attribute, MISSING)
+
+    def in_place(self) -> bool:
+        return self.current() is self.installed
+
+    def install(self) -> None:
+        function = self._function(self.patch.make_replacement(self.original))
+        kind = type(self.before)
+        wraps = kind if kind in (staticmethod, classmethod) else None
+        self.installed = wraps(function) if wraps else function
+        setattr(self.patch.owner, self.patch.attribute, self.installed)
+
+    def _function(self, replacement: Function) -> Function:
+        original = self.original
+
+        @functools.wraps(original)
+        def gate(*args: Any, **kwargs: Any) -> Any:
+            return (replacement if self.on else original)(*args, **kwargs)
+
+        return gate
+
+    def remove(self) -> bool:
+        """Restore what was there; False if somebody else has patched over it."""
+        self.on = False
+        if not self.in_place():
+            return False
+        if self.before is MISSING:
+            delattr(self.patch.owner, self.patch.attribute)
+        else:
+            setattr(self.patch.owner, self.patch.attribute, self.before)
+        return True
+
+
+class PatchSet:
+    """Patches that are applied together, in order, or not at all.
+
+    Args:
+        patches: in the order they are applied; reverted in the opposite one.
+    """
+
+    def __init__(self, patches: Iterable[Patch]) -> None:
+        self.patches = tuple(patches)
+        self._gates: list[_Gate] = []
+        self._buried: list[_Gate] = []  # off, but somebody's wrapper still calls them
+        self._found: list[Foreign] = []
+        self._lock = threading.RLock()
+
+    @property
+    def applied(self) -> bool:
+        """Whether the patches are on."""
+        return bool(self._gates)
+
+    def apply(self) -> None:
+        """Put every patch in place; once applied, does nothing.
+
+        Raises:
+            PatchError: if one cannot be applied; none is then.
+        """
+        with self._lock:
+            if self._gates:
+                return
+            self._found.clear()
+            try:
+                for patch in self.patches:
+                    self._gates.append(self._gate(patch))
+            except Exception as error:
+                self.revert()
+                self._found.clear()
+                if isinstance(error, PatchError):
+                    raise
+                raise PatchError(
+                    f"{patch.where}: cannot be patched; {type(error).__name__}: {error}"
+                ) from error
+
+    def _gate(self, patch: Patch) -> _Gate:
+        for gate in self._buried:  # nobody is over it any more: use it again
+            if gate.patch is patch and gate.in_place():
+                self._buried.remove(gate)
+                gate.on = True
+                return gate
+        before = vars(patch.owner).get(patch.attribute, MISSING)
+        gate = _Gate(patch, before, _original(patch, before))
+        if before is not MISSING and not _belongs(gate.original, patch.owner):
+            self._found.append(
+                Foreign(patch.where, describe(gate.original), over=False)
+            )
+        gate.install()
+        return gate
+
+    def revert(self) -> list[Foreign]:
+        """Restore everything, last patch first; once reverted, does nothing.
+
+        Returns:
+            The foreign patches lying over ours: those attributes were left alone, and
+            our function under them now only calls the original.
+        """
+        with self._lock:
+            over = [foreign for foreign in self.foreign() if foreign.over]
+            while self._gates:
+                gate = self._gates.pop()
+                if not gate.remove():
+                    self._buried.append(gate)
+            self._buried = [gate for gate in self._buried if not gate.remove()]
+            return over
+
+    def foreign(self) -> list[Foreign]:
+        """Everybody else who patched the same attributes, as far as can be seen."""
+        over = [
+            Foreign(gate.patch.where, describe(gate.current()), over=True)
+            for gate in self._gates
+            if not gate.in_place()
+        ]
+        return [*self._found, *over]
+
+
+def describe(function: object) -> str:
+    """Module, name and file of a function, through whatever wraps it."""
+    if function is MISSING:
+        return "somebody who deleted it"
+    function = _bare(function)
+    module = getattr(function, "__module__", None) or "?"
+    name = getattr(function, "__qualname__", None) or type(function).__qualname__
+    file = _file_of(function)
+    if file is not None:  # functools.wraps copies the original's module: trust the code
+        for loaded in list(sys.modules.values()):
+            if getattr(loaded, "__file__", None) == file:
+                module = loaded.__name__
+                break
+    return f"{module}.{name} ({file or 'no file'})"
+
+
+def _original(patch: Patch, before: object) -> Function:
+    """The function a patch replaces, or why it cannot be replaced."""
+    owner, attribute = patch.owner, patch.attribute
+    if before is MISSING:
+        found = inspect.getattr_static(owner, attribute, MISSING)
+        if found is MISSING:
+            raise PatchError(f"{patch.where}: does not exist; nothing to patch")
+        if not patch.define:
+            bases = owner.__mro__ if isinstance(owner, type) else ()
+            definer = next((b for b in bases if attribute in vars(b)), owner)
+            raise PatchError(
+                f"{patch.where}: is inherited; patch {_name_of(definer)}.{attribute}, "
+                "where it is defined, or say define=True"
+            )
+        before = found
+    function = _bare(before)
+    if not callable(function) or isinstance(before, property):
+        raise PatchError(
+            f"{patch.where}: is a {type(before).__name__}, expected a function"
+        )
+    return function
+
+
+def _bare(function: object) -> Any:
+    """The callable inside a ``staticmethod`` or ``classmethod``."""
+    if isinstance(function, staticmethod | classmethod):
+        return function.__func__
+    return function
+
+
+def _file_of(function: object) -> str | None:
+    # A wrapt proxy shows the wrapped function's code; who patched is its wrapper.
+    wrapper = getattr(function, "_self_wrapper", None)
+    code = getattr(wrapper if wrapper is not None else function, "__code__", None)
+    return getattr(code, "co_filename", None)
+
+
+def _belongs(function: object, owner: type | types.ModuleType) -> bool:
+    """Whether a function comes from the package that owns the attribute."""
+    name = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__
+    file = _file_of(function)
+    if file is None:  # built-in functions and callable objects carry only a name
+        module = getattr(function, "__module__", None) or name
+        return str(module).partition(".")[0] == name.partition(".")[0]
+    home = getattr(sys.modules.get(name), "__file__", None)
+    package = sys.modules.get(name.partition(".")[0])
+    roots = [Path(path) for path in getattr(package, "__path__", ())]
+    return file == home or any(root in Path(file).parents for root in roots)
+
+
+def _name_of(owner: type | types.ModuleType) -> str:
+    if isinstance(owner, types.ModuleType):
+        return owner.__name__
+    return f"{owner.__module__}.{owner.__qualname__}"
