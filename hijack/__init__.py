@@ -3,6 +3,7 @@
 from hijack.checkpoint.dialect import Certainty, Claim, Dialect
 from hijack.checkpoint.header import Header, TensorInfo
 from hijack.checkpoint.identify import Identification, identify
+from hijack.checkpoint.quantize import QuantizeReport, quantize_file
 from hijack.errors import HijackError
 from hijack.hooks import hookimpl
 from hijack.loading import LoadReport, load, save
@@ -24,6 +25,7 @@ __all__ = [
     "HijackError",
     "Identification",
     "LoadReport",
+    "QuantizeReport",
     "Scheme",
     "TensorInfo",
     "WrapReport",
@@ -33,6 +35,7 @@ __all__ = [
     "hookimpl",
     "identify",
     "load",
+    "quantize_file",
     "register",
     "save",
     "schemes",

@@ -115,6 +115,17 @@ class Dialect:
         """
         return {"weight": qdata, **params}
 
+    def fit_options(
+        self, shape: tuple[int, ...], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The options to quantize a weight with so that `encode` can spell it.
+
+        Args:
+            shape: (N, ...) of the dense weight.
+            options: the options asked for.
+        """
+        return dict(options)
+
 
 def native_claim(
     layer: str,

@@ -1,0 +1,269 @@
+"""Quantize a checkpoint file, one layer at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hijack.checkpoint.dialect import METADATA_KEY, Dialect, write_marker
+from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.identify import identify
+from hijack.checkpoint.reader import Paths, data_start, open_tensors, read_header
+from hijack.checkpoint.writer import CheckpointWriter, open_writer
+from hijack.errors import CheckpointError, DTypeError, HijackError
+from hijack.layers import DENSE_DTYPES, quantize_weight
+from hijack.registry import default_registry
+from hijack.scheme import Scheme
+
+#: Called with layers done, layers in all, and the name of the layer just done.
+Progress = Callable[[int, int, str], None]
+Patterns = str | Sequence[str] | None
+
+#: Bytes copied at a time.
+CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize_file` did.
+
+    Attributes:
+        layers: names of the layers that were quantized, in file order.
+        skipped: name of every other layer with a 2-D weight or more, and why.
+        bytes_before: size of all tensors of the source.
+        bytes_after: size of all tensors of the result.
+    """
+
+    layers: tuple[str, ...]
+    skipped: Mapping[str, str]
+    bytes_before: int
+    bytes_after: int
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.layers)} layers quantized, {len(self.skipped)} left dense, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
+        )
+
+
+def quantize_file(
+    src: Paths,
+    dst: str | os.PathLike[str],
+    scheme: str | Scheme = "blockwise_fp8",
+    *,
+    block_size: Any = None,
+    dialect: str | None = None,
+    loras: Sequence[Any] = (),
+    include: Patterns = None,
+    exclude: Patterns = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> QuantizeReport:
+    """Quantize the 2-D weights of a safetensors checkpoint.
+
+    Memory is bounded by the largest layer. Everything that is not quantized is copied
+    byte for byte, and metadata is kept.
+
+    Args:
+        src: a safetensors file, an index file, or a list of shards.
+        dst: the file to write; replaced only when the new one is whole.
+        scheme: a registered name, or a scheme.
+        block_size: the scheme's block size; None takes the scheme's default.
+        dialect: how to spell the quantized layers; None takes the scheme's first.
+        loras: LoRAs to merge first; none are supported yet.
+        include: fnmatch patterns on layer names; None includes every layer with a 2-D
+            floating weight. Layers of other dimensions are quantized if a pattern
+            names them.
+        exclude: fnmatch patterns on layer names to leave dense.
+        progress: called after each layer.
+        **options: further options of ``scheme.quantize``.
+
+    Returns:
+        Which layers were quantized, which not and why, and the sizes.
+
+    Raises:
+        CheckpointError: if the source is quantized already, nothing is left to
+            quantize, the dialect cannot spell a layer, or writing fails.
+        NonFiniteError: if a weight holds inf or NaN.
+        HijackError: of other kinds, naming the file or the layer.
+    """
+    if loras:
+        raise CheckpointError(
+            f"{dst}: got {len(loras)} LoRAs, merging them is not supported yet; merge "
+            "them into the source first"
+        )
+    chosen = default_registry().get(scheme)
+    header = read_header(src)
+    _refuse_same_file(header, Path(dst))
+    _refuse_quantized(header)
+    if block_size is not None:
+        options["block_size"] = block_size
+    job = _Job(header, chosen, chosen.dialect(dialect), options, include, exclude)
+    with open_writer(dst, job.plan, job.metadata()) as writer:
+        job.run(writer, progress)
+    after = sum(_size(dtype, shape) for dtype, shape in job.plan.values())
+    before = sum(info.end - info.begin for info in header.tensors.values())
+    return QuantizeReport(tuple(job.layers), job.skipped, before, after)
+
+
+class _Job:
+    """One conversion: what the result will hold, and how each part is made."""
+
+    def __init__(
+        self,
+        header: Header,
+        scheme: Scheme,
+        dialect: Dialect,
+        options: Mapping[str, Any],
+        include: Patterns,
+        exclude: Patterns,
+    ) -> None:
+        self.header, self.scheme, self.dialect = header, scheme, dialect
+        self.skipped: dict[str, str] = {}
+        self.layers: dict[str, dict[str, Any]] = {}
+        _check_matched(include, header)
+        for layer in header.layers():
+            info = header.tensors[join(layer, "weight")]
+            reason = _why_not(layer, info, include, exclude)
+            if reason is None:
+                self.layers[layer] = dialect.fit_options(info.shape, options)
+            elif len(info.shape) > 1:
+                self.skipped[layer] = reason
+        if not self.layers:
+            raise CheckpointError(
+                f"{header.source}: no layer is left to quantize; it has "
+                f"{len(self.skipped)} with weights of two dimensions or more; widen "
+                "include or narrow exclude"
+            )
+        self.params: dict[str, list[str]] = {}
+        self.plan = self._plan()
+
+    def _plan(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for key, info in self.header.tensors.items():
+            layer = key.removesuffix("weight").removesuffix(".")
+            if key == join(layer, "weight") and layer in self.layers:
+                meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
+                made = self._encode(layer, meta)
+                planned = {k: (t.dtype, tuple(t.shape)) for k, t in made.items()}
+            elif info.torch_dtype is None:
+                raise DTypeError(
+                    f"{key}: dtype {info.dtype} is not known to torch "
+                    f"{torch.__version__}; install a newer torch"
+                )
+            else:
+                planned = {key: (info.torch_dtype, info.shape)}
+            for name in planned.keys() & plan.keys():
+                raise CheckpointError(
+                    f"{name}: the dialect {self.dialect.name} would write it, and the "
+                    "source holds it already; is the source quantized?"
+                )
+            plan |= planned
+        return plan
+
+    def _encode(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
+        options = self.layers[layer]
+        qdata, params = quantize_weight(self.scheme, weight, options, layer)
+        self.params[layer] = list(params)
+        try:
+            tensors = self.dialect.encode(qdata, params, options)
+        except HijackError as error:
+            raise type(error)(f"{layer}: {error}") from error
+        return {join(layer, suffix): tensor for suffix, tensor in tensors.items()}
+
+    def metadata(self) -> dict[str, str]:
+        """The source's metadata, and markers where the dialect has any."""
+        metadata = dict(self.header.metadata)
+        if self.dialect.name == Dialect.name:
+            metadata[METADATA_KEY] = write_marker(
+                {
+                    layer: {"scheme": self.scheme.name, "params": self.params[layer]}
+                    for layer in self.layers
+                }
+            )
+        return metadata
+
+    def run(self, writer: CheckpointWriter, progress: Progress | None) -> None:
+        """Copy what stays and quantize the rest, in file order."""
+        done = 0
+        for key, info in self.header.tensors.items():
+            layer = key.removesuffix("weight").removesuffix(".")
+            if key != join(layer, "weight") or layer not in self.layers:
+                writer.write_bytes(key, _chunks(info))
+                continue
+            # mapped anew for each layer, so that its pages do not add up
+            weight = open_tensors(self.header)[key]
+            for name, tensor in self._encode(layer, weight).items():
+                writer.write(name, tensor)
+            done += 1
+            if progress is not None:
+                progress(done, len(self.layers), layer)
+
+
+def _why_not(
+    layer: str, info: TensorInfo, include: Patterns, exclude: Patterns
+) -> str | None:
+    if include is not None and not _matches(layer, include):
+        return "not included"
+    if _matches(layer, exclude):
+        return "excluded"
+    if info.torch_dtype not in DENSE_DTYPES:
+        return f"dtype {info.dtype}"
+    if include is None and len(info.shape) != 2:
+        return f"{len(info.shape)} dimensions"
+    return None if info.shape and 0 not in info.shape else "empty"
+
+
+def _matches(layer: str, patterns: Patterns) -> bool:
+    listed = [patterns] if isinstance(patterns, str) else patterns or ()
+    return any(fnmatch.fnmatchcase(layer, pattern) for pattern in listed)
+
+
+def _check_matched(include: Patterns, header: Header) -> None:
+    for pattern in [include] if isinstance(include, str) else include or ():
+        if not any(_matches(layer, pattern) for layer in header.layers()):
+            some = ", ".join(list(header.layers())[:3]) or "none"
+            raise CheckpointError(
+                f"include: pattern {pattern!r} matches no layer of {header.source}; "
+                f"layers are such as {some}"
+            )
+
+
+def _refuse_same_file(header: Header, dst: Path) -> None:
+    for path in {info.file for info in header.tensors.values()}:
+        if path is not None and dst.exists() and os.path.samefile(path, dst):
+            raise CheckpointError(
+                f"{dst}: is the source itself; expected another file to write to"
+            )
+
+
+def _refuse_quantized(header: Header) -> None:
+    found = identify(header)
+    claimed = [*found.layers, *found.ambiguous, *found.native]
+    if claimed or found.orphans:
+        first = claimed[0] if claimed else found.orphans[0]
+        raise CheckpointError(
+            f"{header.source}: is quantized already ({first}); expected dense weights; "
+            "quantize the original, or see `hijack identify`"
+        )
+
+
+def _chunks(info: TensorInfo) -> Iterator[bytes]:
+    if info.file is None:
+        raise CheckpointError("quantize_file reads files, got tensors in memory")
+    with info.file.open("rb") as file:
+        file.seek(data_start(info.file) + info.begin)
+        for left in range(info.end - info.begin, 0, -CHUNK):
+            yield file.read(min(CHUNK, left))
+
+
+def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape)
