@@ -25,7 +25,7 @@ References: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3; musubi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from schemes import _fp8_decode
 
 BlockSize = int | str | tuple[int, int]
 
@@ -148,11 +149,16 @@ def _grid(scale: tuple[int, ...]) -> tuple[int, int] | None:
     return None if rest else (rows, cols)
 
 
+def _as_grid(scale: Tensor) -> Tensor:
+    """Any scale as (ceil(N/R), ceil(K/C)); a view."""
+    return scale if scale.ndim == 2 else scale.view((*scale.shape, 1, 1)[:2])
+
+
 def _decode_scale(scale: Tensor) -> Tensor:
-    """Any scale as (N/R, K/C) float32."""
+    """A scale as float32; bytes are exponents."""
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
-    return scale.reshape(_grid(tuple(scale.shape)) or scale.shape).float()
+    return scale.float()
 
 
 def _expand(scale: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
@@ -236,7 +242,7 @@ class MusubiDialect(Dialect):
         scale = params["weight_scale"]
         given = options.get("block_size")
         # a block that is a whole row is a row, unless blocks were asked for
-        blocks = cols < k or (cols == DEFAULT_COLS and given not in (None, "row"))
+        blocks = cols < k or (cols == DEFAULT_COLS and given != "row")
         if (rows, cols) == (n, k) and (n > 1 or not blocks) and given != "row":
             return {"weight": qdata, "scale_weight": scale.view(())}
         if rows == 1 and "weight_block_size" not in params and qdata.ndim == 2:
@@ -366,9 +372,24 @@ class BlockwiseFP8(hijack.Scheme):
         """
         shape = _matrix(tuple(qdata.shape))
         size = block_size_of(qdata, params)
-        scale = _expand(_decode_scale(params["weight_scale"]), size, shape)
-        dense = qdata.reshape(shape).float() * scale  # (N, K) * (N or 1, K or 1)
-        return dense.to(dtype).view(qdata.shape)
+        codes, scale = qdata.reshape(shape), _as_grid(params["weight_scale"])
+        if _fp8_decode.can_decode(codes, scale, size) and dtype in _fp8_decode.DENSE:
+            dense = _fp8_decode.dequantize(codes, scale, size, dtype)  # (N, K)
+        else:
+            factor = _expand(_decode_scale(scale), size, shape)  # (N or 1, K or 1)
+            dense = (codes.float() * factor).to(dtype)  # (N, K)
+        return dense.view(qdata.shape)
+
+    def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
+        """Forwards that decode what they need: a piece of a Linear, rows of a table."""
+        layer = getattr(module, "_hijack", None)
+        base = type(module) if layer is None else layer.base
+        if base.forward is nn.Linear.forward:
+            return linear_forward
+        if base.forward is nn.Embedding.forward:
+            plain = module.max_norm is None and not module.sparse
+            return embedding_forward if plain else None
+        return None
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse dtypes the scheme has not, and scales that do not cover the weight."""
@@ -507,4 +528,61 @@ def _round_stochastic(x: Tensor, dtype: torch.dtype, random: torch.Generator) ->
     return (below + up) * step
 
 
-hijack.default_registry().register(BlockwiseFP8())
+# -- forwards --------------------------------------------------------------------------
+
+
+def linear_forward(self: Any, input: Tensor) -> Tensor:
+    """``nn.Linear.forward`` with a weight that is decoded piece by piece.
+
+    Args:
+        self: a module with ``weight`` (N, K), ``weight_scale`` and ``bias``.
+        input: (..., K).
+
+    Returns:
+        (..., N) of ``input``'s dtype.
+    """
+    weight, scale, bias = self.weight, _as_grid(self.weight_scale), self.bias
+    params = _params(self)
+    dtype = input.dtype if input.is_floating_point() else self._hijack.dtype
+    if bias is not None and bias.dtype != dtype:
+        bias = bias.to(dtype)
+    if not torch.compiler.is_compiling() and input.shape[-1:] == weight.shape[1:]:
+        size = block_size_of(weight, params)
+        if _fp8_decode.can_multiply(input, bias) and _fp8_decode.can_decode(
+            weight, scale, size
+        ):
+            return _fp8_decode.linear(input, weight, scale, size, bias)
+    return F.linear(input, self._hijack.scheme.dequantize(weight, params, dtype), bias)
+
+
+def embedding_forward(self: Any, input: Tensor) -> Tensor:
+    """``nn.Embedding.forward`` that decodes the rows asked for and no others.
+
+    Args:
+        self: a module with ``weight`` (N, K) and ``weight_scale``.
+        input: (...) int64 or int32.
+
+    Returns:
+        (..., K) of the dense weight's dtype.
+    """
+    weight, params = self.weight, _params(self)
+    rows, cols = block_size_of(weight, params)
+    index = input.reshape(-1)  # (M,)
+    found = {
+        "weight_scale": _as_grid(self.weight_scale)[index // rows],  # (M, K/C)
+        "weight_block_size": weight.new_empty((1, cols, 0), dtype=torch.uint8),
+    }
+    codes = weight.view(torch.uint8)[index].view(weight.dtype)  # (M, K)
+    dense = self._hijack.scheme.dequantize(codes, found, self._hijack.dtype)
+    result: Tensor = dense.view(*input.shape, weight.shape[1])
+    return result
+
+
+def _params(module: Any) -> dict[str, Tensor]:
+    """The scheme's parameters of a module, as they are now."""
+    params = {"weight_scale": module.weight_scale}
+    marker = getattr(module, "weight_block_size", None)
+    return params if marker is None else {**params, "weight_block_size": marker}
+
+
+hijack.register(BlockwiseFP8())

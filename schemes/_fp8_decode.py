@@ -1,0 +1,247 @@
+"""Decode FP8 on the CPU with integer operations, bit for bit as cast and multiply.
+
+torch casts FP8 to bfloat16 one element at a time, which takes longer than the matrix
+product it is for. But the bits of an FP8 number, moved to the right place, are those of
+a bfloat16 or float32 number whose exponent has another bias ::
+
+    e4m3       s eeee mmm            (-1)^s * 2^(e-7)   * 1.mmm
+    bfloat16   s 0000eeee mmm0000    (-1)^s * 2^(e-127) * 1.mmm
+
+so sign extension, a shift, a mask and a multiplication by scale * 2^(127-7) decode it,
+subnormal numbers and zeros as well. It fails for the codes of inf and NaN, for scales
+so large that the power of two overflows, and where the processor flushes subnormal
+numbers to zero; `can_decode` says no to these.
+
+Everything goes through buffers that each thread keeps between calls, so that a weight
+is never held dense as a whole.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+#: FP8 dtype to (left shift within 16 bits, 127 - bias of the exponent, first code that
+#: is no finite number).
+FORMATS = {torch.float8_e4m3fn: (4, 120, 0x7F), torch.float8_e5m2: (5, 112, 0x7C)}
+#: Scales that are exact in bfloat16, so that the product may be formed in it.
+NARROW = (torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
+#: Dtypes that can be decoded to.
+DENSE = (torch.float32, torch.bfloat16, torch.float16)
+#: Bytes decoded between two products where that fits the cache: one thread, few rows.
+TILE_BYTES = 1 << 20
+TILE_ROWS = 128
+#: Bytes decoded between two products otherwise.
+PIECE_BYTES = 1 << 25
+#: Scales converted at a time.
+FACTORS = 1 << 17
+#: Elements an operation may have before torch splits it over its threads, and waits.
+GRAIN = 1 << 15
+#: Elements decoded at a time on one thread.
+CHUNK = 1 << 19
+#: Narrower blocks have too many scales to be worth it.
+MIN_COLS = 8
+
+_SUBNORMAL = 5e-324
+_PLAIN = (Tensor, nn.Parameter)
+_local = threading.local()
+#: Weights without inf and NaN: id to the tensor, its version and its memory.
+_clean: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
+
+
+def can_decode(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> bool:
+    """Whether the integer decode is available and exact for these tensors.
+
+    Args:
+        codes: (N, ...) float8_e4m3fn or float8_e5m2.
+        scale: (ceil(N/R), ceil(K/C)).
+        size: (R, C), the block size.
+    """
+    if torch.compiler.is_compiling() or type(codes) not in _PLAIN:
+        return False
+    return (
+        codes.device.type == "cpu" == scale.device.type
+        and type(scale) in _PLAIN
+        and size[1] >= MIN_COLS
+        and codes.numel() > 0
+        and codes.dtype in FORMATS
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
+        and _SUBNORMAL * 1.0 != 0.0  # subnormal numbers are not flushed to zero
+        and _scale_fits(scale)
+        and _is_clean(codes)
+    )
+
+
+def _scale_fits(scale: Tensor) -> bool:
+    if scale.dtype in (torch.uint8, torch.float8_e8m0fnu):
+        return int(scale.view(torch.uint8).max()) < 127 + 7
+    least, most = scale.detach().aminmax()
+    return float(least) > -128 and float(most) < 128  # False for NaN
+
+
+def _is_clean(codes: Tensor) -> bool:
+    """Whether all codes are finite; looked at once per content of a tensor."""
+    # tensors made in inference mode have no version; nothing but finite codes is
+    # ever written into those by hijack
+    version = -1 if codes.is_inference() else codes._version
+    now = (version, codes.data_ptr())
+    known = _clean.get(id(codes))
+    if known is not None and known[0]() is codes and known[1:] == now:
+        return True
+    limit = FORMATS[codes.dtype][2] * 2
+    for part in torch.split(codes.detach().view(torch.uint8).reshape(-1), CHUNK):
+        if int((part * 2).max()) >= limit:  # drops the sign
+            return False
+    if len(_clean) > 10_000:
+        for key in [key for key, entry in _clean.items() if entry[0]() is None]:
+            del _clean[key]
+    _clean[id(codes)] = (weakref.ref(codes), *now)
+    return True
+
+
+def dequantize(
+    codes: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """Codes times scales; the product is formed in float32 and rounded once.
+
+    Args:
+        codes: (N, K), for which `can_decode` holds.
+        scale: (ceil(N/R), ceil(K/C)).
+        size: (R, C), the block size.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        (N, K) of ``dtype``.
+    """
+    n, k = codes.shape
+    out = torch.empty((n, k), dtype=dtype, device="cpu")
+    for rows in _pieces(n, max(FACTORS // scale.shape[1], 1)):
+        _decode(codes, scale, size, rows, out[rows])
+    return out
+
+
+def linear(
+    x: Tensor, codes: Tensor, scale: Tensor, size: tuple[int, int], bias: Tensor | None
+) -> Tensor:
+    """``F.linear`` with a weight in FP8, which is decoded piece by piece.
+
+    Args:
+        x: (..., K) float32, bfloat16 or float16; `can_multiply` holds.
+        codes: (N, K), for which `can_decode` holds.
+        scale: (ceil(N/R), ceil(K/C)).
+        size: (R, C), the block size.
+        bias: (N,) of ``x``'s dtype, or None.
+
+    Returns:
+        (..., N) of ``x``'s dtype.
+    """
+    n, k = codes.shape
+    out = x.new_empty((*x.shape[:-1], n))
+    flat_x, flat_out = x.detach().reshape(-1, k), out.view(-1, n)  # (M, K), (M, N)
+    tiled = torch.get_num_threads() == 1 and flat_x.shape[0] <= TILE_ROWS
+    limit = (TILE_BYTES if tiled else PIECE_BYTES) // (k * x.element_size())
+    step = min(max(min(limit, FACTORS // scale.shape[1]), 1), n)
+    buffer = _buffer("weight", step * k, x.dtype).view(step, k)
+    for rows in _pieces(n, step):
+        dense = buffer[: rows.stop - rows.start]  # (n', K)
+        _decode(codes, scale, size, rows, dense)
+        if bias is None:
+            torch.mm(flat_x, dense.t(), out=flat_out[:, rows])
+        else:
+            torch.addmm(bias.detach()[rows], flat_x, dense.t(), out=flat_out[:, rows])
+    return out
+
+
+def can_multiply(x: Tensor, bias: Tensor | None) -> bool:
+    """Whether `linear` may be used: no gradient flows, and nobody listens."""
+    if type(x) not in _PLAIN or x.device.type != "cpu" or not x.numel():
+        return False
+    grad = x.requires_grad or (bias is not None and bias.requires_grad)
+    return (
+        x.dtype in DENSE
+        and not (grad and torch.is_grad_enabled())
+        and not torch.is_autocast_enabled("cpu")
+        and forward_ad._current_level < 0
+    )
+
+
+def _decode(
+    codes: Tensor, scale: Tensor, size: tuple[int, int], rows: slice, out: Tensor
+) -> None:
+    """Write some rows of (N, K) codes times scales to (n, K) ``out``."""
+    shift, exponent, _ = FORMATS[codes.dtype]
+    integer, real = torch.int16, torch.bfloat16
+    if out.dtype != torch.bfloat16 or scale.dtype not in NARROW:
+        shift, integer, real = shift + 16, torch.int32, torch.float32
+    k = codes.shape[1]
+    step = min(_chunk_rows(k), out.shape[0])
+    # out itself, or as much of the wider type as is decoded at a time
+    wide = out if out.dtype == real else _buffer("wide", step * k, real).view(step, k)
+    factor = _factor(scale, size[0], rows, exponent).to(real)  # (n, ceil(K/C))
+    mask = (0x7F << shift) + torch.iinfo(integer).min  # sign, exponent and mantissa
+    parts = (codes.detach()[rows].view(torch.int8), factor, out)
+    for code, scales, dense in zip(
+        *(torch.split(part, step) for part in parts), strict=True
+    ):
+        product = dense if wide is out else wide[: dense.shape[0]]
+        number = product.view(integer)
+        number.copy_(code)  # extends the sign
+        number.mul_(1 << shift)  # shifts; torch vectorises this, not the shift
+        number.bitwise_and_(mask)
+        _multiply(product, scales, size[1])
+        if product is not dense:
+            dense.copy_(product)
+
+
+def _factor(scale: Tensor, block_rows: int, rows: slice, exponent: int) -> Tensor:
+    """Scales of some rows times 2**exponent: a new (n, ceil(K/C)), still exact."""
+    first, last = rows.start // block_rows, (rows.stop - 1) // block_rows
+    part = scale.detach()[first : last + 1]
+    if part.dtype == torch.uint8:
+        part = part.view(torch.float8_e8m0fnu)
+    if part.dtype != torch.bfloat16:
+        part = part.float()
+    part = part * 2.0**exponent
+    if block_rows == 1:
+        return part
+    index = torch.arange(rows.start, rows.stop, device="cpu") // block_rows - first
+    return part[index]
+
+
+def _multiply(dense: Tensor, factor: Tensor, cols: int) -> None:
+    """Multiply (n, K) in place by (n, ceil(K/C)), each factor C times."""
+    whole = dense.shape[1] // cols  # blocks that are not short
+    edge = whole * cols
+    if edge == dense.shape[1]:
+        dense.view(-1, whole, cols).mul_(factor[:, :, None])
+        return
+    if whole:
+        dense[:, :edge].view(-1, whole, cols).mul_(factor[:, :whole, None])
+    dense[:, edge:].mul_(factor[:, whole:])
+
+
+def _chunk_rows(k: int) -> int:
+    return max((CHUNK if torch.get_num_threads() == 1 else GRAIN) // k, 1)
+
+
+def _pieces(n: int, step: int) -> Iterator[slice]:
+    for start in range(0, n, step):
+        yield slice(start, min(start + step, n))
+
+
+def _buffer(name: str, numel: int, dtype: torch.dtype) -> Tensor:
+    """Uninitialised memory of this thread, the same at every call."""
+    nbytes = numel * dtype.itemsize
+    kept: Tensor | None = getattr(_local, name, None)
+    if kept is None or kept.numel() < nbytes:
+        with torch.inference_mode(False):  # else it could not be written outside
+            kept = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        setattr(_local, name, kept)
+    return kept[:nbytes].view(dtype)
