@@ -6,6 +6,7 @@ from hijack.checkpoint.identify import Identification, identify
 from hijack.checkpoint.quantize import QuantizeReport, quantize_file
 from hijack.errors import HijackError
 from hijack.hooks import hookimpl
+from hijack.hosts import HostStatus, patch, status, unpatch
 from hijack.loading import LoadReport, load, save
 from hijack.registry import (
     create_registry,
@@ -23,6 +24,7 @@ __all__ = [
     "Dialect",
     "Header",
     "HijackError",
+    "HostStatus",
     "Identification",
     "LoadReport",
     "QuantizeReport",
@@ -35,10 +37,13 @@ __all__ = [
     "hookimpl",
     "identify",
     "load",
+    "patch",
     "quantize_file",
     "register",
     "save",
     "schemes",
+    "status",
+    "unpatch",
     "unregister",
     "unwrap",
     "wrap_model",

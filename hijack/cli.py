@@ -1,0 +1,263 @@
+"""The command line: quantize, identify, schemes, doctor, demo."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hijack
+from hijack.checkpoint.identify import Identification, block_text
+from hijack.checkpoint.quantize import Progress
+from hijack.errors import HijackError
+
+DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+VARIABLES = ("HIJACK_DISABLE", "HIJACK_STRICT")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments without the program's name; default is those of the process.
+
+    Returns:
+        The exit status: 0 done, 1 refused with a message, 2 wrong arguments.
+    """
+    args = _parser().parse_args(argv)
+    _load_schemes()
+    try:
+        status: int = args.run(args)
+    except HijackError as error:
+        print(f"hijack: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
+        return 0
+    return status
+
+
+def parse_block_size(text: str) -> Any:
+    """``1x64`` or ``128x128`` as (rows, cols), ``64`` as an int, ``row``, ``tensor``.
+
+    Raises:
+        argparse.ArgumentTypeError: for anything else.
+    """
+    if text in ("row", "tensor"):
+        return text
+    parts = text.lower().split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected ROWSxCOLS such as 1x64 or 128x128, a number of "
+            "columns, row, or tensor"
+        )
+    numbers = tuple(map(int, parts))
+    return numbers if len(numbers) == 2 else numbers[0]
+
+
+# -- commands ----------------------------------------------------------------------------
+
+
+def _quantize(args: argparse.Namespace) -> int:
+    options: dict[str, Any] = {}
+    if args.dtype is not None:
+        options["dtype"] = DTYPES[args.dtype]
+    if Path(args.dst).exists() and not args.force:
+        print(f"hijack: {args.dst}: exists; pass --force to replace it", file=sys.stderr)
+        return 1
+    with progress_bar("quantizing") as progress:
+        report = hijack.quantize_file(
+            args.src if len(args.src) > 1 else args.src[0],
+            args.dst,
+            args.scheme,
+            block_size=args.block_size,
+            dialect=args.dialect,
+            include=args.include,
+            exclude=args.exclude,
+            progress=progress,
+            **options,
+        )
+    for layer, reason in report.skipped.items():
+        if args.verbose:
+            print(f"left dense: {layer} ({reason})")
+    print(report)
+    return 0
+
+
+def _identify(args: argparse.Namespace) -> int:
+    found = hijack.identify(args.path if len(args.path) > 1 else args.path[0])
+    print(found.to_json() if args.json else _describe(found, args.verbose))
+    return 1 if found.ambiguous or found.orphans else 0
+
+
+def _describe(found: Identification, verbose: bool) -> str:
+    lines = [f"{found.source}: {found.tensors} tensors"]
+    rows = [[s, d, b, str(n)] for s, d, b, n in found.groups()]
+    if rows:
+        lines.append(table(["scheme", "dialect", "block", "layers"], rows))
+    else:
+        lines.append("no layer is claimed by a scheme")
+    if verbose:
+        rows = [
+            [layer, c.scheme, block_text(c.block_size), "; ".join(c.evidence)]
+            for layer, c in found.layers.items()
+        ]
+        lines.append(table(["layer", "scheme", "block", "evidence"], rows))
+    if found.native:
+        lines.append(f"{len(found.native)} layers are marked for ComfyUI's own reader")
+    for layer, claims in found.ambiguous.items():
+        names = ", ".join(claim.scheme for claim in claims)
+        lines.append(f"ambiguous: {layer}: claimed equally by {names}")
+    if found.unscaled:
+        lines.append(
+            f"{len(found.unscaled)} layers hold codes that no scheme reads, such as "
+            f"{found.unscaled[0]}"
+        )
+    lines += [f"orphan: {key}: a scale that no scheme reads" for key in found.orphans]
+    return "\n".join(lines)
+
+
+def _schemes(args: argparse.Namespace) -> int:
+    rows = [
+        [name, ", ".join(d.name for d in scheme.all_dialects()), scheme.origin]
+        for name, scheme in sorted(hijack.schemes().items())
+    ]
+    print(table(["scheme", "dialects", "from"], rows))
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    registry = hijack.default_registry()
+    print(f"hijack {_version()} in {Path(hijack.__file__).parent}")
+    print(f"python {platform.python_version()}, torch {torch.__version__}")
+    for name in ("safetensors", "pluggy", "wrapt"):
+        print(f"{name} {importlib.metadata.version(name)}")
+    for variable in VARIABLES:
+        print(f"{variable}={os.environ.get(variable, '')}")
+    print(f"schemes: {', '.join(sorted(registry.schemes())) or 'none'}")
+    for status in hijack.status().values():
+        print(status)
+    for problem in registry.problems:
+        print(problem)
+    return 1 if registry.problems else 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from hijack.demo import run_demo
+
+    run_demo(Path(args.out))
+    return 0
+
+
+# -- services ----------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Progress]:
+    """A progress callback: a tqdm bar where tqdm is installed, else plain text."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield _plain_progress
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        return
+    bar = tqdm(total=0, desc=what, unit="layer", disable=None)
+
+    def advance(done: int, total: int, layer: str) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    with bar:
+        yield advance
+
+
+def _plain_progress(done: int, total: int, layer: str) -> None:
+    if sys.stderr.isatty():
+        print(f"\r{done}/{total} {layer[-50:]:<50}", end="", file=sys.stderr)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows in columns; columns of numbers are aligned to the right."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [
+        len(column) > 1 and all(cell[:1].isdigit() and "x" not in cell for cell in column[1:])
+        for column in columns
+    ]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def _load_schemes() -> None:
+    """Register the reference scheme where no installed entry point did."""
+    if "blockwise_fp8" not in hijack.schemes():
+        import schemes.blockwise_fp8  # noqa: F401 - registers itself
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("comfyui-hijack")
+    except importlib.metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "hijack", description="Quantize, identify and load checkpoints of any format."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    quantize = commands.add_parser("quantize", help="quantize a safetensors checkpoint")
+    quantize.add_argument("src", nargs="+", help="file, index, or shards")
+    quantize.add_argument("dst", help="file to write")
+    quantize.add_argument("--scheme", default="blockwise_fp8", help="see `hijack schemes`")
+    quantize.add_argument(
+        "--block-size",
+        type=parse_block_size,
+        metavar="SIZE",
+        help="1x64 (default), 128x128, row, tensor",
+    )
+    quantize.add_argument("--dtype", choices=DTYPES, help="code dtype, default e4m3")
+    quantize.add_argument("--dialect", help="default is the scheme's first")
+    for name in ("include", "exclude"):
+        quantize.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="PATTERN",
+            help=f"layers to {name}, such as 'transformer_blocks.*'; may be repeated",
+        )
+    quantize.add_argument("--force", action="store_true", help="replace an existing file")
+    quantize.add_argument("-v", "--verbose", action="store_true", help="name what is left")
+    quantize.set_defaults(run=_quantize)
+
+    identify = commands.add_parser("identify", help="say what a checkpoint is, and why")
+    identify.add_argument("path", nargs="+", help="file, index, or shards")
+    identify.add_argument("--json", action="store_true", help="everything, as JSON")
+    identify.add_argument("-v", "--verbose", action="store_true", help="name every layer")
+    identify.set_defaults(run=_identify)
+
+    schemes = commands.add_parser("schemes", help="list the schemes that are registered")
+    schemes.set_defaults(run=_schemes)
+    doctor = commands.add_parser("doctor", help="versions, plugins, hosts and problems")
+    doctor.set_defaults(run=_doctor)
+    demo = commands.add_parser("demo", help="quantize a small model and show the error")
+    demo.add_argument("--out", default="hijack-demo", help="folder for files and picture")
+    demo.set_defaults(run=_demo)
+    return parser
