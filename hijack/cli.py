@@ -63,7 +63,7 @@ def parse_block_size(text: str) -> Any:
     return numbers if len(numbers) == 2 else numbers[0]
 
 
-# -- commands ----------------------------------------------------------------------------
+# -- commands --------------------------------------------------------------------------
 
 
 def _quantize(args: argparse.Namespace) -> int:
@@ -71,7 +71,9 @@ def _quantize(args: argparse.Namespace) -> int:
     if args.dtype is not None:
         options["dtype"] = DTYPES[args.dtype]
     if Path(args.dst).exists() and not args.force:
-        print(f"hijack: {args.dst}: exists; pass --force to replace it", file=sys.stderr)
+        print(
+            f"hijack: {args.dst}: exists; pass --force to replace it", file=sys.stderr
+        )
         return 1
     with progress_bar("quantizing") as progress:
         report = hijack.quantize_file(
@@ -157,7 +159,7 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
-# -- services ----------------------------------------------------------------------------
+# -- services --------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -190,7 +192,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     columns = list(zip(head, *rows, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [
-        len(column) > 1 and all(cell[:1].isdigit() and "x" not in cell for cell in column[1:])
+        len(column) > 1
+        and all(cell[:1].isdigit() and "x" not in cell for cell in column[1:])
         for column in columns
     ]
 
@@ -227,7 +230,9 @@ def _parser() -> argparse.ArgumentParser:
     quantize = commands.add_parser("quantize", help="quantize a safetensors checkpoint")
     quantize.add_argument("src", nargs="+", help="file, index, or shards")
     quantize.add_argument("dst", help="file to write")
-    quantize.add_argument("--scheme", default="blockwise_fp8", help="see `hijack schemes`")
+    quantize.add_argument(
+        "--scheme", default="blockwise_fp8", help="see `hijack schemes`"
+    )
     quantize.add_argument(
         "--block-size",
         type=parse_block_size,
@@ -243,21 +248,31 @@ def _parser() -> argparse.ArgumentParser:
             metavar="PATTERN",
             help=f"layers to {name}, such as 'transformer_blocks.*'; may be repeated",
         )
-    quantize.add_argument("--force", action="store_true", help="replace an existing file")
-    quantize.add_argument("-v", "--verbose", action="store_true", help="name what is left")
+    quantize.add_argument(
+        "--force", action="store_true", help="replace an existing file"
+    )
+    quantize.add_argument(
+        "-v", "--verbose", action="store_true", help="name what is left"
+    )
     quantize.set_defaults(run=_quantize)
 
     identify = commands.add_parser("identify", help="say what a checkpoint is, and why")
     identify.add_argument("path", nargs="+", help="file, index, or shards")
     identify.add_argument("--json", action="store_true", help="everything, as JSON")
-    identify.add_argument("-v", "--verbose", action="store_true", help="name every layer")
+    identify.add_argument(
+        "-v", "--verbose", action="store_true", help="name every layer"
+    )
     identify.set_defaults(run=_identify)
 
-    schemes = commands.add_parser("schemes", help="list the schemes that are registered")
+    schemes = commands.add_parser(
+        "schemes", help="list the schemes that are registered"
+    )
     schemes.set_defaults(run=_schemes)
     doctor = commands.add_parser("doctor", help="versions, plugins, hosts and problems")
     doctor.set_defaults(run=_doctor)
     demo = commands.add_parser("demo", help="quantize a small model and show the error")
-    demo.add_argument("--out", default="hijack-demo", help="folder for files and picture")
+    demo.add_argument(
+        "--out", default="hijack-demo", help="folder for files and picture"
+    )
     demo.set_defaults(run=_demo)
     return parser

@@ -62,7 +62,7 @@ def make_model(seed: int = 0) -> nn.Sequential:
 
 @torch.no_grad()
 def _spread(weight: Tensor) -> None:
-    """Fill with a Student t of 4 degrees of freedom; 1 % of the columns are 8 x larger."""
+    """Fill with a Student t of 4 degrees of freedom, 1 % of the columns 8 x larger."""
     tails = torch.distributions.StudentT(4.0).sample(weight.shape)
     columns = torch.rand(weight.shape[1]) < 0.01
     weight.copy_(tails * (1 + 7 * columns) / math.sqrt(2 * weight.shape[1]))
@@ -106,9 +106,13 @@ def run_demo(folder: Path) -> None:
     print()
     print(_layer_table(results))
     print()
-    print(table(["format", "MB", "mean weight SQNR dB", "model output SQNR dB"], summary))
+    print(
+        table(["format", "MB", "mean weight SQNR dB", "model output SQNR dB"], summary)
+    )
     picture = _plot(results, folder / "error-per-layer.png")
-    print(f"\npicture: {picture}" if picture else "\nno picture: matplotlib is not there")
+    print(
+        f"\npicture: {picture}" if picture else "\nno picture: matplotlib is not there"
+    )
 
 
 @torch.no_grad()
@@ -158,7 +162,7 @@ def sqnr_db(reference: Tensor, actual: Tensor) -> float:
 
 def _own_tensors(module: Wrapped) -> list[Tensor]:
     names = module._hijack.names
-    return [module.weight, *(module.get_buffer(name) for name in names)]  # type: ignore[list-item]
+    return [module.weight, *(module.get_buffer(name) for name in names)]
 
 
 def _megabytes(path: Path) -> str:

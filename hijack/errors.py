@@ -8,7 +8,7 @@
     │   ├── UnknownSchemeError(KeyError)   nobody registered that name
     │   └── NonFiniteError                 a weight holds inf or NaN
     ├── ShapeError(ValueError)             tensors do not fit each other
-    ├── DTypeError(TypeError)              a tensor has a dtype the operation cannot take
+    ├── DTypeError(TypeError)              a tensor has a dtype nobody can take
     ├── ModuleError(ValueError)            a module cannot be wrapped, or is not wrapped
     ├── CheckpointError(ValueError)        a file or state dict cannot be used
     │   ├── HeaderError                    its header is malformed

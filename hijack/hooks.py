@@ -1,11 +1,12 @@
 """The contract: which questions hijack asks its plugins, and when.
 
-A plugin is any object whose methods are marked with `hookimpl`; a `hijack.Scheme` is one
-already. Plugins decide once per file, module or host. What they answer is bound, so no
-hook runs in a forward.
+A plugin is any object whose methods are marked with `hookimpl`; a `hijack.Scheme` is
+one already. Plugins decide once per file, module or host. What they answer is bound, so
+no hook runs in a forward.
 
-Below the contract stands the generic wrapping it serves: `Wrapped` is mixed into the class
-of any module to take over its parameters and its forward, `wrap_init` its construction.
+Below the contract stands the generic wrapping it serves: `Wrapped` is mixed into the
+class of any module to take over parameters and forward, `wrap_init` takes over its
+construction.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ class HookSpecs:
     ) -> Claim | None:
         """Say which scheme, if any, reads one module's tensors.
 
-        Called once per module while a state dict is loaded, by hosts that load module by
-        module. The first answer other than None wins.
+        Called once per module while a state dict is loaded, by hosts that load module
+        by module. The first answer other than None wins.
 
         Args:
             module: the module about to load; its weight may be missing or on meta.
@@ -151,7 +152,7 @@ class HookSpecs:
         """
 
 
-# -- the generic wrapping: parameters and forward ----------------------------------------
+# -- the generic wrapping: parameters and forward --------------------------------------
 
 
 @dataclasses.dataclass
@@ -182,12 +183,13 @@ class Layer:
 class Wrapped(nn.Module):
     """Mixed into the class of a module whose weight is quantized.
 
-    ``weight`` holds the codes, buffers beside it the scheme's other tensors. ``forward``
-    is a plain function of the generated class, because that alone survives
+    ``weight`` holds the codes, buffers beside it the scheme's other tensors.
+    ``forward`` is a plain function of the generated class, because that alone survives
     ``torch.compile``, export, deepcopy, ``torch.save`` and spawn, and costs nothing.
     """
 
     _hijack: Layer
+    weight: nn.Parameter
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move the quantized tensors with the module, but never cast them.
@@ -203,7 +205,9 @@ class Wrapped(nn.Module):
             if id(tensor) not in own:
                 return fn(tensor)
             probe = fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
-            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+            return (
+                fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+            )
 
         dense = fn(torch.empty(0, dtype=layer.dtype, device=weight.device))
         super()._apply(guarded, recurse)  # type: ignore[no-untyped-call]
@@ -263,7 +267,7 @@ class Wrapped(nn.Module):
         return (_unbound, (self._hijack.base,), *reduced[2:])
 
     def __setstate__(self, state: Any) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         bind(self)
 
 
@@ -273,8 +277,19 @@ def _unbound(base: type[nn.Module]) -> nn.Module:
     return unbound.__new__(unbound)
 
 
-@functools.cache
 def _wrapped_class(
+    base: type[nn.Module], scheme_name: str, forward: Callable[..., Any]
+) -> type[nn.Module]:
+    key = base, scheme_name, forward
+    if key not in _CLASSES:
+        _CLASSES[key] = _make_class(*key)
+    return _CLASSES[key]
+
+
+_CLASSES: dict[tuple[type, str, Callable[..., Any]], type[nn.Module]] = {}
+
+
+def _make_class(
     base: type[nn.Module], scheme_name: str, forward: Callable[..., Any]
 ) -> type[nn.Module]:
     namespace: dict[str, Any] = {"forward": forward, "__module__": __name__}
@@ -284,7 +299,7 @@ def _wrapped_class(
 
 
 def bind(module: nn.Module) -> None:
-    """Give a module that has its quantized tensors the class that knows their forward."""
+    """Give a module with quantized tensors the class that knows their forward."""
     from hijack.registry import default_registry
 
     layer: Layer = module.__dict__["_hijack"]
@@ -383,7 +398,7 @@ def _reset_parameters(self: Any) -> None:
     recreate(self)
 
 
-# -- the generic wrapping: construction --------------------------------------------------
+# -- the generic wrapping: construction ------------------------------------------------
 
 
 def wrap_init(

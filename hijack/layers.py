@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from hijack.checkpoint.dialect import native_claim
 from hijack.checkpoint.header import Header
-from hijack.errors import DTypeError, HijackError, NonFiniteError, SchemeError, ShapeError
+from hijack.errors import (
+    DTypeError,
+    HijackError,
+    NonFiniteError,
+    SchemeError,
+    ShapeError,
+)
 from hijack.hooks import Layer, Wrapped, bind, dense_weight
 from hijack.registry import default_registry
 from hijack.scheme import Scheme
@@ -19,6 +25,7 @@ Quantized = tuple[Tensor, dict[str, Tensor]]
 
 #: Dtypes a dense weight may have.
 DENSE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 def quantize_weight(
     scheme: Scheme, weight: Tensor, options: Mapping[str, Any], where: str
@@ -60,7 +67,9 @@ def quantize_weight(
     return _checked(made, scheme, where)
 
 
-def install(module: nn.Module, layer: Layer, qdata: Tensor, params: dict[str, Tensor]) -> None:
+def install(
+    module: nn.Module, layer: Layer, qdata: Tensor, params: dict[str, Tensor]
+) -> None:
     """Put quantized tensors into a module and bind its forward.
 
     Args:
@@ -75,8 +84,8 @@ def install(module: nn.Module, layer: Layer, qdata: Tensor, params: dict[str, Te
     for name in params:
         if name == "weight" or hasattr(module, name):
             raise SchemeError(
-                f"scheme {layer.scheme.name}: parameter {name!r} is already an attribute "
-                f"of {layer.base.__name__}; give it another name in quantize"
+                f"scheme {layer.scheme.name}: parameter {name!r} is already an "
+                f"attribute of {layer.base.__name__}; give it another name in quantize"
             )
     layer.names = tuple(params)
     set_tensors(module, qdata, params)
@@ -107,7 +116,7 @@ def take_tensors(
 
     Args:
         module: the module; gets room for tensors of another shape or dtype.
-        state_dict: full keys; the weight may be in any of the scheme's dialects, or dense.
+        state_dict: full keys; the weight in any dialect of the scheme, or dense.
         prefix: the module's prefix, ending with a dot; "" for a root.
         assign: whether the tensors will be taken as they are instead of copied.
 
@@ -117,7 +126,9 @@ def take_tensors(
     scheme, where = module._hijack.scheme, prefix[:-1] or "weight"
     header = Header.from_state_dict(state_dict)
     claim = scheme.recognise(header, prefix[:-1])
-    if claim is None and all(prefix + name in state_dict for name in module._hijack.names):
+    if claim is None and all(
+        prefix + name in state_dict for name in module._hijack.names
+    ):
         claim = native_claim(prefix[:-1], scheme.name, module._hijack.names)
     weight = state_dict[prefix + "weight"]
     if claim is None or weight.dtype in DENSE_DTYPES:
@@ -168,7 +179,7 @@ def dense_shape(scheme: Scheme, made: Quantized) -> tuple[int, ...] | None:
     return tuple(dense.shape)
 
 
-# -- details -----------------------------------------------------------------------------
+# -- details ---------------------------------------------------------------------------
 
 
 def _replace(module: nn.Module, made: Quantized, device: torch.device | None) -> None:
@@ -198,8 +209,8 @@ def _check_finite(weight: Tensor, where: str) -> None:
     finite = torch.isfinite(weight)
     if not bool(finite.all()):
         raise NonFiniteError(
-            f"{where}: weight holds inf or NaN; got {int((~finite).sum())} non-finite of "
-            f"{weight.numel()} values, expected none; repair or exclude the layer"
+            f"{where}: weight holds inf or NaN; got {int((~finite).sum())} non-finite "
+            f"of {weight.numel()} values, expected none; repair or exclude the layer"
         )
 
 

@@ -24,7 +24,9 @@ from hijack.layers import DENSE_DTYPES, Quantized, check_shape, install, restore
 from hijack.registry import default_registry
 from hijack.scheme import Scheme
 
-Source = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
+Source = (
+    str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +122,7 @@ def save(
     write_checkpoint(path, tensors, metadata)
 
 
-# -- details -----------------------------------------------------------------------------
+# -- details ---------------------------------------------------------------------------
 
 
 def _open(source: Source) -> tuple[Header, Mapping[str, Tensor]]:
@@ -147,7 +149,12 @@ class _Plan:
         claims: Mapping[str, Claim],
         tensors: Mapping[str, Tensor],
     ) -> None:
-        self.model, self.header, self.claims, self.tensors = model, header, claims, tensors
+        self.model, self.header, self.claims, self.tensors = (
+            model,
+            header,
+            claims,
+            tensors,
+        )
         self.modules = dict(model.named_modules())
         used = {key for claim in claims.values() for key in claim.keys.values()}
         self.dense = [key for key in header.tensors if key not in used]
@@ -177,7 +184,7 @@ class _Plan:
         current = self.model.state_dict()
         expected = set(current)
         tied = _tied_names(self.model)
-        for name, claim in self.claims.items():
+        for name in self.claims:
             if name in self.modules:
                 expected.discard(join(name, "weight"))
         for name, module in self.modules.items():
@@ -192,7 +199,11 @@ class _Plan:
         )
         self.unexpected = tuple(
             [key for key in self.dense if key not in current]
-            + [c.keys["weight"] for n, c in self.claims.items() if n not in self.modules]
+            + [
+                c.keys["weight"]
+                for n, c in self.claims.items()
+                if n not in self.modules
+            ]
         )
         if strict and (self.missing or self.unexpected):
             raise CheckpointError(

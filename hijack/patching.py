@@ -233,7 +233,7 @@ def _original(patch: Patch, before: object) -> Function:
                 "where it is defined, or say define=True"
             )
         before = found
-    function = _bare(before)
+    function: Function = _bare(before)
     if not callable(function) or isinstance(before, property):
         raise PatchError(
             f"{patch.where}: is a {type(before).__name__}, expected a function"
@@ -262,7 +262,8 @@ def _belongs(function: object, owner: type | types.ModuleType) -> bool:
     if file is None:  # built-in functions and callable objects carry only a name
         module = getattr(function, "__module__", None) or name
         return str(module).partition(".")[0] == name.partition(".")[0]
-    home = getattr(sys.modules.get(name), "__file__", None)
+    defined_in = owner if isinstance(owner, types.ModuleType) else sys.modules.get(name)
+    home = getattr(defined_in, "__file__", None)
     package = sys.modules.get(name.partition(".")[0])
     roots = [Path(path) for path in getattr(package, "__path__", ())]
     return file == home or any(root in Path(file).parents for root in roots)

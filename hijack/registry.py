@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from hijack.checkpoint.dialect import Claim
 from hijack.checkpoint.header import Header
-from hijack.errors import DuplicateSchemeError, PluginError, SchemeError, UnknownSchemeError
+from hijack.errors import (
+    DuplicateSchemeError,
+    PluginError,
+    SchemeError,
+    UnknownSchemeError,
+)
 from hijack.hooks import PROJECT, HookSpecs
 from hijack.scheme import Scheme
 
@@ -62,7 +67,7 @@ class Registry:
         self._pending_entry_points = entry_points
         self.problems: list[Problem] = []
 
-    # -- registration --------------------------------------------------------------------
+    # -- registration ------------------------------------------------------------------
 
     def register(self, scheme: Scheme, origin: str | None = None) -> Scheme:
         """Add a scheme and return it.
@@ -86,7 +91,9 @@ class Registry:
             )
         scheme.origin = origin or type(scheme).__module__
         self._schemes[scheme.name] = scheme
-        if not disabled(scheme.name):  # a disabled scheme can be used, but claims nothing
+        if not disabled(
+            scheme.name
+        ):  # a disabled scheme can be used, but claims nothing
             self._pm.register(scheme, name=f"scheme:{scheme.name}")
         return scheme
 
@@ -147,7 +154,7 @@ class Registry:
         else:
             self.add_plugin(plugin, entry.name)
 
-    # -- look-up -------------------------------------------------------------------------
+    # -- look-up -----------------------------------------------------------------------
 
     def get(self, scheme: str | Scheme) -> Scheme:
         """The scheme of that name; a scheme itself is returned as it is.
@@ -163,8 +170,8 @@ class Registry:
         except KeyError:
             known = ", ".join(sorted(self._schemes)) or "none"
             raise UnknownSchemeError(
-                f"unknown scheme {scheme!r}; registered are: {known}; import the module "
-                "that registers it, or install the plugin"
+                f"unknown scheme {scheme!r}; registered are: {known}; import the "
+                "module that registers it, or install the plugin"
             ) from None
 
     def schemes(self) -> dict[str, Scheme]:
@@ -172,7 +179,7 @@ class Registry:
         self.load_entry_points()
         return dict(self._schemes)
 
-    # -- decisions -----------------------------------------------------------------------
+    # -- decisions ---------------------------------------------------------------------
 
     def identify(self, header: Header) -> list[Claim]:
         """All claims of all plugins to the layers of a checkpoint."""
@@ -182,7 +189,7 @@ class Registry:
             answer = self._guard(
                 impl.plugin_name, "identify", impl.function, header=header
             )
-            claims.extend(answer or ())
+            claims.extend(answer if isinstance(answer, list) else ())
         return claims
 
     def select_scheme(
@@ -235,10 +242,15 @@ class Registry:
             kwargs={"host": host, "version": version}
         )
 
-    # -- failing plugins -----------------------------------------------------------------
+    # -- failing plugins ---------------------------------------------------------------
 
     def _guard(
-        self, plugin: str, doing: str, call: Callable[..., _T], *args: Any, **kwargs: Any
+        self,
+        plugin: str,
+        doing: str,
+        call: Callable[..., _T],
+        *args: Any,
+        **kwargs: Any,
     ) -> _T | None:
         """Run a plugin's code; a failure is logged and kept, or raised if strict."""
         try:

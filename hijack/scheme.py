@@ -70,7 +70,7 @@ class Scheme(abc.ABC):
             A tensor of the weight's original shape, on ``qdata``'s device.
         """
 
-    # -- defaults a scheme may replace ---------------------------------------------------
+    # -- defaults a scheme may replace -------------------------------------------------
 
     def create_params(
         self,
@@ -110,9 +110,7 @@ class Scheme(abc.ABC):
             {name: torch.zeros_like(t, device=device) for name, t in params.items()},
         )
 
-    def validate(
-        self, qdata: Tensor, params: Mapping[str, Tensor], where: str
-    ) -> None:
+    def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse tensors of a file that do not fit each other.
 
         Args:
@@ -123,6 +121,7 @@ class Scheme(abc.ABC):
         Raises:
             HijackError: of a fitting kind. The default accepts everything.
         """
+        return None
 
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Choose a forward for a module that is being wrapped.
@@ -140,7 +139,7 @@ class Scheme(abc.ABC):
             if claim is not None:
                 yield claim
 
-    # -- services ------------------------------------------------------------------------
+    # -- services ----------------------------------------------------------------------
 
     def recognise(self, header: Header, layer: str) -> Claim | None:
         """The best founded claim of any of the scheme's dialects to one layer."""
@@ -218,11 +217,12 @@ class Scheme(abc.ABC):
     def __repr__(self) -> str:
         return f"<scheme {self.name}>"
 
-    # -- a scheme is its own plugin ------------------------------------------------------
+    # -- a scheme is its own plugin ----------------------------------------------------
 
     @hookimpl
     def hijack_register_schemes(self, registry: Registry) -> None:
         """A registered scheme has nothing more to register."""
+        return None
 
     @hookimpl
     def hijack_identify(self, header: Header) -> list[Claim]:

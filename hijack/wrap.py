@@ -48,7 +48,7 @@ class WrapReport:
         )
 
 
-# -- public operations -------------------------------------------------------------------
+# -- public operations -----------------------------------------------------------------
 
 
 def wrap_module(module: M, scheme: str | Scheme, **options: Any) -> M:
@@ -140,8 +140,8 @@ def wrap_model(
 def unwrap(module: M) -> M:
     """Make a module, or every wrapped module in a model, dense again.
 
-    Class, ``__dict__`` and parameters are then those of a module that was never wrapped;
-    the weight is the dequantized one.
+    Class, ``__dict__`` and parameters are then those of a module never wrapped; the
+    weight is the dequantized one.
 
     Args:
         module: a wrapped module, or a model; one without wrapped modules is unchanged.
@@ -199,19 +199,25 @@ def matches(name: str, patterns: Patterns) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in listed)
 
 
-# -- details -----------------------------------------------------------------------------
+# -- details ---------------------------------------------------------------------------
 
 
 class _Nursery:
     """The modules constructed inside one ``building`` context."""
 
     def __init__(
-        self, scheme: Scheme, include: Patterns, exclude: Patterns, options: dict[str, Any]
+        self,
+        scheme: Scheme,
+        include: Patterns,
+        exclude: Patterns,
+        options: dict[str, Any],
     ) -> None:
         self.scheme, self.include, self.exclude = scheme, include, exclude
         self.options = options
         self.modules: list[weakref.ref[nn.Module]] = []
-        self.births: dict[int, tuple[tuple[Any, ...], dict[str, Any], torch.device]] = {}
+        self.births: dict[
+            int, tuple[tuple[Any, ...], dict[str, Any], torch.device]
+        ] = {}
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
@@ -270,7 +276,9 @@ class _Nursery:
         made = default_registry().create_params(module, self.scheme)
         if made is None:
             shape = tuple(weight.shape)
-            made = self.scheme.create_params(shape, weight.dtype, device, **self.options)
+            made = self.scheme.create_params(
+                shape, weight.dtype, device, **self.options
+            )
         elif not weight.is_meta:  # the model put a weight of its own there
             made = quantize_weight(self.scheme, weight, self.options, where)
         _install(module, self.scheme, weight, made, self.options)
@@ -330,7 +338,9 @@ def _install(
 def _why_not(module: nn.Module, scheme: Scheme) -> str | None:
     """Why a module cannot be wrapped with a scheme, or None."""
     if isinstance(module, Wrapped):
-        return f"it is wrapped with {module._hijack.scheme.name} already; unwrap it first"
+        return (
+            f"it is wrapped with {module._hijack.scheme.name} already; unwrap it first"
+        )
     if not isinstance(module, scheme.targets):
         names = ", ".join(target.__name__ for target in scheme.targets)
         return f"{type(module).__name__} is no target; expected one of {names}"
@@ -369,8 +379,8 @@ def _check_patterns(
         if not any(fnmatch.fnmatchcase(name, pattern) for name in targets):
             some = ", ".join(list(targets)[:5]) or "none"
             raise ModuleError(
-                f"include: pattern {pattern!r} matches no module {scheme.name} can wrap; "
-                f"the model has {len(targets)}, such as {some}"
+                f"include: pattern {pattern!r} matches no module {scheme.name} can "
+                f"wrap; the model has {len(targets)}, such as {some}"
             )
 
 

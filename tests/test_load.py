@@ -168,7 +168,9 @@ def test_missing_and_unexpected_keys_are_errors_unless_allowed(saved):
     tensors["9.weight"] = torch.zeros(2)
     fresh = make()
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
-    with pytest.raises(CheckpointError, match=r"missing 1 \(1.bias\); unexpected 1 \(9"):
+    with pytest.raises(
+        CheckpointError, match=r"missing 1 \(1.bias\); unexpected 1 \(9"
+    ):
         hijack.load(fresh, tensors)
     assert all(torch.equal(v, before[k]) for k, v in fresh.state_dict().items())
     report = hijack.load(fresh, tensors, strict=False)
@@ -183,7 +185,9 @@ def test_a_scale_nobody_reads_is_an_error(saved):
     with pytest.raises((UnconsumedScaleError, CheckpointError), match=r"0\."):
         hijack.load(make(), tensors, strict=False)
     tensors["0.weight_scale_inv"] = tensors.pop("0.scale_of_weight")
-    with pytest.raises(UnconsumedScaleError, match=r"no scheme reads 0.weight_scale_inv"):
+    with pytest.raises(
+        UnconsumedScaleError, match=r"no scheme reads 0.weight_scale_inv"
+    ):
         hijack.load(make(), tensors)
 
 
@@ -194,7 +198,7 @@ def test_a_scale_nobody_reads_is_an_error(saved):
         (
             {"0.weight": torch.ones(64, 64).to(torch.float8_e4m3fn)},
             ShapeError,
-            r"0: blockwise_fp8 codes decode to .*\(64, 64\), the module expects \(64, 128",
+            r"0: blockwise_fp8 codes .*\(64, 64\), the module expects \(64, 128",
         ),
     ],
 )
@@ -211,7 +215,9 @@ def test_a_checkpoint_of_another_shape_leaves_the_model_alone(
 def test_codes_for_a_module_the_scheme_does_not_target_are_refused(saved):
     """The error names the module's type."""
     fresh = nn.Sequential(nn.Bilinear(8, 16, 64), nn.LayerNorm(64), nn.Linear(64, 32))
-    with pytest.raises(ModuleError, match=r"^0: .*codes for a Bilinear, expected one of"):
+    with pytest.raises(
+        ModuleError, match=r"^0: .*codes for a Bilinear, expected one of"
+    ):
         hijack.load(fresh, saved[1])
 
 
@@ -259,6 +265,6 @@ def test_save_refuses_a_dialect_that_cannot_spell_a_layer(tmp_path):
     path = tmp_path / "x.safetensors"
     with pytest.raises(CheckpointError, match="musubi"):
         hijack.save(model, path, dialect="musubi")
-    with pytest.raises(CheckpointError, match="unknown dialect 'nix'.*hijack, musubi"):
+    with pytest.raises(CheckpointError, match=r"unknown dialect 'nix'.*hijack, musubi"):
         hijack.save(model, path, dialect="nix")
     assert list(tmp_path.iterdir()) == []

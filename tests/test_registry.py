@@ -80,7 +80,10 @@ def test_unregister_forgets_and_frees_the_name(registry):
 @pytest.mark.parametrize(
     ("thing", "message"),
     [
-        (Plain, r"got the class Plain, expected an instance; write register\(Plain\(\)\)"),
+        (
+            Plain,
+            r"got the class Plain, expected an instance; write register\(Plain\(\)\)",
+        ),
         (object(), "got object, expected an instance"),
         (type("Bad", (Plain,), {"name": "two words"})(), "name is 'two words'"),
     ],
@@ -113,7 +116,7 @@ def test_a_plugin_that_fails_leaves_nothing_behind(registry):
             registry.register(Plain())
             raise OSError("disk on fire")
 
-    with pytest.raises(PluginError, match="plugin bad.*OSError: disk on fire"):
+    with pytest.raises(PluginError, match=r"plugin bad.*OSError: disk on fire"):
         registry.add_plugin(Plugin(), "bad")
     assert registry.schemes() == {}
     registry.add_plugin(types.SimpleNamespace(), "bad")

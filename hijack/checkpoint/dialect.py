@@ -1,8 +1,8 @@
 """Dialects: how a writer of checkpoints spells a scheme's tensors.
 
 A dialect is the only place where the names and shapes of a file meet the names and
-shapes of a scheme. The base class is the *native* dialect every scheme has: keys are the
-scheme's own names, and header metadata says which scheme wrote each layer.
+shapes of a scheme. The base class is the *native* dialect every scheme has: keys are
+the scheme's own names, and header metadata says which scheme wrote each layer.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Claim:
 class Dialect:
     """The native dialect, and the base of all others.
 
-    A subclass overrides `recognise`, `decode` and `encode`. ``recognise`` sees shapes and
-    dtypes only; ``decode`` and ``encode`` must not copy tensor data where a view will do
-    and must work on meta tensors, because shapes of files are planned with them.
+    A subclass overrides `recognise`, `decode` and `encode`. ``recognise`` sees shapes
+    and dtypes only; ``decode`` and ``encode`` must not copy tensor data where a view
+    will do, and must work on meta tensors, because files are planned with them.
     """
 
     name = "hijack"
@@ -147,8 +147,8 @@ def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
     """Text for header metadata `METADATA_KEY`; `native_marker` reads it.
 
     Args:
-        layers: layer to ``{"scheme": name, "params": names, "block_size": [R, C]}``; the
-            block size may be left out.
+        layers: layer to ``{"scheme": name, "params": names}``, and ``"block_size"`` if
+            there is one.
     """
     return json.dumps({"version": 1, "layers": layers}, sort_keys=True)
 

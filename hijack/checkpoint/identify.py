@@ -101,7 +101,9 @@ class Identification:
         )
 
 
-def identify(source: Paths | Header, registry: Registry | None = None) -> Identification:
+def identify(
+    source: Paths | Header, registry: Registry | None = None
+) -> Identification:
     """Find out from the header alone which scheme reads which layer.
 
     Args:
@@ -122,7 +124,9 @@ def identify(source: Paths | Header, registry: Registry | None = None) -> Identi
     for claim in registry.identify(header):
         by_layer.setdefault(claim.layer, []).append(claim)
     native = tuple(
-        layer for layer in header.layers() if join(layer, NATIVE_MARKER) in header.tensors
+        layer
+        for layer in header.layers()
+        if join(layer, NATIVE_MARKER) in header.tensors
     )
     layers: dict[str, Claim] = {}
     ambiguous: dict[str, tuple[Claim, ...]] = {}
@@ -166,7 +170,7 @@ def block_text(block_size: tuple[int, int] | None) -> str:
 def _orphans(
     header: Header, used: set[str], native: set[str], claimed: set[str]
 ) -> tuple[str, ...]:
-    """Scales that belong to no layer anybody reads; activations' scales may go unused."""
+    """Scales of no layer that anybody reads; activations' scales may go unused."""
     found = []
     for key in header.tensors:
         layer, _, name = key.rpartition(".")

@@ -43,7 +43,7 @@ def read_header(source: Paths) -> Header:
         The header of all shards together, with ``config.json`` if it lies beside them.
 
     Raises:
-        HeaderError: if a file is missing, is no safetensors file, or contradicts itself.
+        HeaderError: if a file is missing, no safetensors file, or contradicts itself.
     """
     paths = _shards(source)
     tensors: dict[str, TensorInfo] = {}
@@ -53,7 +53,7 @@ def read_header(source: Paths) -> Header:
         twice = tensors.keys() & found.keys()
         if twice:
             raise HeaderError(
-                f"{path}: holds {min(twice)!r}, which another shard holds too; expected "
+                f"{path}: holds {min(twice)!r}, as another shard does; expected "
                 "each tensor in one file; leave one of the files out"
             )
         tensors |= found
@@ -119,7 +119,7 @@ def data_start(path: Path) -> int:
         return 8 + int.from_bytes(file.read(8), "little")
 
 
-# -- which files -------------------------------------------------------------------------
+# -- which files -----------------------------------------------------------------------
 
 
 def _shards(source: Paths) -> list[Path]:
@@ -140,20 +140,30 @@ def _indexed(path: Path) -> list[Path]:
         raise HeaderError(f"{path}: has no weight_map, expected key to file name")
     shards = []
     for name in dict.fromkeys(weight_map.values()):
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        if (
+            not isinstance(name, str)
+            or name in ("", ".", "..")
+            or "/" in name
+            or "\\" in name
+        ):
             raise HeaderError(
                 f"{path}: names the shard {name!r}, expected a file in the same folder"
             )
         shard = path.parent / name
-        if shard.is_symlink() and shard.resolve().parent != path.parent.resolve():
-            # hub caches link shards into a blobs folder of their own, beside snapshots
-            if "snapshots" not in path.parent.absolute().parts:
-                raise HeaderError(
-                    f"{path}: the shard {name!r} is a link out of its folder; replace it "
-                    "by the file"
-                )
+        if _leads_out(shard):
+            raise HeaderError(
+                f"{path}: the shard {name!r} is a link out of its folder; replace it by "
+                "the file"
+            )
         shards.append(shard)
     return shards
+
+
+def _leads_out(shard: Path) -> bool:
+    """Whether a shard is a link elsewhere; a hub's cache links its own files so."""
+    folder = shard.parent.absolute()
+    inside = shard.resolve().parent == folder.resolve()
+    return shard.is_symlink() and not inside and "snapshots" not in folder.parts
 
 
 def _read_json(path: Path) -> Any:
@@ -176,7 +186,7 @@ def _config(folder: Path) -> Mapping[str, object] | None:
     return config if isinstance(config, dict) else None
 
 
-# -- one file ----------------------------------------------------------------------------
+# -- one file --------------------------------------------------------------------------
 
 
 def _read_one(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
@@ -205,7 +215,7 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
     length = int.from_bytes(head, "little")
     if length > min(size - 8, MAX_HEADER):
         raise HeaderError(
-            f"{path}: the header is said to be {length} bytes long, in a file of {size}; "
+            f"{path}: the header is said to be {length} bytes, in a file of {size}; "
             "the file is truncated or no safetensors file; download it again"
         )
     return file.read(length)
@@ -223,7 +233,9 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     except ValueError as error:
         raise HeaderError(f"{path}: the header is not JSON; {error}") from error
     if not isinstance(table, dict):
-        raise HeaderError(f"{path}: the header is {type(table).__name__}, expected a table")
+        raise HeaderError(
+            f"{path}: the header is {type(table).__name__}, expected a table"
+        )
     return table
 
 
@@ -243,20 +255,26 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _metadata(path: Path, table: Any) -> dict[str, str]:
-    if not isinstance(table, dict) or not all(isinstance(v, str) for v in table.values()):
+    if not isinstance(table, dict) or not all(
+        isinstance(v, str) for v in table.values()
+    ):
         raise HeaderError(f"{path}: __metadata__ must map strings to strings")
     return table
 
 
 def _tensor_info(path: Path, key: str, entry: Any) -> TensorInfo:
     where = f"{path}: {key}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(
+        entry
+    ):
         raise HeaderError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if dtype not in DTYPES and dtype not in _BITS:
         raise HeaderError(f"{where}: unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise HeaderError(f"{where}: shape {shape} or data_offsets {offsets} are malformed")
+        raise HeaderError(
+            f"{where}: shape {shape} or data_offsets {offsets} are malformed"
+        )
     begin, end = offsets
     known = DTYPES.get(dtype)
     bits = _BITS.get(dtype) or (known.itemsize * 8 if known else 8)
@@ -278,14 +296,15 @@ def _check_layout(path: Path, infos: Mapping[str, TensorInfo], size: int) -> Non
     end = 0
     for key, info in ordered:
         if info.begin != end:
-            what = "overlaps the tensor before it" if info.begin < end else "leaves a hole"
+            what = (
+                "overlaps the tensor before it" if info.begin < end else "leaves a hole"
+            )
             raise HeaderError(
                 f"{path}: {key}: begins at byte {info.begin}, expected {end}; it {what}"
             )
         end = info.end
     if end != size:
         raise HeaderError(
-            f"{path}: tensors take {end} bytes, the file has {size}; it is truncated or "
-            "damaged; download it again"
+            f"{path}: tensors take {end} bytes, the file has {size}; it is truncated "
+            "or damaged; download it again"
         )
-

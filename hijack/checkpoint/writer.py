@@ -23,7 +23,9 @@ Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 class CheckpointWriter:
     """Writes the tensors of a plan, in any order, into a file of that exact size."""
 
-    def __init__(self, descriptor: int, plan: Plan, metadata: Mapping[str, str]) -> None:
+    def __init__(
+        self, descriptor: int, plan: Plan, metadata: Mapping[str, str]
+    ) -> None:
         self._descriptor = descriptor
         self._plan = plan
         header, self._offsets, end = _layout(plan, metadata)
@@ -42,13 +44,13 @@ class CheckpointWriter:
         if (tensor.dtype, tuple(tensor.shape)) != planned:
             raise CheckpointError(
                 f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, planned were "
-                f"{planned[0]} {planned[1]}; the scheme gives other tensors for data than "
-                "for a meta tensor"
+                f"{planned[0]} {planned[1]}; the scheme gives other tensors for data "
+                "than for a meta tensor"
             )
         data = tensor.detach().cpu().contiguous()
         if data.numel():
             raw = data.reshape(-1).view(torch.uint8)
-            self._put(memoryview(raw.numpy()), self._start + self._offsets[key])
+            self._put(raw.numpy().data, self._start + self._offsets[key])
         self._missing.discard(key)
 
     def write_bytes(self, key: str, chunks: Iterator[bytes]) -> None:
@@ -107,7 +109,9 @@ def open_writer(
         with contextlib.suppress(OSError):
             os.unlink(name)
         if isinstance(error, OSError):
-            raise CheckpointError(f"{path}: cannot be written; {error.strerror}") from error
+            raise CheckpointError(
+                f"{path}: cannot be written; {error.strerror}"
+            ) from error
         raise
     _sync_folder(path.parent)
 
@@ -141,7 +145,9 @@ def _layout(
     Widest dtype first, as safetensors itself orders, so that every tensor is aligned
     without holes.
     """
-    unknown = next((k for k, (dtype, _) in plan.items() if dtype not in DTYPE_NAMES), None)
+    unknown = next(
+        (k for k, (dtype, _) in plan.items() if dtype not in DTYPE_NAMES), None
+    )
     if unknown is not None:
         raise CheckpointError(
             f"{unknown}: safetensors has no name for {plan[unknown][0]}; convert it"
@@ -168,7 +174,9 @@ def _temporary(path: Path) -> tuple[int, str]:
     try:
         if path.is_dir():
             raise CheckpointError(f"{path}: is a folder, expected a file name")
-        return tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        return tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".part", dir=path.parent
+        )
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written; {error.strerror}") from error
 
