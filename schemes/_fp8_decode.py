@@ -99,10 +99,8 @@ def _is_clean(codes: Tensor) -> bool:
     for part in torch.split(codes.detach().view(torch.uint8).reshape(-1), CHUNK):
         if int((part * 2).max()) >= limit:  # drops the sign
             return False
-    if len(_clean) > 10_000:
-        for key in [key for key, entry in _clean.items() if entry[0]() is None]:
-            del _clean[key]
-    _clean[id(codes)] = (weakref.ref(codes), *now)
+    key = id(codes)
+    _clean[key] = (weakref.ref(codes, lambda _: _clean.pop(key, None)), *now)
     return True
 
 

@@ -33,7 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hijack
-from hijack.checkpoint.dialect import Certainty, Claim, Dialect
+import hijack.hosts
+from hijack.checkpoint.dialect import Claim
 from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.errors import (
     CheckpointError,
@@ -43,245 +44,24 @@ from hijack.errors import (
     ShapeError,
 )
 from schemes import _fp8_decode
+from schemes._fp8_files import (
+    FP8_DTYPES,
+    POWER_DTYPES,
+    SCALE_DTYPES,
+    BlockSize,
+    MusubiDialect,
+    as_grid,
+    block_size_of,
+    decode_scale,
+    infer_block_size,
+    matrix_shape,
+    parse_block_size,
+)
 
-BlockSize = int | str | tuple[int, int]
-
-FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
-SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-#: Scales that are powers of two: read, never written. uint8 holds the exponent's bits.
-POWER_DTYPES = (torch.float8_e8m0fnu, torch.uint8)
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8
-#: musubi-tuner's blocks are 1 x 64.
-DEFAULT_COLS = 64
-#: Elements quantized or decoded at a time, so that temporaries stay in the cache.
+#: Elements quantized at a time, so that temporaries stay in the cache.
 CHUNK = 1 << 18
-
-
-# -- blocks --------------------------------------------------------------------------
-
-
-def parse_block_size(block_size: BlockSize, shape: tuple[int, int]) -> tuple[int, int]:
-    """A block size as (rows, cols), no larger than the weight.
-
-    Args:
-        block_size: (rows, cols), an int n for (1, n), ``"1x64"``, ``"row"`` or
-            ``"tensor"``.
-        shape: (N, K) of the weight.
-
-    Raises:
-        SchemeError: if it is none of these or not positive.
-    """
-    size: Any = block_size
-    if isinstance(size, str):
-        words = {"row": (1, shape[1]), "tensor": shape}
-        size = words.get(size) or tuple(map(_int_or_zero, size.lower().split("x")))
-    if isinstance(size, int):
-        size = (1, size)
-    numbers = isinstance(size, (list, tuple)) and all(type(n) is int for n in size)
-    if not numbers or len(size) != 2 or min(size) < 1:
-        raise SchemeError(
-            f"block_size: got {block_size!r}, expected (rows, cols) of positive ints, "
-            "an int n for (1, n), 'ROWSxCOLS', 'row' or 'tensor'"
-        )
-    return min(size[0], max(shape[0], 1)), min(size[1], max(shape[1], 1))
-
-
-def block_size_of(qdata: Tensor, params: Mapping[str, Tensor]) -> tuple[int, int]:
-    """The block size of quantized tensors, as (rows, cols).
-
-    Args:
-        qdata: (N, ...) codes.
-        params: ``weight_scale`` and, where blocks are short, ``weight_block_size``.
-
-    Raises:
-        ShapeError: if the scale does not cover the weight.
-    """
-    marker = params.get("weight_block_size")
-    marker_shape = None if marker is None else tuple(marker.shape)
-    return _block_size(
-        tuple(qdata.shape), tuple(params["weight_scale"].shape), marker_shape
-    )
-
-
-def _block_size(
-    weight: tuple[int, ...], scale: tuple[int, ...], marker: tuple[int, ...] | None
-) -> tuple[int, int]:
-    n, k = _matrix(weight)
-    grid = _grid(scale)
-    if marker is not None:
-        if len(marker) != 3 or min(marker[:2]) < 1 or marker[2] != 0:
-            raise ShapeError(
-                f"weight_block_size: has shape {marker}, expected (rows, cols, 0)"
-            )
-        rows, cols = marker[0], marker[1]
-        if grid != (-(-n // rows), -(-k // cols)):
-            raise ShapeError(
-                f"weight_scale: is {scale}, expected {(-(-n // rows), -(-k // cols))} "
-                f"for weight {weight} and block_size {(rows, cols)}; was it saved with "
-                "another block_size?"
-            )
-        return rows, cols
-    if grid is None or 0 in grid or n % grid[0] or k % grid[1]:
-        raise ShapeError(
-            f"weight_scale: is {scale}, which does not divide weight {weight}; a block "
-            "size cannot be inferred from such a grid, expected weight_block_size too"
-        )
-    return n // grid[0], k // grid[1]
-
-
-def _int_or_zero(word: str) -> int:
-    return int(word) if word.isdecimal() else 0
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(N, K) of a weight's shape; all but the first dimension are flattened."""
-    n = shape[0] if shape else 1
-    k = 1
-    for size in shape[1:]:
-        k *= size
-    return n, k
-
-
-def _grid(scale: tuple[int, ...]) -> tuple[int, int] | None:
-    """Rows and columns of a scale; one dimension is one scale per row."""
-    rows, cols, *rest = (*scale, 1, 1)[: max(len(scale), 2)]
-    return None if rest else (rows, cols)
-
-
-def _as_grid(scale: Tensor) -> Tensor:
-    """Any scale as (ceil(N/R), ceil(K/C)); a view."""
-    return scale if scale.ndim == 2 else scale.view((*scale.shape, 1, 1)[:2])
-
-
-def _decode_scale(scale: Tensor) -> Tensor:
-    """A scale as float32; bytes are exponents."""
-    if scale.dtype == torch.uint8:
-        scale = scale.view(torch.float8_e8m0fnu)
-    return scale.float()
-
-
-def _expand(scale: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Tensor:
-    """Repeat each scale over its block: (N/R, K/C) to a view or copy of (N, K)."""
-    for dim in (0, 1):
-        if scale.shape[dim] != 1:
-            scale = scale.repeat_interleave(size[dim], dim)[:, : shape[1]]
-    return scale[: shape[0]]
-
-
-# -- files -----------------------------------------------------------------------------
-
-
-class MusubiDialect(Dialect):
-    """What musubi-tuner writes: ``X.weight`` and ``X.scale_weight``, and no marker.
-
-    The scale is (N, K/C, 1) for 1 x C blocks; (N, 1) per row, where C does not divide
-    K; and 0-d for a whole weight, where that is not 2-D. A scalar may as well be from
-    another writer (Kijai's files have the same keys): it decodes the same.
-    """
-
-    name = "musubi"
-
-    def recognise(
-        self, scheme: hijack.Scheme, header: Header, layer: str
-    ) -> Claim | None:
-        """Claim FP8 layers with a ``scale_weight`` of one of the three shapes.
-
-        Layers that ComfyUI's own markers claim stay ComfyUI's, except for 1 x C blocks,
-        which ComfyUI cannot read.
-        """
-        key = join(layer, "weight")
-        weight = header.tensors[key]
-        # musubi replaces every ".weight", so "a.weight_mod" has its scale elsewhere
-        odd = key.replace(".weight", ".scale_weight")
-        keys = (k for k in (join(layer, "scale_weight"), odd) if k in header.tensors)
-        scale_key = next(keys, None)
-        if scale_key is None or weight.torch_dtype not in FP8_DTYPES:
-            return None
-        scale = header.tensors[scale_key]
-        n, k = _matrix(weight.shape)
-        shape = scale.shape
-        certainty = Certainty.UNIQUE
-        if scale.torch_dtype not in SCALE_DTYPES:
-            return None
-        if len(shape) == 3 and shape[0] == n and shape[2] == 1 and shape[1]:
-            if k % shape[1]:
-                return None
-            block = (1, k // shape[1])
-        elif _marked(header, layer):
-            return None
-        elif shape == (n, 1) and n > 1:
-            block = (1, k)
-        elif shape in ((), (1,), (1, 1)):
-            block, certainty = (n, k), Certainty.FITS
-        else:
-            return None
-        found = f"{weight.dtype} with scale_weight {scale.dtype} {list(shape)}"
-        roles = {"weight": key, "scale_weight": scale_key}
-        return Claim(layer, scheme.name, self.name, roles, block, certainty, (found,))
-
-    def decode(
-        self, claim: Claim, tensors: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """View the scale as the scheme's grid."""
-        weight, scale = tensors["weight"], tensors["scale_weight"]
-        shape = (*scale.shape, 1, 1)[:2]  # (N, K/C, 1), (N, 1), (1,) or ()
-        return weight, {"weight_scale": scale.view(shape)}
-
-    def encode(
-        self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
-    ) -> dict[str, Tensor]:
-        """View the grid as musubi-tuner's scale.
-
-        Raises:
-            CheckpointError: if the blocks are not 1 x C with C dividing K, nor a row,
-                nor the whole weight.
-        """
-        n, k = _matrix(tuple(qdata.shape))
-        rows, cols = block_size_of(qdata, params)
-        scale = params["weight_scale"]
-        given = options.get("block_size")
-        # a block that is a whole row is a row, unless blocks were asked for
-        blocks = cols < k or (cols == DEFAULT_COLS and given != "row")
-        if (rows, cols) == (n, k) and (n > 1 or not blocks) and given != "row":
-            return {"weight": qdata, "scale_weight": scale.view(())}
-        if rows == 1 and "weight_block_size" not in params and qdata.ndim == 2:
-            shape = (n, k // cols, 1) if blocks else (n, 1)
-            return {"weight": qdata, "scale_weight": scale.view(shape)}
-        raise CheckpointError(
-            f"dialect musubi: cannot write blocks of {rows}x{cols} for weight "
-            f"{tuple(qdata.shape)}, expected 1 x C with C dividing {k}, 'row' or "
-            "'tensor'; write it in dialect 'hijack', or choose another block_size"
-        )
-
-    def fit_options(
-        self, shape: tuple[int, ...], options: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The options musubi-tuner would use: per row where its blocks do not divide.
-
-        Writers of files ask before they quantize; `encode` refuses what does not fit.
-
-        Args:
-            shape: (N, ...) of the dense weight.
-            options: as for ``quantize``.
-        """
-        n, k = _matrix(shape)
-        size = options.get("block_size", (1, DEFAULT_COLS))
-        rows, cols = parse_block_size(size, (n, k))
-        if len(shape) != 2:
-            size = "tensor"
-        elif rows == 1 and k % cols:
-            size = "row"
-        return {**options, "block_size": size}
-
-
-def _marked(header: Header, layer: str) -> bool:
-    """Whether ComfyUI's markers, of today or the older kind, claim the layer."""
-    parts = layer.split(".")
-    prefixes = (".".join(parts[:n]) for n in range(len(parts) + 1))
-    return join(layer, "comfy_quant") in header.tensors or any(
-        join(prefix, "scaled_fp8") in header.tensors for prefix in prefixes
-    )
 
 
 # -- the scheme ----------------------------------------------------------------------
@@ -325,30 +105,28 @@ class BlockwiseFP8(hijack.Scheme):
             NonFiniteError: if the weight holds inf or NaN.
         """
         scale_dtype = _check_options(weight, dtype, scale_dtype)
-        n, k = _matrix(tuple(weight.shape))
+        n, k = matrix_shape(tuple(weight.shape))
         rows, cols = parse_block_size(block_size, (n, k))
-        matrix = weight.detach().reshape(n, k)
-        grid = (-(-n // rows), -(-k // cols))
+        params = _empty_params((n, k), (rows, cols), scale_dtype, weight.device)
         qdata = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        scale = torch.empty(grid, dtype=scale_dtype, device=weight.device)
-        params = {"weight_scale": scale}
-        if n % rows or k % cols:
-            marker = torch.empty((rows, cols, 0), dtype=torch.uint8)
-            params["weight_block_size"] = marker.to(weight.device)
         if weight.is_meta or not weight.numel():
             return qdata, params
-        _check_finite(weight)
+        step = max(CHUNK // k, 1)  # rows at a time
+        parts = torch.split(weight.detach().reshape(n, k), step)
+        amax = torch.cat([_blocks(part, cols).abs().amax(2) for part in parts])
+        _check_finite(amax, weight)  # (N, ceil(K/C))
+        amax = F.pad(amax.float(), (0, 0, 0, -n % rows)).view(-1, rows, amax.shape[1])
+        scale = (amax.amax(1) / torch.finfo(dtype).max).to(scale_dtype)
+        scale = scale.clamp(MIN_SCALE, torch.finfo(scale_dtype).max)
+        params["weight_scale"].copy_(scale)
         random = (
             torch.Generator(weight.device).manual_seed(seed) if stochastic else None
         )
-        step = max(CHUNK // (k * rows), 1)  # rows of blocks at a time
-        for first in range(0, grid[0], step):
-            part = slice(first * rows, (first + step) * rows)
-            codes, scales = _quantize(
-                matrix[part], (rows, cols), dtype, scale_dtype, random
-            )
-            qdata.view(n, k)[part] = codes
-            scale[first : first + step] = scales
+        row = torch.arange(n, device=weight.device) // rows
+        targets = torch.split(qdata.view(n, k), step)
+        scales = torch.split(scale.float()[row], step)
+        for part, factor, target in zip(parts, scales, targets, strict=True):
+            target.copy_(_codes(part, factor, cols, dtype, random))
         return qdata, params
 
     def dequantize(
@@ -370,24 +148,23 @@ class BlockwiseFP8(hijack.Scheme):
         Raises:
             ShapeError: if the scale does not cover the weight.
         """
-        shape = _matrix(tuple(qdata.shape))
+        shape = matrix_shape(tuple(qdata.shape))
         size = block_size_of(qdata, params)
-        codes, scale = qdata.reshape(shape), _as_grid(params["weight_scale"])
-        if _fp8_decode.can_decode(codes, scale, size) and dtype in _fp8_decode.DENSE:
+        codes, scale = qdata.reshape(shape), as_grid(params["weight_scale"])
+        if _fp8_decode.can_decode(qdata, scale, size) and dtype in _fp8_decode.DENSE:
             dense = _fp8_decode.dequantize(codes, scale, size, dtype)  # (N, K)
         else:
-            factor = _expand(_decode_scale(scale), size, shape)  # (N or 1, K or 1)
-            dense = (codes.float() * factor).to(dtype)  # (N, K)
+            dense = _multiply(codes.float(), decode_scale(scale), size).to(dtype)
         return dense.view(qdata.shape)
 
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Forwards that decode what they need: a piece of a Linear, rows of a table."""
-        layer = getattr(module, "_hijack", None)
-        base = type(module) if layer is None else layer.base
+        wrapped: Any = module
+        base = wrapped._hijack.base if hasattr(module, "_hijack") else type(module)
         if base.forward is nn.Linear.forward:
             return linear_forward
         if base.forward is nn.Embedding.forward:
-            plain = module.max_norm is None and not module.sparse
+            plain = wrapped.max_norm is None and not wrapped.sparse
             return embedding_forward if plain else None
         return None
 
@@ -427,7 +204,9 @@ class BlockwiseFP8(hijack.Scheme):
             return None
         marker = header.tensors.get(join(layer, "weight_block_size"))
         try:
-            _block_size(weight.shape, scale.shape, marker.shape if marker else None)
+            infer_block_size(
+                weight.shape, scale.shape, marker.shape if marker else None
+            )
         except ShapeError:
             return None
         if scale.torch_dtype not in SCALE_DTYPES:
@@ -443,7 +222,7 @@ class BlockwiseFP8(hijack.Scheme):
         scale = header.tensors[claim.keys["weight_scale"]]
         marker = header.tensors.get(claim.keys.get("weight_block_size", ""))
         try:
-            size = _block_size(
+            size = infer_block_size(
                 weight.shape, scale.shape, marker.shape if marker else None
             )
         except ShapeError:
@@ -475,38 +254,65 @@ def _check_options(
     return scale_dtype
 
 
-def _check_finite(weight: Tensor) -> None:
-    finite = weight.isfinite()
-    if not finite.all():
-        nans = int(weight.isnan().sum())
-        infs = weight.numel() - int(finite.sum()) - nans
+def _empty_params(
+    shape: tuple[int, int],
+    size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    (n, k), (rows, cols) = shape, size
+    grid = (-(-n // rows), -(-k // cols))
+    params = {"weight_scale": torch.empty(grid, dtype=dtype, device=device)}
+    if n % rows or k % cols:
+        marker = torch.empty((rows, cols, 0), dtype=torch.uint8, device=device)
+        params["weight_block_size"] = marker
+    return params
+
+
+def _check_finite(amax: Tensor, weight: Tensor) -> None:
+    if not amax.isfinite().all():  # the largest of anything with a NaN is NaN
+        nans, infs = int(weight.isnan().sum()), int(weight.isinf().sum())
         raise NonFiniteError(
             f"weight of shape {tuple(weight.shape)} holds {nans} NaN and {infs} "
             "infinite values, expected finite ones; repair the checkpoint or exclude it"
         )
 
 
-def _quantize(
+def _blocks(weight: Tensor, cols: int) -> Tensor:
+    """(n, K) as (n, ceil(K/C), C); a short block is filled up with zeros."""
+    short = -weight.shape[1] % cols
+    if short:
+        weight = F.pad(weight, (0, short))
+    return weight.view(weight.shape[0], -1, cols)
+
+
+def _codes(
     weight: Tensor,
-    size: tuple[int, int],
+    scale: Tensor,
+    cols: int,
     dtype: torch.dtype,
-    scale_dtype: torch.dtype,
     random: torch.Generator | None,
-) -> tuple[Tensor, Tensor]:
-    """Codes (n, K) and scales of a few whole rows of blocks, (n, K) floating point."""
-    n, k = weight.shape
-    rows, cols = size
+) -> Tensor:
+    """FP8 codes (n, K) of a few rows, scaled by (n, ceil(K/C)) float32."""
     largest = torch.finfo(dtype).max
-    padded = F.pad(weight, (0, -k % cols, 0, -n % rows))
-    blocks = padded.view(-(-n // rows), rows, -(-k // cols), cols).float()
-    amax = blocks.abs().amax((1, 3))  # (n/R, K/C)
-    scale = (amax / largest).to(scale_dtype).clamp_min(MIN_SCALE)
-    # a float16 scale may be 0 all the same: then 0/0 is code 0, x/0 the largest code
-    codes = blocks / scale.float()[:, None, :, None]
+    codes = _blocks(weight, cols).float() / scale[:, :, None]  # (n, ceil(K/C), C)
+    # a float16 scale may have become 0: then 0/0 is code 0, x/0 the largest
     codes = codes.nan_to_num_(0.0).clamp_(-largest, largest)
     if random is not None:
         codes = _round_stochastic(codes, dtype, random)
-    return codes.to(dtype).view(padded.shape)[:n, :k], scale
+    return codes.flatten(1)[:, : weight.shape[1]].to(dtype)
+
+
+def _multiply(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
+    """(N, K) times (ceil(N/R), ceil(K/C)), each scale over its block."""
+    (n, k), (rows, cols) = codes.shape, size
+    if n % rows == 0 and k % cols == 0:
+        blocks = codes.reshape(n // rows, rows, k // cols, cols)
+        return (blocks * scale[:, None, :, None]).view(n, k)
+    # not repeat_interleave and a slice, which Inductor of torch 2.13 compiles wrongly
+    row = torch.arange(n, device=codes.device) // rows
+    col = torch.arange(k, device=codes.device) // cols
+    return codes * scale[row][:, col]
 
 
 def _round_stochastic(x: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
@@ -541,7 +347,7 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     Returns:
         (..., N) of ``input``'s dtype.
     """
-    weight, scale, bias = self.weight, _as_grid(self.weight_scale), self.bias
+    weight, scale, bias = self.weight, as_grid(self.weight_scale), self.bias
     params = _params(self)
     dtype = input.dtype if input.is_floating_point() else self._hijack.dtype
     if bias is not None and bias.dtype != dtype:
@@ -569,7 +375,7 @@ def embedding_forward(self: Any, input: Tensor) -> Tensor:
     rows, cols = block_size_of(weight, params)
     index = input.reshape(-1)  # (M,)
     found = {
-        "weight_scale": _as_grid(self.weight_scale)[index // rows],  # (M, K/C)
+        "weight_scale": as_grid(self.weight_scale)[index // rows],  # (M, K/C)
         "weight_block_size": weight.new_empty((1, cols, 0), dtype=torch.uint8),
     }
     codes = weight.view(torch.uint8)[index].view(weight.dtype)  # (M, K)
@@ -586,3 +392,4 @@ def _params(module: Any) -> dict[str, Tensor]:
 
 
 hijack.register(BlockwiseFP8())
+hijack.hosts.arm("comfyui")
