@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 Subject = tuple[nn.Module, Tensor]
 
 
-
 def sqnr_db(reference: Tensor, actual: Tensor) -> float:
     """Signal to quantization noise ratio.
 
@@ -107,14 +106,10 @@ SUBJECTS: Mapping[type[nn.Module], Sequence[Callable[[], Subject]]] = {
         lambda: (nn.Linear(96, 40), _floats(3, 96)),
         lambda: (nn.Linear(96, 40, bias=False), _floats(2, 3, 96)),
     ),
-    nn.Conv1d: (
-        lambda: (nn.Conv1d(8, 12, 3, padding=1, stride=2), _floats(2, 8, 9)),
-    ),
+    nn.Conv1d: (lambda: (nn.Conv1d(8, 12, 3, padding=1, stride=2), _floats(2, 8, 9)),),
     nn.Conv2d: (lambda: (nn.Conv2d(8, 12, 3, padding=1), _floats(2, 8, 5, 5)),),
     nn.Conv3d: (lambda: (nn.Conv3d(4, 6, 2, padding=1), _floats(1, 4, 3, 3, 3)),),
-    nn.ConvTranspose2d: (
-        lambda: (nn.ConvTranspose2d(8, 12, 3), _floats(2, 8, 5, 5)),
-    ),
+    nn.ConvTranspose2d: (lambda: (nn.ConvTranspose2d(8, 12, 3), _floats(2, 8, 5, 5)),),
     nn.Embedding: (
         lambda: (nn.Embedding(50, 32), torch.tensor([[0, 49, 7], [7, 1, 2]])),
     ),
