@@ -35,8 +35,10 @@ class Probe:
             parameters = inspect.signature(found).parameters
         except (TypeError, ValueError):
             return f"{self.path}: is not a function with a known signature"
-        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-            return None
+        if any(
+            p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters.values()
+        ):
+            return None  # somebody's wrapper, which passes everything on
         missing = [name for name in self.arguments if name not in parameters]
         if missing:
             return (

@@ -2,8 +2,8 @@
 
 ComfyUI passes weights around as values of a state dict: it renames keys, slices and
 joins tensors, moves them, and backs up a module's ``weight`` alone. With codes and
-scales in one tensor all of that stays right: what moves, moves together, and whatever is
-computed with it is computed with the decoded weight.
+scales in one tensor all of that stays right: what moves, moves together, and whatever
+is computed with it is computed with the decoded weight.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class Coding:
         """
         accepted = inspect.signature(self.scheme.quantize).parameters
         options = dict(self.options)
+        if not any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
+            options = {k: v for k, v in options.items() if k in accepted}
         if seed and {"stochastic", "seed"} <= accepted.keys():
             options.update(stochastic=True, seed=seed)
         return self.scheme.quantize(weight, **options)
@@ -82,9 +84,11 @@ class Coded(Tensor):
         shape = dense_shape(qdata, tensors, coding) if shape is None else shape
         # Codes in a dtype one computes in would pass for the weight itself.
         dtype = torch.uint8 if qdata.dtype in PLAIN else qdata.dtype
-        self: Coded = torch.Tensor._make_wrapper_subclass(
-            cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
-        )
+        # Made in inference mode it could not be detached from one made outside.
+        with torch.inference_mode(False):
+            self: Coded = torch.Tensor._make_wrapper_subclass(
+                cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
+            )
         self.qdata, self.tensors, self.coding = qdata, dict(tensors), coding
         return self
 

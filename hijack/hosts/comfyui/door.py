@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import logging
 import sys
 from collections import Counter
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.dialect import Claim
+from hijack.checkpoint.dialect import METADATA_KEY, Claim, write_marker
 from hijack.checkpoint.header import Header, join
-from hijack.errors import AmbiguousError, HijackError, UnconsumedScaleError
+from hijack.checkpoint.identify import SCALE_NAMES, Identification, identify
+from hijack.errors import HijackError, UnconsumedScaleError
 from hijack.hosts.comfyui import markers
 from hijack.hosts.comfyui.coded import PLAIN, Coded, Coding
 from hijack.hosts.comfyui.layers import make_operations
@@ -29,13 +31,16 @@ from hijack.registry import Registry, default_registry
 
 log = logging.getLogger(__name__)
 
+#: The same in every release; somebody's wrapper may hide them.
+ARGUMENTS = ("state_dict", "unet_key_prefix", "use_base_if_no_match", "metadata")
+
 
 def make_door(original: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement of ``model_config_from_unet``."""
 
     @functools.wraps(original)
     def model_config_from_unet(*args: Any, **kwargs: Any) -> Any:
-        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        given = {**dict(zip(ARGUMENTS, args, strict=False)), **kwargs}
         state_dict, prefix = given["state_dict"], given["unet_key_prefix"]
         coded = encode_claimed(state_dict, prefix, given.get("metadata"))
         config = original(*args, **kwargs)
@@ -77,31 +82,77 @@ def encode_claimed(
         return False
     registry = default_registry() if registry is None else registry
     tensors = markers.read_through(unusual, prefix)
-    claims = _best(registry.identify(Header.from_state_dict(tensors, metadata)))
-    claims = {n: c for n, c in claims.items() if not markers.native(tensors, n)}
-    left = set(tensors).difference(*(claim.keys.values() for claim in claims.values()))
-    orphans = sorted(key for key in left if _is_orphan(tensors, key))
-    if not claims:
-        _warn_of(orphans)
-        return False
-    if orphans:
-        raise UnconsumedScaleError(
-            f"{orphans[0].rpartition('.')[0]}: no scheme reads {orphans[0]} of shape "
-            f"{tuple(tensors[orphans[0]].shape)}, one of {len(orphans)} such scales; "
-            "loading would ignore it; install the scheme that wrote this file, or "
-            "quantize it again"
-        )
-    made = {
+    claims = _claims(tensors, metadata, registry)
+    coded = {
         claim.keys["weight"]: _encode(registry, claim, tensors)
         for claim in claims.values()
     }
-    for key in unusual.keys() - left:
-        del state_dict[key]
-    for key in unusual.keys() - tensors.keys():  # what ComfyUI renamed or put in
-        state_dict.pop(key, None)
-    state_dict.update(made)
-    _log_claims(claims)
-    return True
+    used = {key for claim in claims.values() for key in claim.keys.values()}
+    for key in unusual if claims else ():
+        if key in used or key not in tensors:  # or ComfyUI renamed it or put it in
+            del state_dict[key]
+    state_dict.update(coded)
+    return bool(claims)
+
+
+def _claims(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None,
+    registry: Registry,
+) -> dict[str, Claim]:
+    """The claim to each layer that is not ComfyUI's own."""
+    metadata = _renamed(metadata, tensors)
+    found = identify(Header.from_state_dict(tensors, metadata), registry)
+    claims = {
+        layer: claim
+        for layer, claim in found.claims().items()
+        if not markers.native(tensors, layer)
+    }
+    orphans = _orphans(found, tensors)
+    if orphans and not claims:
+        log.warning(
+            "hijack: no scheme reads %s and %d more scales; ComfyUI may ignore them "
+            "and give garbage",
+            orphans[0],
+            len(orphans) - 1,
+        )
+    elif orphans:
+        layer, key = orphans[0].rpartition(".")[0], orphans[0]
+        weight = tensors.get(join(layer, "weight"))
+        raise UnconsumedScaleError(
+            f"{layer}: no scheme reads {key}, {tuple(tensors[key].shape)} beside a "
+            f"weight of {None if weight is None else tuple(weight.shape)}; loading "
+            f"would ignore it and {len(orphans) - 1} others; install the scheme that "
+            "wrote this file, or quantize it again"
+        )
+    count = Counter((claim.scheme, claim.dialect) for claim in claims.values())
+    for (scheme, dialect), layers in sorted(count.items()):
+        log.info("hijack: %d layers read by %s (dialect %s)", layers, scheme, dialect)
+    return claims
+
+
+def _renamed(
+    metadata: Mapping[str, str] | None, tensors: Mapping[str, Tensor]
+) -> Mapping[str, str] | None:
+    """Our own marker, with the layers' names as the loader changed them.
+
+    Loaders cut the model's prefix off the keys, but hand on the file's metadata.
+    """
+    try:
+        marked = json.loads((metadata or {})[METADATA_KEY])["layers"]
+        first = next(iter(marked))
+    except (ValueError, LookupError, TypeError, StopIteration):
+        return metadata
+    for start in [0, *(i + 1 for i, letter in enumerate(first) if letter == ".")]:
+        if join(first[start:], "weight") in tensors:
+            prefix = first[:start]
+            layers = {
+                name[start:]: entry
+                for name, entry in marked.items()
+                if name.startswith(prefix)
+            }
+            return {**(metadata or {}), METADATA_KEY: write_marker(layers)}
+    return metadata
 
 
 def _unusual(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -120,39 +171,22 @@ def _unusual(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
             if count[layer] == 1 + (bias in state_dict):
                 plain.update((key, bias))
     found = {key: state_dict[key] for key in keys if key not in plain}
-    coded = any(t.dtype not in PLAIN or _scale_of(k) for k, t in found.items())
+    coded = any(
+        tensor.dtype not in PLAIN or key.rpartition(".")[2] in SCALE_NAMES
+        for key, tensor in found.items()
+    )
     return found if coded else {}
 
 
-def _scale_of(key: str) -> str | None:
-    """The layer that a key looks like the scale of."""
-    layer, _, name = key.rpartition(".")
-    return layer if name in markers.SCALES else None
-
-
-def _best(claims: list[Claim]) -> dict[str, Claim]:
-    """The best founded claim to each layer."""
-    best: dict[str, Claim] = {}
-    for claim in claims:
-        other = best.get(claim.layer)
-        if other is None or claim.certainty > other.certainty:
-            best[claim.layer] = claim
-        elif claim.certainty == other.certainty and claim.scheme != other.scheme:
-            raise AmbiguousError(
-                f"{claim.layer}: {other.scheme} and {claim.scheme} claim it equally; "
-                f"disable one of them with HIJACK_DISABLE={claim.scheme}"
-            )
-    return best
-
-
-def _is_orphan(tensors: Mapping[str, Tensor], key: str) -> bool:
-    """Whether a key that nobody claimed is the scale of codes."""
-    layer, _, name = key.rpartition(".")
-    if markers.native(tensors, layer):
-        return False
-    weight = tensors.get(join(layer, "weight"))
-    coded = weight is not None and weight.dtype not in PLAIN
-    return name in markers.SCALES or (coded and "scale" in name and "input" not in name)
+def _orphans(found: Identification, tensors: Mapping[str, Tensor]) -> list[str]:
+    """Scales that nobody consumes, also those of names nobody knows beside codes."""
+    unscaled = {layer for layer in found.unscaled if not markers.native(tensors, layer)}
+    strange = [
+        key
+        for key in tensors
+        if key.rpartition(".")[0] in unscaled and "scale" in key.rpartition(".")[2]
+    ]
+    return sorted({*found.orphans, *strange})
 
 
 def _encode(registry: Registry, claim: Claim, tensors: Mapping[str, Tensor]) -> Coded:
@@ -174,22 +208,6 @@ def _encode(registry: Registry, claim: Claim, tensors: Mapping[str, Tensor]) -> 
             f"{claim.layer}: scheme {claim.scheme} cannot read it; "
             f"{type(error).__name__}: {error}; is the file damaged?"
         ) from error
-
-
-def _log_claims(claims: Mapping[str, Claim]) -> None:
-    count = Counter((claim.scheme, claim.dialect) for claim in claims.values())
-    for (scheme, dialect), layers in sorted(count.items()):
-        log.info("hijack: %d layers read by %s (dialect %s)", layers, scheme, dialect)
-
-
-def _warn_of(orphans: list[str]) -> None:
-    if orphans:
-        log.warning(
-            "hijack: no scheme reads %s and %d more scales; ComfyUI may ignore them "
-            "and give garbage",
-            orphans[0],
-            len(orphans) - 1,
-        )
 
 
 # -- the config ------------------------------------------------------------------------

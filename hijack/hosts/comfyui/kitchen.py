@@ -49,20 +49,29 @@ class KitchenCarrier:
 
     def unwrap(self, tensor: Tensor | None) -> Coded | None:
         """The `Coded` in a QuantizedTensor of ours; None for any other tensor."""
-        if isinstance(tensor, Coded):
-            return tensor
-        if not isinstance(tensor, self.host.QuantizedTensor):
-            return None
-        layout = self.host.get_layout_class(tensor._layout_cls)
-        if not hasattr(layout, "coding"):
-            return None
-        coded: Coded = layout.unpack(tensor._qdata, tensor._params)
+        layout: Any = self._layout_of(tensor)
+        if layout is None:
+            return tensor if isinstance(tensor, Coded) else None
+        weight: Any = tensor
+        coded: Coded = layout.unpack(weight._qdata, weight._params)
         return coded
 
     def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight a tensor stands for; any other tensor as it is."""
-        coded = self.unwrap(tensor)
-        return tensor if coded is None else coded.dense(dtype)
+        layout: Any = self._layout_of(tensor)
+        if layout is None:
+            return tensor
+        weight: Any = tensor
+        dense: Tensor = layout.coding.scheme.dequantize(
+            weight._qdata, weight._params.tensors(), dtype
+        )
+        return dense
+
+    def _layout_of(self, tensor: Any) -> Any | None:
+        if not isinstance(tensor, self.host.QuantizedTensor):
+            return None
+        layout = self.host.get_layout_class(tensor._layout_cls)
+        return layout if hasattr(layout, "coding") else None
 
     def mark(self, module: Any, coded: Coded) -> None:
         """Tell ComfyUI by which layout it quantizes the module's weight again."""

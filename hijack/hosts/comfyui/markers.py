@@ -21,8 +21,6 @@ FILE_MARKER = "scaled_fp8"
 LAYER_MARKER = "comfy_quant"
 #: How files with the old marker spell scales, and what ComfyUI renames them to.
 RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
-#: Names a scale of a weight has in one format or another.
-SCALES = ("scale_weight", "weight_scale", "weight_scale_inv")
 FORMATS = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,

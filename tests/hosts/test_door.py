@@ -1,0 +1,339 @@
+"""What happens to a state dict at the door, without ComfyUI."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+
+import hijack
+from hijack.checkpoint.dialect import write_marker
+from hijack.errors import DTypeError, HijackError, UnconsumedScaleError
+from hijack.hosts.comfyui import markers
+from hijack.hosts.comfyui.coded import Coded, Coding
+from hijack.hosts.comfyui.door import encode_claimed, make_door
+
+E4M3 = torch.float8_e4m3fn
+
+
+class Int8(hijack.Scheme):
+    """Symmetric int8, one scale per row: what an author writes, and no more."""
+
+    name = "door_int8"
+
+    def quantize(self, weight):
+        scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+        codes = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        return codes, {"weight_scale": scale}
+
+    def dequantize(self, qdata, params, dtype):
+        return (qdata.float() * params["weight_scale"]).to(dtype)
+
+
+class Nibbles(hijack.Scheme):
+    """4-bit codes, two in a byte, so that the codes are narrower than the weight."""
+
+    name = "door_nibbles"
+
+    def quantize(self, weight):
+        scale = weight.float().abs().amax().clamp_min(1e-12) / 7
+        codes = (weight / scale).round().clamp(-7, 7).to(torch.uint8) + 8
+        return codes[:, 0::2] | codes[:, 1::2] << 4, {"nibble_scale": scale}
+
+    def dequantize(self, qdata, params, dtype):
+        codes = torch.stack((qdata & 15, qdata >> 4), -1).flatten(1).float() - 8
+        return (codes * params["nibble_scale"]).to(dtype)
+
+
+@pytest.fixture
+def registry():
+    """A registry with the reference scheme and two of an author's."""
+    from schemes.blockwise_fp8 import BlockwiseFP8
+
+    registry = hijack.create_registry()
+    for scheme in (BlockwiseFP8(), Int8(), Nibbles()):
+        registry.register(scheme)
+    return registry
+
+
+def musubi(n=8, k=128, blocks=2):
+    """Codes and block scales as musubi-tuner writes them."""
+    torch.manual_seed(0)
+    codes = torch.randn(n, k).to(E4M3)
+    return codes, torch.rand(n, blocks, 1).to(torch.bfloat16)
+
+
+def block_file(prefix=""):
+    """A state dict with one block FP8 layer and two ordinary ones."""
+    codes, scale = musubi()
+    return {
+        f"{prefix}a.weight": codes,
+        f"{prefix}a.scale_weight": scale,
+        f"{prefix}a.bias": torch.ones(8, dtype=torch.bfloat16),
+        f"{prefix}norm.weight": torch.ones(8),
+        f"{prefix}b.weight": torch.ones(8, 8, dtype=torch.bfloat16),
+    }
+
+
+def decoded(codes, scale):
+    n, k = codes.shape
+    return (codes.float().view(n, -1, k // scale.shape[1]) * scale.float()).view(n, k)
+
+
+@pytest.fixture
+def coded(registry):
+    """One coded weight, and what it decodes to."""
+    state_dict = block_file()
+    expected = decoded(state_dict["a.weight"], state_dict["a.scale_weight"])
+    encode_claimed(state_dict, "", registry=registry)
+    return state_dict["a.weight"], expected
+
+
+# -- the state dict --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_claimed_layer_becomes_one_tensor(registry, prefix):
+    """Codes and scale become one tensor under the weight's key; the rest is untouched."""
+    state_dict = block_file(prefix)
+    before = dict(state_dict)
+    codes, scale = (
+        state_dict[f"{prefix}a.weight"],
+        state_dict[f"{prefix}a.scale_weight"],
+    )
+    other = {"vae.c.weight": codes, "vae.c.scale_weight": scale} if prefix else {}
+    state_dict.update(other)
+    assert encode_claimed(state_dict, prefix, registry=registry)
+    weight = state_dict.pop(f"{prefix}a.weight")
+    assert isinstance(weight, Coded)
+    assert torch.equal(weight.dense(torch.float32), decoded(codes, scale))
+    assert weight.qdata is codes
+    rest = {
+        k: t for k, t in before.items() if not k.endswith(("a.weight", "scale_weight"))
+    }
+    assert state_dict == {**rest, **other}
+
+
+def test_asking_twice_changes_nothing(registry):
+    """A loader that asks again, after renaming keys, still gets its coded layers."""
+    state_dict = block_file()
+    assert encode_claimed(state_dict, "", registry=registry)
+    before = dict(state_dict)
+    assert encode_claimed(state_dict, "", registry=registry)
+    assert {k: id(v) for k, v in state_dict.items()} == {
+        k: id(v) for k, v in before.items()
+    }
+
+
+@pytest.mark.parametrize("scheme", [Int8(), Nibbles()])
+def test_a_scheme_of_two_methods_is_enough(registry, scheme):
+    """Any scheme's layers are taken, also if their codes are not of the weight's shape."""
+    dense = torch.randn(8, 16)
+    qdata, params = scheme.quantize(dense)
+    state_dict = {"x.weight": qdata, **{f"x.{name}": t for name, t in params.items()}}
+    entry = {"scheme": scheme.name, "params": list(params)}
+    for name in ("x", "model.diffusion_model.x"):  # the loader cuts the prefix off
+        metadata = {"hijack": write_marker({name: entry})}
+        found = dict(state_dict)
+        assert encode_claimed(found, "", metadata, registry)
+    state_dict = found
+    assert state_dict["x.weight"].shape == (8, 16)
+    expected = scheme.dequantize(qdata, params, torch.float32)
+    assert torch.equal(state_dict["x.weight"].to(torch.float32), expected)
+
+
+def marker(format_):
+    """ComfyUI's marker of one layer."""
+    text = json.dumps({"format": format_}).encode()
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+UNCLAIMED = {
+    "bf16": {
+        "a.weight": torch.ones(4, 4, dtype=torch.bfloat16),
+        "a.bias": torch.ones(4),
+    },
+    "norm with a scale": {"n.scale": torch.ones(4), "a.weight": torch.ones(4, 4)},
+    "cast to FP8": {"a.weight": torch.ones(4, 4).to(E4M3)},
+    "ComfyUI's own": {
+        "a.weight": torch.ones(4, 4).to(E4M3),
+        "a.weight_scale": torch.ones(()),
+        "a.input_scale": torch.ones(()),
+        "a.comfy_quant": marker("float8_e4m3fn"),
+    },
+    "ComfyUI's older kind": {
+        "scaled_fp8": torch.empty(2, dtype=E4M3),
+        "a.weight": torch.ones(4, 4).to(E4M3),
+        "a.scale_weight": torch.ones(()),
+    },
+    "nobody's": {"a.weight": torch.ones(4, 4).to(E4M3), "a.s": torch.ones(3, 3)},
+}
+
+
+@pytest.mark.parametrize("kind", UNCLAIMED)
+def test_what_nobody_claims_is_not_touched(registry, kind):
+    """A file without claimed layers keeps every key, in order, and every object."""
+    state_dict = dict(UNCLAIMED[kind])
+    assert not encode_claimed(state_dict, "", registry=registry)
+    assert list(state_dict) == list(UNCLAIMED[kind])
+    assert all(state_dict[key] is UNCLAIMED[kind][key] for key in state_dict)
+
+
+def test_an_ordinary_file_asks_nobody(registry, monkeypatch):
+    """Plain weights never reach a plugin, so they cost one pass over the keys."""
+    monkeypatch.setattr(type(registry), "identify", lambda *_: pytest.fail("asked"))
+    state_dict = {f"{i}.weight": torch.ones(1) for i in range(9)}
+    assert not encode_claimed(state_dict, "", registry=registry)
+
+
+def test_the_door_leaves_unclaimed_files_to_comfyui():
+    """With nothing claimed the original's own answer comes back, with its arguments."""
+    seen = []
+    answer = types.SimpleNamespace()
+
+    def model_config_from_unet(*args, **kwargs):
+        seen.append((args, kwargs))
+        return answer
+
+    door = make_door(model_config_from_unet)
+    state_dict = {"a.weight": torch.ones(2, 2)}
+    assert door(state_dict, "", metadata={"x": "y"}) is answer
+    assert seen == [((state_dict, ""), {"metadata": {"x": "y"}})]
+    assert vars(answer) == {}
+
+
+# -- markers and errors ----------------------------------------------------------------
+
+
+def test_a_marker_that_cannot_be_true_is_read_through(registry):
+    """Block scales under ComfyUI's marker are block scales, before and after 0.4."""
+    codes, scale = musubi()
+    old = {"scaled_fp8": torch.empty(0, dtype=E4M3), **block_file()}
+    new = block_file()
+    new["a.weight_scale"] = new.pop("a.scale_weight")
+    new["a.comfy_quant"] = marker("float8_e4m3fn")
+    for state_dict in (old, new):
+        assert encode_claimed(state_dict, "", registry=registry)
+        assert set(state_dict) == {"a.weight", "a.bias", "norm.weight", "b.weight"}
+        assert torch.equal(
+            state_dict["a.weight"].dense(torch.float32), decoded(codes, scale)
+        )
+
+
+def test_comfyui_keeps_its_layers_beside_ours(registry):
+    """In a file of both kinds, layers with a true marker stay as they are."""
+    state_dict = {**block_file(), **UNCLAIMED["ComfyUI's own"]}
+    state_dict = {
+        k.replace("a.", "own."): t for k, t in state_dict.items() if k[0] == "a"
+    }
+    state_dict.update(block_file())
+    own = {k: t for k, t in state_dict.items() if k.startswith("own.comfy")}
+    assert encode_claimed(state_dict, "", registry=registry)
+    assert isinstance(state_dict["a.weight"], Coded)
+    assert all(state_dict[key] is tensor for key, tensor in own.items())
+
+
+def test_an_unreadable_marker_is_left_to_comfyui():
+    """A marker that is no JSON, or of a format ComfyUI may know, is not judged."""
+    for text in (b"{", b"[]", b'{"format": "nvfp4"}'):
+        tensors = {
+            "a.weight": torch.zeros(2, 2, dtype=torch.uint8),
+            "a.weight_scale": torch.ones(2),
+            "a.comfy_quant": torch.tensor(list(text), dtype=torch.uint8),
+        }
+        assert markers.read_through(tensors, "") == tensors
+
+
+def test_a_scale_nobody_consumed_is_an_error(registry):
+    """Beside claimed layers, a scale that fits no weight is named with what to do."""
+    state_dict = block_file()
+    state_dict["c.weight"], state_dict["c.scale_weight"] = musubi(blocks=3)
+    before = dict(state_dict)
+    with pytest.raises(
+        UnconsumedScaleError, match=r"c: no scheme reads c\.scale_weight, \(8, 3, 1\)"
+    ):
+        encode_claimed(state_dict, "", registry=registry)
+    assert state_dict == before
+
+
+def test_a_scale_of_an_unknown_name_is_an_error_too(registry):
+    """Codes with a scale of any other name are not loaded as if they had none."""
+    state_dict = {**block_file(), "c.weight": musubi()[0], "c.my_scale": torch.ones(3)}
+    with pytest.raises(UnconsumedScaleError, match=r"c\.my_scale"):
+        encode_claimed(state_dict, "", registry=registry)
+
+
+def test_a_scheme_that_crashes_is_named(registry, monkeypatch):
+    """If a scheme fails on its own layer, the error names layer and scheme."""
+
+    def crash(*_):
+        raise IndexError("too short")
+
+    monkeypatch.setattr(Int8, "dequantize", crash)
+    qdata, params = Int8().quantize(torch.randn(4, 4))
+    with pytest.raises(
+        HijackError, match="x: scheme door_int8 cannot read it.*IndexErr"
+    ):
+        encode_claimed(
+            {"x.weight": qdata, "x.weight_scale": params["weight_scale"]},
+            "",
+            registry=registry,
+        )
+
+
+# -- the coded tensor ------------------------------------------------------------------
+
+
+def test_whatever_a_host_computes_uses_the_decoded_weight(coded):
+    """Joining, slicing, adding and multiplying give what dense weights would give."""
+    weight, dense = coded
+    assert torch.equal(torch.cat([weight, weight]), torch.cat([dense, dense]))
+    assert torch.equal(weight[2:4], dense[2:4])
+    assert torch.equal(weight.t() + 1, dense.t() + 1)
+    x = torch.randn(3, dense.shape[1])
+    assert torch.equal(torch.nn.functional.linear(x, weight), x @ dense.t())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_moves_and_copies_keep_codes_and_scales_together(coded, mode):
+    """detach, clone, to(device) and Parameter stay coded; to(dtype) decodes."""
+    weight, dense = coded
+    with mode():
+        for same in (
+            weight.detach(),
+            weight.clone(),
+            weight.to("cpu", copy=True),
+            weight.to(device="cpu"),
+            torch.nn.Parameter(weight, requires_grad=False),
+            torch.empty_like(weight).copy_(weight),
+        ):
+            assert isinstance(same, Coded)
+            assert torch.equal(same.dense(torch.float32), dense)
+        assert torch.equal(weight.to(torch.bfloat16), dense.to(torch.bfloat16))
+        assert torch.equal(torch.empty_like(dense).copy_(weight), dense)
+
+
+def test_nothing_is_written_into_codes_by_accident(coded):
+    """In-place arithmetic on codes is refused; it could only be wrong."""
+    weight, _ = coded
+    with pytest.raises(DTypeError, match="cannot write into a quantized weight"):
+        weight.add_(1)
+    with pytest.raises(DTypeError, match="quantize it first"):
+        weight.copy_(torch.zeros(weight.shape))
+
+
+def test_a_coded_tensor_spells_itself_as_its_file_did(coded):
+    """The dialect's own keys and shapes come out again."""
+    weight, _ = coded
+    tensors = weight.file_tensors()
+    assert tensors.keys() == {"weight", "scale_weight"}
+    assert tensors["scale_weight"].shape == (8, 2, 1)
+
+
+def test_quantizing_again_takes_only_options_the_scheme_has():
+    """A scheme without options is not given any."""
+    coding = Coding(Int8(), "hijack", (("block_size", (1, 4)),))
+    qdata, _ = coding.quantize(torch.randn(4, 8), seed=3)
+    assert qdata.dtype == torch.int8
