@@ -139,7 +139,7 @@ def compare(dense: nn.Module, quantized: nn.Module, x: Tensor) -> list[Row]:
     for name, module in quantized.named_modules():
         if isinstance(module, Wrapped):
             twin = originals[name]
-            weight: Tensor = twin.weight  # type: ignore[assignment]
+            weight = twin.get_parameter("weight")
             size = sum(t.numel() * t.element_size() for t in _own_tensors(module))
             rows.append(
                 Row(
