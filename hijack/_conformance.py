@@ -55,7 +55,7 @@ class TensorConformance:
         """A dequantized weight is as close to the dense one as the author promises."""
         for outliers in (False, True):
             weight = self._weight(outliers=outliers)
-            got = sqnr_db(weight, self._round_trip(scheme, weight.clone()))
+            got = sqnr_db(weight, self._round_trip(scheme, weight))
             expect(
                 got >= self.min_sqnr_db,
                 f"{scheme.name}: round trip of a weight with outliers={outliers}: got "
@@ -65,7 +65,7 @@ class TensorConformance:
     def test_second_round_trip_changes_nothing(self, scheme: Scheme) -> None:
         """Quantizing a dequantized weight gives the same weight again."""
         once = self._round_trip(scheme, self._weight(outliers=True))
-        got = sqnr_db(once, self._round_trip(scheme, once.clone()))
+        got = sqnr_db(once, self._round_trip(scheme, once))
         expect(
             got >= self.min_idempotence_db,
             f"{scheme.name}: second round trip: got {got:.1f} dB, expected at least "
@@ -109,7 +109,8 @@ class TensorConformance:
     def test_strided_weight(self, scheme: Scheme) -> None:
         """A view that is not contiguous quantizes like its contiguous copy."""
         view = self._weight((80, 56)).t()
-        same = equal(self._quantize(scheme, view), self._quantize(scheme, view.clone()))
+        copied = view.contiguous()
+        same = equal(self._quantize(scheme, view), self._quantize(scheme, copied))
         expect(same, f"{scheme.name}: quantize of a transposed view: got other codes")
 
     def test_zeros_stay_zero(self, scheme: Scheme) -> None:
@@ -128,7 +129,9 @@ class TensorConformance:
         import pytest
 
         hypothesis: Any = pytest.importorskip("hypothesis")
-        settings = hypothesis.settings(max_examples=50, deadline=None, database=None)
+        settings = hypothesis.settings(
+            max_examples=50, deadline=None, database=None, derandomize=True
+        )
         given = hypothesis.given(weights(magnitudes=self.magnitudes))
 
         def check(weight: Tensor) -> None:
@@ -184,7 +187,6 @@ class TensorConformance:
             where = f"{scheme.name}: {name}"
             expect(type(tensor) is Tensor, f"{where}: got {type(tensor).__name__}")
             expect(tensor.is_contiguous(), f"{where}: is not contiguous")
-            expect(str(tensor.device) == self.device, f"{where}: is on {tensor.device}")
         places = [t.data_ptr() for t in (qdata, *params.values()) if t.numel()]
         expect(len(set(places)) == len(places), f"{scheme.name}: tensors share memory")
 
@@ -224,7 +226,7 @@ class TensorConformance:
     def _round_trip(
         self, scheme: Scheme, weight: Tensor, dtype: torch.dtype = torch.float32
     ) -> Tensor:
-        qdata, params = self._quantize(scheme, weight)
+        qdata, params = self._quantize(scheme, weight.clone())
         with torch.no_grad():
             return scheme.dequantize(qdata, params, dtype)
 
