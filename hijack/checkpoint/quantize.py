@@ -80,8 +80,7 @@ def quantize_file(
         dialect: how to spell the quantized layers; None takes the scheme's first.
         loras: LoRAs to merge first; none are supported yet.
         include: fnmatch patterns on layer names; None includes every layer with a 2-D
-            floating weight. Layers of other dimensions are quantized if a pattern
-            names them.
+            floating weight; those of more dimensions only if a pattern names them.
         exclude: fnmatch patterns on layer names to leave dense.
         progress: called after each layer.
         **options: further options of ``scheme.quantize``.
@@ -217,9 +216,10 @@ def _why_not(
         return "excluded"
     if info.torch_dtype not in DENSE_DTYPES:
         return f"dtype {info.dtype}"
-    if include is None and len(info.shape) != 2:
-        return f"{len(info.shape)} dimensions"
-    return None if info.shape and 0 not in info.shape else "empty"
+    dimensions = len(info.shape)
+    if dimensions < 2 or (dimensions > 2 and include is None):
+        return f"{dimensions} dimensions"
+    return None if 0 not in info.shape else "empty"
 
 
 def _matches(layer: str, patterns: Patterns) -> bool:

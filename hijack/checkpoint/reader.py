@@ -264,12 +264,11 @@ def _metadata(path: Path, table: Any) -> dict[str, str]:
 
 def _tensor_info(path: Path, key: str, entry: Any) -> TensorInfo:
     where = f"{path}: {key}"
-    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(
-        entry
-    ):
+    needed = {"dtype", "shape", "data_offsets"}
+    if not isinstance(entry, dict) or not needed <= entry.keys():
         raise HeaderError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if dtype not in DTYPES and dtype not in _BITS:
+    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in _BITS):
         raise HeaderError(f"{where}: unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise HeaderError(

@@ -67,7 +67,7 @@ class Server:
         release: folder of the ComfyUI.
         base: a folder that may be filled.
         models: folder whose files become diffusion models.
-        packs: name in custom_nodes to a folder to link there, or a function that fills it.
+        packs: name in custom_nodes to a folder to link, or a function that fills it.
         environment: variables to add.
     """
 

@@ -1,8 +1,8 @@
 """Checkpoints for tests, written without hijack: they say what is right.
 
-``python comfy_models.py COMFYUI FOLDER`` makes a small Qwen-Image of ComfyUI's own class
-and writes it as it is, block-wise FP8 as musubi-tuner would write it, as int8 rows, and
-exactly dequantized.
+``python comfy_models.py COMFYUI FOLDER`` makes a small Qwen-Image of ComfyUI's own
+class and writes it as it is, block-wise FP8 as musubi-tuner would write it, as int8
+rows, and exactly dequantized.
 """
 
 import sys

@@ -3,8 +3,8 @@
 import comfy.supported_models
 import torch
 
-#: Detection reads only channels and layers from a file; the width of a small model has to
-#: be put where ComfyUI keeps what detection does not find.
+#: Detection reads only channels and layers from a file; the width of a small model has
+#: to be put where ComfyUI keeps what detection does not find.
 SMALL = {"num_attention_heads": 2, "joint_attention_dim": 192}
 
 comfy.supported_models.QwenImage.unet_extra_config = SMALL

@@ -1,0 +1,249 @@
+"""Files quantized layer by layer: what is written, what is kept, what is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import hijack
+import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from hijack.checkpoint.writer import open_writer, write_checkpoint
+from hijack.errors import CheckpointError, NonFiniteError, SchemeError
+
+LARGEST = 448.0
+
+
+def reference(weight, columns=64):
+    """musubi-tuner's numbers, from their description: scale in the weight's dtype."""
+    n, k = weight.shape
+    grouped = weight.reshape(n, -1, columns if k % columns == 0 else k)
+    scale = (grouped.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-8)
+    codes = (grouped.float() / scale.float()).clamp(-LARGEST, LARGEST)
+    scale = scale if k % columns == 0 else scale[:, :, 0]
+    return codes.to(torch.float8_e4m3fn).reshape(n, k), scale
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A small bfloat16 checkpoint with every kind of tensor."""
+    torch.manual_seed(0)
+    tensors = {
+        "blocks.0.proj.weight": torch.randn(96, 128).bfloat16(),
+        "blocks.0.proj.bias": torch.randn(96).bfloat16(),
+        "blocks.0.odd.weight": torch.randn(32, 50).bfloat16(),
+        "blocks.0.norm.weight": torch.randn(128).bfloat16(),
+        "patch.weight": torch.randn(8, 4, 3, 3),
+        "table": torch.arange(5),
+    }
+    path = tmp_path / "dense.safetensors"
+    save_file(tensors, path, {"modelspec.title": "toy"})
+    return path
+
+
+def same(a, b):
+    """Equal dtype, shape and bits."""
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().reshape(-1).view(torch.uint8),
+        b.contiguous().reshape(-1).view(torch.uint8),
+    )
+
+
+def test_codes_and_scales_are_those_of_musubi_tuner(source, tmp_path):
+    """Block and row layers are bit-identical to an independent computation."""
+    hijack.quantize_file(source, tmp_path / "q.safetensors")
+    dense, coded = load_file(source), load_file(tmp_path / "q.safetensors")
+    for layer in ("blocks.0.proj", "blocks.0.odd"):
+        codes, scale = reference(dense[f"{layer}.weight"])
+        assert same(coded[f"{layer}.weight"], codes)
+        assert same(coded[f"{layer}.scale_weight"], scale)
+        assert coded[f"{layer}.scale_weight"].shape == scale.shape
+
+
+def test_everything_else_is_kept_byte_for_byte(source, tmp_path):
+    """Other tensors and the metadata are copied; no marker is added."""
+    path = tmp_path / "q.safetensors"
+    report = hijack.quantize_file(source, path)
+    dense, coded = load_file(source), load_file(path)
+    for key in ("blocks.0.proj.bias", "blocks.0.norm.weight", "patch.weight", "table"):
+        assert same(coded[key], dense[key])
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"modelspec.title": "toy"}
+    assert sorted(report.layers) == ["blocks.0.odd", "blocks.0.proj"]
+    assert report.skipped == {"patch": "4 dimensions"}
+    assert report.bytes_before > report.bytes_after
+
+
+def test_patterns_and_options_choose(source, tmp_path):
+    """Includes name layers of any dimension; excludes leave dense."""
+    path = tmp_path / "q.safetensors"
+    report = hijack.quantize_file(
+        source, path, include=["patch", "blocks.*"], exclude="*.odd", block_size="row"
+    )
+    assert sorted(report.layers) == ["blocks.0.proj", "patch"]
+    assert report.skipped == {"blocks.0.odd": "excluded"}
+    coded = load_file(path)
+    assert coded["blocks.0.proj.scale_weight"].shape == (96, 1)
+    assert coded["patch.scale_weight"].shape == ()
+
+
+def test_the_native_dialect_marks_its_layers(source, tmp_path):
+    """Blocks musubi has no spelling for are written and read back."""
+    path = tmp_path / "q.safetensors"
+    hijack.quantize_file(source, path, block_size=(64, 48), dialect="hijack")
+    claim = hijack.identify(path).claims()["blocks.0.proj"]
+    assert claim.certainty == hijack.Certainty.MARKED
+    assert claim.block_size == (64, 48)
+    layer = torch.nn.ModuleDict({"proj": torch.nn.Linear(128, 96)})
+    model = torch.nn.ModuleDict({"blocks": torch.nn.ModuleList([layer])})
+    hijack.load(model, path, strict=False)
+    dense = load_file(source)["blocks.0.proj.weight"].float()
+    error = hijack.unwrap(model).blocks[0].proj.weight.float() - dense
+    assert error.norm() / dense.norm() < 0.04
+
+
+def test_progress_is_called_after_each_layer(source, tmp_path):
+    """The callback gets counts and names."""
+    seen = []
+    hijack.quantize_file(
+        source, tmp_path / "q.safetensors", progress=lambda *call: seen.append(call)
+    )
+    assert [call[:2] for call in seen] == [(1, 2), (2, 2)]
+    assert {call[2] for call in seen} == {"blocks.0.proj", "blocks.0.odd"}
+
+
+def broken(source, **changes):
+    """The source with other tensors, in its place."""
+    save_file({**load_file(source), **changes}, source)
+
+
+def refused(source, tmp_path, error, message, **options):
+    """Check a refusal, and that it left the old destination alone."""
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(error, match=message):
+        hijack.quantize_file(source, path, **options)
+    assert path.read_bytes() == b"old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        {path.name, source.name}
+    )
+
+
+def test_non_finite_weights_are_refused_with_the_layer_s_name(source, tmp_path):
+    """One NaN in one layer ends the job, and nothing is written."""
+    weight = load_file(source)["blocks.0.odd.weight"]
+    weight[3, 3] = float("nan")
+    broken(source, **{"blocks.0.odd.weight": weight})
+    refused(
+        source, tmp_path, NonFiniteError, r"blocks\.0\.odd: weight holds inf or NaN"
+    )
+
+
+def test_a_quantized_source_is_refused(source, tmp_path):
+    """Quantizing codes again would be garbage."""
+    codes = torch.ones(32, 50).to(torch.float8_e4m3fn)
+    scale = torch.ones(32, 1)
+    broken(source, **{"blocks.0.odd.weight": codes, "blocks.0.odd.scale_weight": scale})
+    refused(source, tmp_path, CheckpointError, r"quantized already \(blocks\.0\.odd\)")
+
+
+def test_wrong_arguments_are_refused(source, tmp_path):
+    """Each says what was wrong."""
+    refused(
+        source, tmp_path, CheckpointError, r"'bloks\.\*' matches no", include="bloks.*"
+    )
+    refused(source, tmp_path, CheckpointError, "no layer is left", exclude="*")
+    refused(source, tmp_path, CheckpointError, "unknown dialect 'x'", dialect="x")
+    refused(source, tmp_path, SchemeError, "unknown scheme 'x'", scheme="x")
+    refused(source, tmp_path, SchemeError, "block_size", block_size=(0, 64))
+    refused(source, tmp_path, SchemeError, "no_such", no_such=1)
+    refused(source, tmp_path, CheckpointError, "LoRA.*not supported", loras=["a:1"])
+    refused(
+        source, tmp_path, CheckpointError, "dialect musubi: cannot", block_size=(32, 32)
+    )
+
+
+def test_the_source_is_never_overwritten(source, tmp_path):
+    """Writing onto the source, under any of its names, is refused."""
+    before = source.read_bytes()
+    link = tmp_path / "link.safetensors"
+    os.link(source, link)
+    for path in (source, link):
+        with pytest.raises(CheckpointError, match="is the source itself"):
+            hijack.quantize_file(source, path)
+    assert source.read_bytes() == before
+
+
+def test_written_files_are_read_by_safetensors(tmp_path):
+    """Every dtype, empty tensors and scalars survive; equal input gives equal bytes."""
+    tensors = {
+        "a": torch.randn(3).double(),
+        "b": torch.randn(2, 3).to(torch.float8_e5m2),
+        "c": torch.empty(4, 2, 0, dtype=torch.uint8),
+        "d": torch.tensor(True),
+        "e": torch.randn(5).half(),
+        "f": torch.randn(4, 6).t(),
+    }
+    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
+    write_checkpoint(first, tensors, {"k": "v"})
+    write_checkpoint(second, dict(reversed(tensors.items())), {"k": "v"})
+    loaded = load_file(first)
+    assert all(same(loaded[key], tensor) for key, tensor in tensors.items())
+    assert first.read_bytes() == second.read_bytes()
+    assert (first.stat().st_mode & 0o777) == (0o666 & ~_umask())
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
+    """An error, a missing tensor or a full disk removes the part and keeps the old."""
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"old")
+    plan = {"a": (torch.float32, (2,)), "b": (torch.float32, (1,))}
+
+    def fail_with(error):
+        with open_writer(path, plan) as writer:
+            writer.write("a", torch.ones(2))
+            if error is not None:
+                raise error
+
+    with pytest.raises(CheckpointError, match="b: was planned but never written"):
+        fail_with(None)
+    with pytest.raises(CheckpointError, match="x.*cannot be written; No space left"):
+        fail_with(OSError(28, "No space left on device"))
+    with pytest.raises(KeyboardInterrupt):
+        fail_with(KeyboardInterrupt())
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
+
+
+def test_memory_is_bounded_by_a_layer(tmp_path):
+    """Quantizing 256 MB of 8 MB layers peaks far below the file's size."""
+    path = tmp_path / "big.safetensors"
+    weight = torch.randn(2048, 2048).bfloat16()
+    save_file({f"l{i}.weight": weight.clone() for i in range(32)}, path)
+    script = (
+        "import resource, sys, torch, hijack, schemes.blockwise_fp8\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "hijack.quantize_file(sys.argv[2], sys.argv[3])\n"  # warms up
+        "before = peak()\n"
+        "hijack.quantize_file(sys.argv[1], sys.argv[3])\n"
+        "print(peak() - before)\n"
+    )
+    small = tmp_path / "small.safetensors"
+    save_file({"l.weight": weight}, small)
+    done = subprocess.run(
+        [sys.executable, "-c", script, path, small, tmp_path / "q.safetensors"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    scale = 1 if sys.platform == "darwin" else 1024
+    assert int(done.stdout) * scale < 64e6
