@@ -77,6 +77,7 @@ class Scheme(abc.ABC):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         device: torch.device | str | None = None,
+        /,  # a scheme may have options of these names
         **options: Any,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Make zeroed ``(qdata, params)`` for a weight that does not exist yet.
@@ -198,9 +199,7 @@ class Scheme(abc.ABC):
         plain tensor would.
         """
         try:
-            qdata, params = self.create_params(
-                weight.shape, torch.float32, device="meta"
-            )
+            qdata, params = self.create_params(weight.shape, torch.float32, "meta")
         except HijackError:
             return None
         if not params or not _same(weight, qdata):
