@@ -38,8 +38,6 @@ TILE_BYTES = 1 << 20
 TILE_ROWS = 128
 #: Bytes decoded between two products otherwise.
 PIECE_BYTES = 1 << 25
-#: Scales converted at a time.
-FACTORS = 1 << 17
 #: Elements an operation may have before torch splits it over its threads, and waits.
 GRAIN = 1 << 15
 #: Elements decoded at a time on one thread.
@@ -120,8 +118,7 @@ def dequantize(
     """
     n, k = codes.shape
     out = torch.empty((n, k), dtype=dtype, device="cpu")
-    for rows in _pieces(n, max(FACTORS // scale.shape[1], 1)):
-        _decode(codes, scale, size, rows, out[rows])
+    _decode(codes, scale, size, slice(0, n), out)
     return out
 
 
@@ -145,7 +142,7 @@ def linear(
     flat_x, flat_out = x.detach().reshape(-1, k), out.view(-1, n)  # (M, K), (M, N)
     tiled = torch.get_num_threads() == 1 and flat_x.shape[0] <= TILE_ROWS
     limit = (TILE_BYTES if tiled else PIECE_BYTES) // (k * x.element_size())
-    step = min(max(min(limit, FACTORS // scale.shape[1]), 1), n)
+    step = min(max(limit, 1), n)
     buffer = _buffer("weight", step * k, x.dtype).view(step, k)
     for rows in _pieces(n, step):
         dense = buffer[: rows.stop - rows.start]  # (n', K)
@@ -174,28 +171,49 @@ def _decode(
     codes: Tensor, scale: Tensor, size: tuple[int, int], rows: slice, out: Tensor
 ) -> None:
     """Write some rows of (N, K) codes times scales to (n, K) ``out``."""
+    step = max(GRAIN // scale.shape[1], 1)
+    for part in _pieces(out.shape[0], step):
+        absolute = slice(rows.start + part.start, rows.start + part.stop)
+        _decode_part(codes, scale, size, absolute, out[part])
+
+
+def _decode_part(
+    codes: Tensor, scale: Tensor, size: tuple[int, int], rows: slice, out: Tensor
+) -> None:
+    """The same for so few rows that their scales are converted at once."""
     shift, exponent, _ = FORMATS[codes.dtype]
     integer, real = torch.int16, torch.bfloat16
     if out.dtype != torch.bfloat16 or scale.dtype not in NARROW:
         shift, integer, real = shift + 16, torch.int32, torch.float32
-    k = codes.shape[1]
-    step = min(_chunk_rows(k), out.shape[0])
-    # out itself, or as much of the wider type as is decoded at a time
-    wide = out if out.dtype == real else _buffer("wide", step * k, real).view(step, k)
+    n, k = out.shape
+    step = min(_chunk_rows(k), n)
+    dense = out
+    if out.dtype != real:  # the wider type, as much as is decoded at a time
+        dense = _buffer("wide", step * k, real).view(step, k)
     factor = _factor(scale, size[0], rows, exponent).to(real)  # (n, ceil(K/C))
+    times = torch.tensor(1 << shift, dtype=integer, device="cpu")
     mask = (0x7F << shift) + torch.iinfo(integer).min  # sign, exponent and mantissa
-    parts = (codes.detach()[rows].view(torch.int8), factor, out)
-    for code, scales, dense in zip(
-        *(torch.split(part, step) for part in parts), strict=True
-    ):
-        product = dense if wide is out else wide[: dense.shape[0]]
-        number = product.view(integer)
+    masks = torch.tensor(mask, dtype=integer, device="cpu")
+    # what is split here, once, costs no time in the loop
+    source = torch.split(codes.detach()[rows].view(torch.int8), step)
+    numbers = torch.split(dense.view(integer), step)
+    blocks = [
+        (torch.split(block, step), torch.split(scales, step))
+        for block, scales in _blocks(dense, factor, size[1])
+    ]
+    for at, code in enumerate(source):
+        if dense is out:
+            number, parts = numbers[at], [(b[at], s[at]) for b, s in blocks]
+        else:
+            here = slice(0, len(code))
+            number, parts = numbers[0][here], [(b[0][here], s[at]) for b, s in blocks]
         number.copy_(code)  # extends the sign
-        number.mul_(1 << shift)  # shifts; torch vectorises this, not the shift
-        number.bitwise_and_(mask)
-        _multiply(product, scales, size[1])
-        if product is not dense:
-            dense.copy_(product)
+        number.mul_(times)  # shifts; torch vectorises this, not the shift
+        number.bitwise_and_(masks)
+        for block, scales in parts:
+            block.mul_(scales)
+        if dense is not out:
+            out[at * step : at * step + len(code)] = dense[: len(code)]
 
 
 def _factor(scale: Tensor, block_rows: int, rows: slice, exponent: int) -> Tensor:
@@ -213,16 +231,17 @@ def _factor(scale: Tensor, block_rows: int, rows: slice, exponent: int) -> Tenso
     return part[index]
 
 
-def _multiply(dense: Tensor, factor: Tensor, cols: int) -> None:
-    """Multiply (n, K) in place by (n, ceil(K/C)), each factor C times."""
-    whole = dense.shape[1] // cols  # blocks that are not short
-    edge = whole * cols
-    if edge == dense.shape[1]:
-        dense.view(-1, whole, cols).mul_(factor[:, :, None])
-        return
+def _blocks(
+    dense: Tensor, factor: Tensor, cols: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of (n, K) and (n, ceil(K/C)) to multiply: whole blocks, and the rest."""
+    n, k = dense.shape
+    whole = k // cols
     if whole:
-        dense[:, :edge].view(-1, whole, cols).mul_(factor[:, :whole, None])
-    dense[:, edge:].mul_(factor[:, whole:])
+        block = dense if k % cols == 0 else dense[:, : whole * cols]
+        yield block.view(n, whole, cols), factor[:, :whole, None]
+    if k % cols:
+        yield dense[:, whole * cols :], factor[:, whole:]
 
 
 def _chunk_rows(k: int) -> int:

@@ -1,0 +1,126 @@
+"""Forward of a block-wise FP8 Linear, beside musubi-tuner's and a bfloat16 Linear.
+
+::
+
+    HIJACK_PEER_MUSUBI=/path/to/musubi-tuner python -m benchmarks.forward
+
+All run in one process, in turn, in a new order each round; what is reported are medians
+of the quotients of each round. Every call takes the next of several weights that
+together are larger than any cache, as in a model. musubi-tuner's forward is its own
+function ``fp8_linear_forward_patch``, on the same codes and scales.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hijack
+import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from benchmarks.peers import MUSUBI, musubi
+from benchmarks.timing import alternate, machine, ratio
+
+Runs = dict[str, Callable[[int], Tensor]]
+
+POOL_BYTES = 200 << 20
+COLUMNS = "| layer | threads | M | musubi / hijack | musubi / bf16 | hijack / bf16 |"
+RULE = "|---|---:|---:|---:|---:|---:|"
+
+
+def layers(n: int, k: int) -> tuple[list[nn.Module], list[Tensor]]:
+    """Wrapped Linears with 1 x 64 blocks, and dense weights, (N, K) bfloat16 each."""
+    count = max(POOL_BYTES // (n * k), 2)
+    linears, weights = [], []
+    for _ in range(count):
+        linear = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+        weights.append(linear.weight.detach().clone())
+        linear.requires_grad_(False)
+        linears.append(hijack.wrap_module(linear, "blockwise_fp8", block_size=(1, 64)))
+    return list(linears), weights
+
+
+def runs_for(x: Tensor, linears: list[nn.Module], weights: list[Tensor]) -> Runs:
+    """Every forward as a function of the number of the layer to run."""
+    peer = musubi()
+
+    def run_hijack(i: int) -> Tensor:
+        result: Tensor = linears[i % len(linears)](x)
+        return result
+
+    def run_bf16(i: int) -> Tensor:
+        return F.linear(x, weights[i % len(weights)])
+
+    runs: Runs = {"hijack": run_hijack, "bf16": run_bf16}
+    if peer is not None:
+        others = [with_musubis_names(linear) for linear in linears]
+
+        def run_musubi(i: int) -> Tensor:
+            result: Tensor = peer.fp8_linear_forward_patch(others[i % len(others)], x)
+            return result
+
+        runs["musubi"] = run_musubi
+    return runs
+
+
+def with_musubis_names(linear: Any) -> SimpleNamespace:
+    """The same codes and scales under musubi-tuner's names."""
+    scale = linear.weight_scale[:, :, None]
+    return SimpleNamespace(weight=linear.weight, scale_weight=scale, bias=None)
+
+
+def measure(n: int, k: int, sizes: list[int], rounds: int, threads: int) -> None:
+    """Print one row for each M."""
+    linears, weights = layers(n, k)
+    for m in sizes:
+        x = torch.randn(m, k, dtype=torch.bfloat16)
+        runs = runs_for(x, linears, weights)
+        with torch.inference_mode():
+            if "musubi" in runs:
+                assert_same(runs["hijack"](0), runs["musubi"](0))
+            seconds = alternate(runs, rounds, repeat=2 if m < 1024 else 1)
+        hijack_s, bf16 = seconds["hijack"], seconds["bf16"]
+        other = seconds.get("musubi")
+        faster = f"{ratio(other, hijack_s):.2f}" if other else "-"
+        bound = f"{ratio(other, bf16):.2f}" if other else "-"
+        print(
+            f"| {k} -> {n} | {threads} | {m} | {faster} | {bound} | "
+            f"{ratio(hijack_s, bf16):.2f} |",
+            flush=True,
+        )
+
+
+def assert_same(ours: Tensor, theirs: Tensor) -> None:
+    """What is compared must compute the same."""
+    error = (ours - theirs).float().norm() / theirs.float().norm()
+    if not error < 1e-2:
+        raise RuntimeError(f"hijack and musubi-tuner differ by {error:.2e}")
+
+
+def main() -> None:
+    """Measure what the arguments ask for, and print a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["3072x12288", "3072x3072"])
+    parser.add_argument(
+        "--rows", nargs="+", type=int, default=[1, 16, 256, 1024, 4096], metavar="M"
+    )
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", nargs="+", type=int, default=None)
+    args = parser.parse_args()
+    if musubi() is None:
+        print(f"{MUSUBI} is not set: measured without musubi-tuner\n")
+    print(f"{machine()}\n\n{COLUMNS}\n{RULE}")
+    for threads in args.threads or sorted({1, torch.get_num_threads()}):
+        torch.set_num_threads(threads)
+        for shape in args.shapes:
+            k, n = map(int, shape.split("x"))
+            measure(n, k, args.rows, args.rounds, threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Ratios that a busy machine does not spoil."""
+
+from __future__ import annotations
+
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+
+def alternate(
+    runs: Mapping[str, Callable[[int], object]], rounds: int, repeat: int = 1
+) -> dict[str, list[float]]:
+    """Time several functions in turn, in a new order each round.
+
+    Args:
+        runs: name to a function of the round's number.
+        rounds: how often each is timed, after one round that is not counted.
+        repeat: calls in a row that are timed as one.
+
+    Returns:
+        Name to the seconds of one call, round by round, so that quotients may be
+        formed within each round.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    names = list(runs)
+    for turn in range(rounds + 1):
+        random.shuffle(names)
+        for name in names:
+            call = runs[name]
+            start = time.perf_counter()
+            for again in range(repeat):
+                call(turn * repeat + again)
+            elapsed = (time.perf_counter() - start) / repeat
+            if turn:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def ratio(over: list[float], under: list[float]) -> float:
+    """Median of the quotients of each round."""
+    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+
+
+def machine() -> str:
+    """Processor, its features that matter here, and torch."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                name = value.strip()
+            elif key.strip() == "flags":
+                flags = set(value.split())
+    known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+    has = ", ".join(f"{flag} {'yes' if flag in flags else 'no'}" for flag in known)
+    return f"{name} ({has}); torch {torch.__version__}"
