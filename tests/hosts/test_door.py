@@ -96,7 +96,7 @@ def coded(registry):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_claimed_layer_becomes_one_tensor(registry, prefix):
-    """Codes and scale become one tensor under the weight's key; the rest is untouched."""
+    """Codes and scale become one tensor under the weight's key; nothing else moves."""
     state_dict = block_file(prefix)
     before = dict(state_dict)
     codes, scale = (
@@ -129,7 +129,7 @@ def test_asking_twice_changes_nothing(registry):
 
 @pytest.mark.parametrize("scheme", [Int8(), Nibbles()])
 def test_a_scheme_of_two_methods_is_enough(registry, scheme):
-    """Any scheme's layers are taken, also if their codes are not of the weight's shape."""
+    """Any scheme's layers are taken, also if codes and weight differ in shape."""
     dense = torch.randn(8, 16)
     qdata, params = scheme.quantize(dense)
     state_dict = {"x.weight": qdata, **{f"x.{name}": t for name, t in params.items()}}
@@ -274,7 +274,7 @@ def test_a_scheme_that_crashes_is_named(registry, monkeypatch):
     monkeypatch.setattr(Int8, "dequantize", crash)
     qdata, params = Int8().quantize(torch.randn(4, 4))
     with pytest.raises(
-        HijackError, match="x: scheme door_int8 cannot read it.*IndexErr"
+        HijackError, match=r"x: scheme door_int8 cannot read it.*IndexErr"
     ):
         encode_claimed(
             {"x.weight": qdata, "x.weight_scale": params["weight_scale"]},

@@ -7,6 +7,7 @@ is built by ComfyUI's own class, and its class is decided by the tensor it is gi
 
 from __future__ import annotations
 
+import copy
 import inspect
 import sys
 import weakref
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hijack.hosts.comfyui.coded import Coded
@@ -159,6 +160,16 @@ class QuantizedLinear:
         object.__setattr__(self, "__class__", self.dense_class)
         dense = torch.empty(_shape(self), dtype=weight.dtype, device=weight.device)
         self.weight = nn.Parameter(dense, requires_grad=False)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        coded = self.carrier.unwrap(self.weight)
+        if coded is not None:  # QuantizedTensor itself cannot be copied this way
+            weight = self.carrier.wrap(coded.apply(torch.clone), self.compute_dtype)
+            memo[id(self.weight)] = nn.Parameter(weight, requires_grad=False)
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        LIVE.add(new)
+        return new
 
     # ComfyUI's mixed precision Linear replaces this method, which torch's does not.
     state_dict = nn.Module.state_dict
