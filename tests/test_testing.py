@@ -1,4 +1,4 @@
-"""The conformance kit finds every broken scheme, and each of its assertions can fail."""
+"""The conformance kit finds each broken scheme; each of its assertions can fail."""
 
 import ast
 import dataclasses
@@ -67,7 +67,7 @@ CASES = (
     _case(
         broken.CountsCalls, "arguments_are_left_alone", "to_dtype_leaves_codes_alone"
     ),
-    _case(broken.Stamped, "same_weight_same_codes", "strided_weight", "quantized_file"),
+    _case(broken.Stamped, "same_weight_same_codes", "quantized_file"),
     _case(broken.ParameterScale, "tensors_can_be_kept"),
     _case(broken.Transposed, "tensors_can_be_kept", "safetensors_round_trip"),
     _case(broken.SharesMemory, "tensors_can_be_kept", "safetensors_round_trip"),

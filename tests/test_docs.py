@@ -1,0 +1,205 @@
+"""What the documents say is what the code does."""
+
+import ast
+import builtins
+import inspect
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import hijack
+from hijack import cli, errors
+from hijack.hooks import HookSpecs
+from hijack.testing import SchemeConformance
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HOOKS = {n: f for n, f in vars(HookSpecs).items() if n.startswith("hijack_")}
+MAX_LINES, MAX_FUNCTION_LINES = 400, 40
+
+
+def blocks(document, language):
+    """The code blocks of a document in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.M | re.S)
+
+
+def sources(*folders):
+    """The Python files of some folders."""
+    return [
+        file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))
+    ]
+
+
+def functions(file):
+    """Every function in a file."""
+    tree = ast.parse(file.read_text())
+    return [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+
+
+def code_lines(node, text):
+    """Lines that are neither blank, comment nor docstring."""
+    skipped = set()
+    for part in ast.walk(node):
+        if isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant):
+            skipped |= set(range(part.lineno, part.end_lineno + 1))
+    first, last = getattr(node, "lineno", 1), getattr(node, "end_lineno", len(text))
+    return sum(
+        bool(text[number - 1].strip())
+        and not text[number - 1].lstrip().startswith("#")
+        and number not in skipped
+        for number in range(first, last + 1)
+    )
+
+
+@pytest.mark.parametrize("name", HOOKS)
+def test_hook_is_documented(name):
+    """docs/hooks.md has a section on the hook, with its arguments and its kind."""
+    text = (ROOT / "docs/hooks.md").read_text()
+    arguments = [p for p in inspect.signature(HOOKS[name]).parameters if p != "self"]
+    heading = f"### `{name}({', '.join(arguments)})`\n"
+    assert heading in text
+    options = HOOKS[name].hijack_spec
+    kinds = [kind for kind in ("firstresult", "historic") if options[kind]]
+    section = text.split(heading)[1].split("\n###")[0]
+    assert section.strip().startswith(f"{(kinds or ['collect'])[0]} ·")
+
+
+def test_no_unknown_hook_is_documented():
+    """Every hook in docs/hooks.md exists."""
+    text = (ROOT / "docs/hooks.md").read_text()
+    assert set(re.findall(r"^### `(\w+)\(", text, re.M)) == set(HOOKS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_blocks_run(document, tmp_path, monkeypatch):
+    """The Python of a document runs, top to bottom; its conformance classes pass."""
+    monkeypatch.chdir(tmp_path)
+    before = hijack.schemes()
+    scope = {"__name__": "document"}
+    try:
+        for block in blocks(document, "python"):
+            exec(compile(block, document.name, "exec"), scope)
+        kits = [v for v in scope.values() if isinstance(v, type)]
+        for kit in kits:
+            if issubclass(kit, SchemeConformance) and kit is not SchemeConformance:
+                run_kit(kit, tmp_path)
+    finally:
+        for name in hijack.schemes().keys() - before.keys():
+            hijack.unregister(name)
+
+
+def run_kit(kit, folder):
+    """Run a conformance class without pytest, but for what cannot be pickled here."""
+    scheme = kit.__dict__["scheme"].__wrapped__
+    for name in dir(kit):
+        if name.startswith("test_") and name != "test_torch_save":
+            test = getattr(kit(), name)
+            wanted = "tmp_path" in inspect.signature(test).parameters
+            (folder / name).mkdir()
+            test(scheme(kit()), **({"tmp_path": folder / name} if wanted else {}))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_shown_commands_exist(document):
+    """Every ``hijack`` command shown is one the command line takes."""
+    lines = "".join(blocks(document, "bash")).splitlines()
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["hijack"]:
+            assert cli._parser().parse_args(words[1:]).run
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document):
+    """Files and pictures a document links to exist."""
+    for target in re.findall(r"\]\(([^)#]+)\)", document.read_text()):
+        if "://" not in target:
+            assert (document.parent / target).exists(), target
+
+
+def test_readme_names_every_variable():
+    """Environment variables that the code reads are in the README, and no others."""
+    files = [*sources("hijack", "schemes", "benchmarks", "tests"), ROOT / "__init__.py"]
+    text = "".join(file.read_text() for file in files)
+    used = set(re.findall(r"\bHIJACK_[A-Z_]+\b", text))
+    documented = set(
+        re.findall(r"\bHIJACK_[A-Z_]+\b", (ROOT / "README.md").read_text())
+    )
+    assert documented == used
+
+
+def test_all_is_what_is_public():
+    """``hijack.__all__`` is sorted and has every public name that is no module."""
+    public = {
+        name
+        for name, value in vars(hijack).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert hijack.__all__ == sorted(public)
+
+
+@pytest.mark.parametrize("name", hijack.__all__)
+def test_public_name_has_a_docstring(name):
+    """Whatever is public says what it is."""
+    value = getattr(hijack, name)
+    if callable(value) and name != "hookimpl":
+        assert inspect.getdoc(value)
+
+
+def test_error_tree_is_complete():
+    """The tree in the docstring of hijack.errors has every exception and its bases."""
+    found, path = {}, ["HijackError"]
+    for line in errors.__doc__.splitlines():
+        match = re.match(r"    ([│ ]*)[├└]── (\w+)(?:\((\w+)\))?", line)
+        if match:
+            depth = len(match[1]) // 4 + 1
+            path[depth:] = [match[2]]
+            found[match[2]] = {path[depth - 1]} | ({match[3]} if match[3] else set())
+    actual = {
+        name: {base.__name__ for base in cls.__bases__}
+        for name, cls in vars(errors).items()
+        if isinstance(cls, type) and name != "HijackError"
+    }
+    assert found == actual
+    assert all(
+        hasattr(errors, b) or hasattr(builtins, b) for v in found.values() for b in v
+    )
+
+
+def test_every_test_says_what_it_tests():
+    """Each test function has a docstring of one sentence."""
+    silent = [
+        f"{file.name}:{node.name}"
+        for file in sources("tests")
+        for node in functions(file)
+        if node.name.startswith("test_") and not ast.get_docstring(node)
+    ]
+    assert not silent
+
+
+def test_sizes():
+    """No file has more than 400 lines of code, no function more than 40."""
+    large = []
+    for file in sources("hijack", "schemes"):
+        text = file.read_text().splitlines()
+        if code_lines(ast.parse(file.read_text()), text) > MAX_LINES:
+            large.append(file.name)
+        large += [
+            f"{file.name}:{node.name}"
+            for node in functions(file)
+            if code_lines(node, text) > MAX_FUNCTION_LINES
+        ]
+    assert not large
+
+
+def test_contributing_is_short():
+    """CONTRIBUTING.md can be read in a minute."""
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) <= 60
+
+
+def test_texts_name_no_machine():
+    """No committed text holds a path of somebody's home."""
+    for file in [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
+        assert not re.search(r"/(root|home|work|Users)/", file.read_text()), file.name

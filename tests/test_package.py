@@ -1,0 +1,108 @@
+"""The wheel: what it installs, and what it says about itself."""
+
+import email
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+INFO = "comfyui_hijack-0.1.0.dist-info"
+
+#: Modules that importing hijack must not import: hosts, extras, and what tests use.
+FOREIGN = ("comfy", "comfy_kitchen", "tqdm", "matplotlib", "pytest", "hypothesis")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the tree."""
+    folder = tmp_path_factory.mktemp("wheel")
+    # no dot folders: virtual environments and caches are among them
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, folder / "tree", ignore=ignore)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel"]
+    options = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, *options, "-w", folder, folder / "tree"], check=True)
+    (path,) = folder.glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_wheel_installs_two_packages(wheel):
+    """Exactly hijack and schemes, whatever else is in the tree."""
+    assert {n.split("/")[0] for n in wheel.namelist()} == {"hijack", "schemes", INFO}
+
+
+def test_wheel_has_every_module(wheel):
+    """No module is left out, and both packages are typed."""
+    packed = {name for name in wheel.namelist() if not name.startswith(INFO)}
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("hijack", "schemes")
+        for path in (ROOT / package).rglob("*.py")
+    }
+    assert packed == modules | {"hijack/py.typed", "schemes/py.typed"}
+
+
+def test_wheel_metadata(wheel):
+    """The core asks for four distributions, and the licence comes along."""
+    metadata = email.message_from_bytes(wheel.read(f"{INFO}/METADATA"))
+    needed = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    names = {re.split(r"[<>=!~ ]", requirement)[0] for requirement in needed}
+    assert names == {"torch", "safetensors", "pluggy", "wrapt"}
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert f"{INFO}/licenses/LICENSE" in wheel.namelist()
+
+
+def test_wheel_entry_points(wheel):
+    """The command and the reference scheme are declared."""
+    text = wheel.read(f"{INFO}/entry_points.txt").decode()
+    assert "hijack = hijack.cli:main" in text
+    assert "blockwise_fp8 = schemes.blockwise_fp8" in text
+
+
+def test_import_stays_light():
+    """Importing hijack and its scheme imports no host, no extra and no test tool."""
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"  # torch brings tqdm along
+        "import hijack, schemes.blockwise_fp8\n"
+        f"print([m for m in {FOREIGN!r} if m in set(sys.modules) - before])"
+    )
+    run = [sys.executable, "-c", code]
+    out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
+
+
+def test_changelog_has_this_version():
+    """The newest entry of the changelog is the version being built."""
+    versions = re.findall(
+        r"^## \[?(\d[\w.]*)", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert versions[0] == PROJECT["project"]["version"]
+
+
+def test_comfy_metadata():
+    """ComfyUI's registry needs a publisher and a name; versions are the tested ones."""
+    comfy = PROJECT["tool"]["comfy"]
+    assert comfy["PublisherId"]
+    assert comfy["DisplayName"]
+    from hijack.hosts import comfyui
+
+    assert comfy["requires-comfyui"] == f">={comfyui.SUPPORTED[0]}"
+
+
+def test_requirements_are_a_part_of_the_dependencies():
+    """requirements.txt asks for what ComfyUI lacks, no more than the package does."""
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    asked = {line.strip() for line in lines if line.strip() and line[0] != "#"}
+    assert asked
+    assert asked <= set(PROJECT["project"]["dependencies"])
