@@ -9,6 +9,7 @@ OWNER (a dotted name, or MODULE itself) must hold the same objects as before.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -74,10 +75,28 @@ def run(order, host, module, owners):
         )
 
 
-def main(host, module, *owners):
+def warm_up(module):
+    """Import what the host imports, but nothing of the host: orders then start fast."""
+    names, write = os.pipe()
+    if os.fork() == 0:
+        importlib.import_module(module)
+        loaded = [n for n in sys.modules if not n.startswith(module.partition(".")[0])]
+        with open(write, "w") as pipe:
+            pipe.write(" ".join(loaded))
+        os._exit(0)
+    os.close(write)
+    with open(names) as pipe:
+        for name in pipe.read().split():
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+    os.wait()
+
+
+def main(host, module, *owners, orders=ORDERS):
     """Every order in a process of its own; returns the number that failed."""
+    warm_up(module)
     failed = 0
-    for order in ORDERS:
+    for order in orders:
         child = os.fork()
         if child == 0:
             try:
@@ -85,9 +104,9 @@ def main(host, module, *owners):
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
-            os._exit(0)
+            os._exit(0)  # without cleaning up what the parent still uses
         failed += os.waitpid(child, 0)[1] != 0
-    print(f"{len(ORDERS)} orders, {failed} failed")
+    print(f"{len(orders)} orders, {failed} failed")
     return failed
 
 

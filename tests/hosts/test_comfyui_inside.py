@@ -129,7 +129,8 @@ def test_all_orders_of_import_patch_and_unpatch(release):
         f"import sys\nsys.path[:0] = {[str(HERE.parents[1]), str(COMFYUI_TESTS)]}\n"
         f"sys.path.insert(0, {str(HERE)!r})\n"
         f"import launch, orders\nlaunch.prepare({str(release)!r})\n"
-        f"sys.exit(orders.main('comfyui', 'comfy.model_detection', *{owners}))"
+        f"sys.exit(orders.main('comfyui', 'comfy.model_detection', *{owners},\n"
+        "                      orders=orders.ORDERS[:7]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
