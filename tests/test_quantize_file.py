@@ -216,7 +216,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path):
 
     with pytest.raises(CheckpointError, match="b: was planned but never written"):
         fail_with(None)
-    with pytest.raises(CheckpointError, match="x.*cannot be written; No space left"):
+    with pytest.raises(CheckpointError, match=r"x.*cannot be written; No space left"):
         fail_with(OSError(28, "No space left on device"))
     with pytest.raises(KeyboardInterrupt):
         fail_with(KeyboardInterrupt())

@@ -397,7 +397,13 @@ def test_a_spawned_process_gets_a_working_module(tmp_path):
     assert done.stdout.strip() == "equal", done.stderr
 
 
-@pytest.mark.parametrize("kind", ["linear", "conv-transpose", "custom"])
+#: Older torch breaks the graph where a forward it must trace runs on a stand-in.
+NEW_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
+@pytest.mark.parametrize(
+    "kind", ["linear", *(["conv-transpose", "custom"] if NEW_TORCH else [])]
+)
 def test_compile_traces_the_wrapped_forward_inside_a_parent(scheme, kind):
     """A compiled parent computes the wrapped values in one graph."""
     make, shape = MODULES[kind]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from hijack.checkpoint.dialect import Claim
@@ -120,46 +120,45 @@ def identify(
 
     header = source if isinstance(source, Header) else read_header(source)
     registry = default_registry() if registry is None else registry
-    by_layer: dict[str, list[Claim]] = {}
-    for claim in registry.identify(header):
-        by_layer.setdefault(claim.layer, []).append(claim)
-    native = tuple(
-        layer
-        for layer in header.layers()
-        if join(layer, NATIVE_MARKER) in header.tensors
-    )
-    layers: dict[str, Claim] = {}
-    ambiguous: dict[str, tuple[Claim, ...]] = {}
-    for layer, claims in by_layer.items():
-        best = max(claim.certainty for claim in claims)
-        top = [claim for claim in claims if claim.certainty == best]
-        if len({claim.scheme for claim in top}) > 1:
-            ambiguous[layer] = tuple(top)
-        else:
-            layers[layer] = top[0]
-    used = {
-        key
-        for claims in (*ambiguous.values(), *((c,) for c in layers.values()))
-        for claim in claims
-        for key in claim.keys.values()
-    }
-    orphans = _orphans(header, used, set(native), set(layers) | set(ambiguous))
-    unscaled = tuple(
-        layer
-        for layer in header.layers()
-        if layer not in by_layer
-        and layer not in native
-        and header.tensors[join(layer, "weight")].dtype in CODE_DTYPES
-    )
+    claims = registry.identify(header)
+    layers, ambiguous = _weigh(claims)
+    weights = {layer: join(layer, "weight") for layer in header.layers()}
+    native = tuple(n for n in weights if join(n, NATIVE_MARKER) in header.tensors)
+    claimed = layers.keys() | ambiguous.keys()
     return Identification(
         source=header.source,
         tensors=len(header.tensors),
         layers=layers,
         ambiguous=ambiguous,
         native=native,
-        orphans=orphans,
-        unscaled=unscaled,
+        orphans=_orphans(header, claims, set(native)),
+        unscaled=tuple(
+            layer
+            for layer, key in weights.items()
+            if header.tensors[key].dtype in CODE_DTYPES
+            and layer not in claimed
+            and layer not in native
+        ),
     )
+
+
+def _weigh(
+    claims: Iterable[Claim],
+) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
+    """The best founded claim to each layer, and the layers where that is undecided."""
+    by_layer: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_layer.setdefault(claim.layer, []).append(claim)
+    layers: dict[str, Claim] = {}
+    ambiguous: dict[str, tuple[Claim, ...]] = {}
+    for layer, rivals in by_layer.items():
+        best = max(claim.certainty for claim in rivals)
+        top = [claim for claim in rivals if claim.certainty == best]
+        if len({claim.scheme for claim in top}) > 1:
+            ambiguous[layer] = tuple(top)
+        else:
+            layers[layer] = top[0]
+    return layers, ambiguous
 
 
 def block_text(block_size: tuple[int, int] | None) -> str:
@@ -168,9 +167,11 @@ def block_text(block_size: tuple[int, int] | None) -> str:
 
 
 def _orphans(
-    header: Header, used: set[str], native: set[str], claimed: set[str]
+    header: Header, claims: Iterable[Claim], native: set[str]
 ) -> tuple[str, ...]:
     """Scales of no layer that anybody reads; activations' scales may go unused."""
+    used = {key for claim in claims for key in claim.keys.values()}
+    claimed = {claim.layer for claim in claims}
     found = []
     for key in header.tensors:
         layer, _, name = key.rpartition(".")

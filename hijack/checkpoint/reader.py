@@ -152,8 +152,8 @@ def _indexed(path: Path) -> list[Path]:
         shard = path.parent / name
         if _leads_out(shard):
             raise HeaderError(
-                f"{path}: the shard {name!r} is a link out of its folder; replace it by "
-                "the file"
+                f"{path}: the shard {name!r} is a link out of its folder; replace it "
+                "by the file"
             )
         shards.append(shard)
     return shards
