@@ -125,6 +125,7 @@ class Kit(SchemeConformance):
     min_sqnr_db = 20.0
     block_size = (1, -1)
     compile_backend = "eager"
+    max_examples = 15
 
 
 KIT_TESTS = sorted(name for name in dir(Kit) if name.startswith("test_"))
