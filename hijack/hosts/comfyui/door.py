@@ -197,8 +197,11 @@ def _encode(registry: Registry, claim: Claim, tensors: Mapping[str, Tensor]) -> 
         accepted = inspect.signature(scheme.quantize).parameters
         if claim.block_size is not None:
             options["block_size"] = claim.block_size
-        if "dtype" in accepted:  # what a later LoRA is quantized to
+        if "dtype" in accepted:  # what a weight with a LoRA in it is quantized to
             options["dtype"] = qdata.dtype
+        scale = params.get("weight_scale")
+        if "scale_dtype" in accepted and scale is not None and scale.dtype in PLAIN:
+            options["scale_dtype"] = scale.dtype
         coding = Coding(scheme, claim.dialect, tuple(sorted(options.items())))
         return Coded(qdata, params, coding)
     except HijackError:

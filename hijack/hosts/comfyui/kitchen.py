@@ -37,6 +37,9 @@ def quant_ops() -> Any | None:
 class KitchenCarrier:
     """Turns `Coded` into QuantizedTensor and back, sharing all tensors."""
 
+    #: ``.data`` of a QuantizedTensor shares its codes, but not its params.
+    restores_in_place = False
+
     def __init__(self, host: Any) -> None:
         self.host = host
 

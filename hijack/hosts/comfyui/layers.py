@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hijack.hosts.comfyui.coded import Coded
+from hijack.errors import ModuleError
+from hijack.hosts.comfyui.coded import PLAIN, Coded
 from hijack.hosts.comfyui.kitchen import KitchenCarrier, quant_ops
 
 #: Every quantized layer alive, so that unpatching can say how many there are.
@@ -27,6 +28,9 @@ LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 class PlainCarrier:
     """Keeps `Coded` as the parameter itself, where there is nothing better."""
+
+    #: Whether writing another weight into the parameter writes all of it.
+    restores_in_place = True
 
     def wrap(self, coded: Coded, dtype: torch.dtype) -> Tensor:
         return coded
@@ -63,6 +67,7 @@ def make_operations(base: Any, dtype: torch.dtype) -> Any:
             "carrier": carrier,
             "dense_class": base.Linear,
             "compute_dtype": dtype,
+            "host_ops": sys.modules["comfy.ops"],
             "cast_options": _offloadable(),
         },
     )
@@ -125,6 +130,7 @@ class QuantizedLinear:
     carrier: Carrier
     dense_class: Any
     compute_dtype: torch.dtype
+    host_ops: Any
     cast_options: dict[str, bool]
 
     def _load_from_state_dict(
@@ -192,7 +198,7 @@ class QuantizedLinear:
     def forward_comfy_cast_weights(
         self: Any, input: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        ops = sys.modules["comfy.ops"]
+        ops = self.host_ops
         for patch in self.weight_function:  # 0.3.70 would decode and encode once more
             if getattr(patch, "set_func", None) is not None:
                 patch.set_func = patch.convert_func = None
@@ -207,8 +213,8 @@ class QuantizedLinear:
         self: Any, weight: Tensor, inplace: bool = False, **kwargs: Any
     ) -> Tensor:
         """The dense weight; ComfyUI asks before it adds a LoRA."""
-        coded = self.carrier.unwrap(weight)
-        return weight if coded is None else coded.dense(torch.float32)
+        dtype = weight.dtype if weight.dtype in PLAIN else torch.float32
+        return self.carrier.dense(weight, dtype)  # type: ignore[no-any-return]
 
     def set_weight(
         self: Any,
@@ -218,7 +224,17 @@ class QuantizedLinear:
         return_weight: bool = False,
         **kwargs: Any,
     ) -> Tensor | None:
-        """Quantize a weight with a LoRA in it, with scales of its own."""
+        """Quantize a weight with a LoRA in it, with scales of its own.
+
+        Raises:
+            ModuleError: if ComfyUI wants to write into the parameter and restore it so,
+                and would restore the codes without their scales.
+        """
+        if inplace_update and not self.carrier.restores_in_place:
+            raise ModuleError(
+                "LoRA hooks: this ComfyUI cannot take them out of quantized layers "
+                "again; apply the LoRA with a LoRA loader node instead"
+            )
         coded = self.carrier.unwrap(self.weight)
         if coded is None:  # already replaced by a dense one
             new = weight.to(self.weight.dtype)
@@ -227,10 +243,8 @@ class QuantizedLinear:
             new = self.carrier.wrap(again, self.compute_dtype)
         if return_weight:
             return new
-        if inplace_update:
-            self.weight.data.copy_(new)
-        else:
-            self.weight = nn.Parameter(new, requires_grad=False)
+        # Never in place, even if asked: the codes may be a read-only map of the file.
+        self.weight = nn.Parameter(new, requires_grad=False)
         return None
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
