@@ -2,10 +2,13 @@
 # Install what ComfyUI imports into the environment of the Python that is named.
 # torch must be there already; whatever wants another torch goes in without its needs.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 python=$1
+if [[ $python == */* ]]; then # still found from the folder that we go to
+    python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
+fi
+cd "$(dirname "$0")/.."
 stamp_file=$("$python" -c 'import sys; print(sys.prefix)')/comfyui-stamp
-stamp=$(cat "$0" tests/comfyui/requirements.txt constraints.txt | cksum)
+stamp=$(cat scripts/install-comfyui-deps.sh tests/comfyui/requirements.txt constraints.txt | cksum)
 if [ -f "$stamp_file" ] && [ "$(cat "$stamp_file")" = "$stamp" ]; then
     exit 0
 fi

@@ -1,5 +1,7 @@
 """Real ComfyUI servers and processes for tests."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -21,12 +23,17 @@ PROMPT_SECONDS = 180
 
 
 def releases():
-    """Version to folder of every ComfyUI there is, oldest first."""
+    """Version to folder of every ComfyUI there is, oldest first.
+
+    Raises:
+        FileNotFoundError: if a folder of ``HIJACK_TEST_COMFYUI`` is not a ComfyUI.
+    """
     named = os.environ.get("HIJACK_TEST_COMFYUI")
     if named is not None:
         folders = [Path(part) for part in named.split(os.pathsep) if part]
     else:
-        folders = list(Path("~/comfy").expanduser().glob("ComfyUI*"))
+        files = Path("~/comfy").expanduser().glob("ComfyUI*/comfyui_version.py")
+        folders = [file.parent for file in files]
     found = {version(folder): folder for folder in folders}
     return dict(sorted(found.items(), key=lambda item: _numbers(item[0])))
 
@@ -86,6 +93,7 @@ class Server:
                 (nodes / name).symlink_to(pack)
         self.log_path = self.base / "log.txt"
         self.port = _free_port()
+        self.numbers = itertools.count()
 
     def __enter__(self):
         command = [
@@ -113,12 +121,19 @@ class Server:
         return self
 
     def __exit__(self, *_):
-        self.process.terminate()
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        import psutil  # ComfyUI needs it, the rest of the tests do not
+
+        family = []
+        if self.process.poll() is None:
+            server = psutil.Process(self.process.pid)
+            family = [server, *server.children(recursive=True)]
+        for process in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        for process in psutil.wait_procs(family, timeout=20)[1]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.wait()
 
     def _wait(self):
         for _ in range(START_SECONDS * 4):
@@ -137,25 +152,38 @@ class Server:
         return self.log_path.read_text(errors="replace")
 
     def run(self, workflow):
-        """Post a workflow and wait for it; give its entry in the history."""
+        """Post a workflow and wait for it; give its entry in the history.
+
+        Raises:
+            PromptError: if it is refused or fails; the end of the log is printed.
+        """
         body = json.dumps({"prompt": workflow}).encode()
         try:
             answer = self._get("/prompt", body)
         except urllib.error.HTTPError as error:
-            raise PromptError(error.read().decode()) from error
+            raise self._prompt_error(error.read().decode()) from error
         for _ in range(PROMPT_SECONDS * 10):
             history = self._get(f"/history/{answer['prompt_id']}")
             if history:
                 entry = history[answer["prompt_id"]]
                 if entry["status"]["status_str"] != "success":
-                    raise PromptError(json.dumps(entry["status"]["messages"]))
+                    raise self._prompt_error(json.dumps(entry["status"]["messages"]))
                 return entry
             time.sleep(0.1)
         raise RuntimeError(f"the prompt did not end:\n{self.log()[-3000:]}")
 
+    def _prompt_error(self, text):
+        # not in the exception's text, where tests would find words of other prompts
+        print(self.log()[-3000:])
+        return PromptError(text)
+
     def latent(self, model, **options):
         """Sample with a diffusion model and give the latent that was saved."""
-        entry = self.run(workflow(model, **options))
+        asked = workflow(model, **options)
+        # A workflow that is cached to its end gives no outputs (0.8, 0.20), or the file
+        # of the time before: under a name of its own, saving is never cached.
+        asked["save"]["inputs"]["filename_prefix"] = f"test/{next(self.numbers)}"
+        entry = self.run(asked)
         saved = entry["outputs"]["save"]["latents"][0]
         path = self.base / "output" / saved["subfolder"] / saved["filename"]
         return load_file(path)["latent_tensor"]
