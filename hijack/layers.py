@@ -131,7 +131,8 @@ def take_tensors(
     ):
         claim = native_claim(prefix[:-1], scheme.name, module._hijack.names)
     weight = state_dict[prefix + "weight"]
-    if claim is None or weight.dtype in DENSE_DTYPES:
+    dense = weight.dtype in DENSE_DTYPES and weight.dtype != module.weight.dtype
+    if claim is None or dense:
         used = {prefix + "weight"}
         made = quantize_weight(scheme, weight, module._hijack.options, where)
     else:

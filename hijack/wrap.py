@@ -269,7 +269,8 @@ class _Nursery:
 
     def _settle_one(self, name: str, module: nn.Module) -> None:
         args, kwargs, device = self.births.pop(id(module))
-        if _left_out(name, self.include, self.exclude) is not None:
+        left_out = _left_out(name, self.include, self.exclude)
+        if left_out is not None or _why_not(module, self.scheme) is not None:
             _fill_from_fresh(module, args, kwargs)
             return
         where = name or type(module).__name__

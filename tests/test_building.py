@@ -163,6 +163,19 @@ def test_plugins_see_each_construction_once(scheme):
     assert seen == [("Linear", (2, 3), {}), ("Sub", (4, 4), {"bias": False})]
 
 
+def test_a_target_without_a_weight_is_built_as_usual():
+    """A target type may have modules with nothing to quantize."""
+
+    class Anything(Bytes):
+        targets = (nn.Module,)
+
+    with hijack.building(Anything()):
+        net = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    assert isinstance(net[0], Wrapped)
+    assert type(net[1]) is nn.ReLU
+    assert net(torch.zeros(1, 4)).shape == (1, 4)
+
+
 def test_modules_dropped_inside_are_forgotten(scheme):
     """A module that is garbage before the context ends is not settled."""
     with hijack.building(scheme):

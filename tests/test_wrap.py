@@ -314,6 +314,29 @@ def test_state_dicts_round_trip(scheme, assign):
         assert torch.equal(second.state_dict()[key], tensor), key
 
 
+class Halved(Int8):
+    """Codes in a dtype that a dense weight may have too."""
+
+    name = "halved"
+
+    def quantize(self, weight, **options):
+        """Half the weight, in float16."""
+        return (weight / 2).half(), {"weight_factor": torch.full((1,), 2.0)}
+
+    def dequantize(self, qdata, params, dtype):
+        """Twice the codes."""
+        return (qdata.float() * params["weight_factor"]).to(dtype)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_codes_of_a_dense_dtype_are_not_quantized_again(assign):
+    """Codes and parameters together are codes, whatever their dtype."""
+    first = hijack.wrap_module(nn.Linear(8, 4), Halved())
+    second = hijack.wrap_module(nn.Linear(8, 4), Halved())
+    second.load_state_dict(first.state_dict(), assign=assign)
+    assert torch.equal(dense_weight(second), dense_weight(first))
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_a_dense_state_dict_is_quantized_on_load(scheme, assign):
     """A wrapped module takes a dense weight and quantizes it."""
