@@ -10,13 +10,13 @@ import platform
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 import hijack
-from hijack.checkpoint.identify import Identification, block_text
 from hijack.checkpoint.quantize import Progress
+from hijack.checkpoint.text import table
 from hijack.errors import HijackError
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -30,19 +30,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; default is those of the process.
 
     Returns:
-        The exit status: 0 done, 1 refused with a message, 2 wrong arguments.
+        The exit status: 0 done, 1 refused with a message, 130 interrupted. Wrong
+        arguments end the process with 2.
     """
     args = _parser().parse_args(argv)
-    _load_schemes()
     try:
+        _load_schemes()
         status: int = args.run(args)
+        sys.stdout.flush()
     except HijackError as error:
-        print(f"hijack: {error}", file=sys.stderr)
-        return 1
+        return _complain(str(error))
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
         return 0
+    except OSError as error:
+        return _complain(f"{error.filename or 'output'}: {error.strerror}")
+    except KeyboardInterrupt:
+        _complain("interrupted; nothing was replaced")
+        return 130
     return status
+
+
+def _complain(message: str) -> int:
+    """One line on stderr, whatever the names in it hold."""
+    line = " ".join(message.splitlines())
+    encoding = sys.stderr.encoding or "utf-8"
+    line = line.encode(encoding, "backslashreplace").decode(encoding)
+    print(f"hijack: {line}", file=sys.stderr)
+    return 1
 
 
 def parse_block_size(text: str) -> Any:
@@ -70,11 +85,8 @@ def _quantize(args: argparse.Namespace) -> int:
     options: dict[str, Any] = {}
     if args.dtype is not None:
         options["dtype"] = DTYPES[args.dtype]
-    if Path(args.dst).exists() and not args.force:
-        print(
-            f"hijack: {args.dst}: exists; pass --force to replace it", file=sys.stderr
-        )
-        return 1
+    if Path(args.dst).is_file() and not args.force:
+        return _complain(f"{args.dst}: exists; pass --force to replace it")
     with progress_bar("quantizing") as progress:
         report = hijack.quantize_file(
             args.src if len(args.src) > 1 else args.src[0],
@@ -96,35 +108,8 @@ def _quantize(args: argparse.Namespace) -> int:
 
 def _identify(args: argparse.Namespace) -> int:
     found = hijack.identify(args.path if len(args.path) > 1 else args.path[0])
-    print(found.to_json() if args.json else _describe(found, args.verbose))
-    return 1 if found.ambiguous or found.orphans else 0
-
-
-def _describe(found: Identification, verbose: bool) -> str:
-    lines = [f"{found.source}: {found.tensors} tensors"]
-    rows = [[s, d, b, str(n)] for s, d, b, n in found.groups()]
-    if rows:
-        lines.append(table(["scheme", "dialect", "block", "layers"], rows))
-    else:
-        lines.append("no layer is claimed by a scheme")
-    if verbose:
-        rows = [
-            [layer, c.scheme, block_text(c.block_size), "; ".join(c.evidence)]
-            for layer, c in found.layers.items()
-        ]
-        lines.append(table(["layer", "scheme", "block", "evidence"], rows))
-    if found.native:
-        lines.append(f"{len(found.native)} layers are marked for ComfyUI's own reader")
-    for layer, claims in found.ambiguous.items():
-        names = ", ".join(claim.scheme for claim in claims)
-        lines.append(f"ambiguous: {layer}: claimed equally by {names}")
-    if found.unscaled:
-        lines.append(
-            f"{len(found.unscaled)} layers hold codes that no scheme reads, such as "
-            f"{found.unscaled[0]}"
-        )
-    lines += [f"orphan: {key}: a scale that no scheme reads" for key in found.orphans]
-    return "\n".join(lines)
+    print(found.to_json() if args.json else found.as_table(verbose=args.verbose))
+    return 0 if found.clear else 1
 
 
 def _schemes(args: argparse.Namespace) -> int:
@@ -187,27 +172,6 @@ def _plain_progress(done: int, total: int, layer: str) -> None:
         print(f"\r{done}/{total} {layer[-50:]:<50}", end="", file=sys.stderr)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out rows in columns; columns of numbers are aligned to the right."""
-    columns = list(zip(head, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    numeric = [
-        len(column) > 1
-        and all(cell[:1].isdigit() and "x" not in cell for cell in column[1:])
-        for column in columns
-    ]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numeric, strict=True)
-        )
-        return "  ".join(padded).rstrip()
-
-    rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(head), rule, *map(line, rows)])
-
-
 def _load_schemes() -> None:
     """Register the reference scheme where no installed entry point did."""
     if "blockwise_fp8" not in hijack.schemes():
@@ -221,8 +185,16 @@ def _version() -> str:
         return "(not installed)"
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2."""
+        self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         "hijack", description="Quantize, identify and load checkpoints of any format."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hijack
+from hijack.checkpoint.text import table
 from hijack.checkpoint.writer import write_checkpoint
-from hijack.cli import progress_bar, table
+from hijack.cli import progress_bar
 from hijack.hooks import Wrapped, dense_weight
 
 WIDTH, HEADS, BLOCKS, TOKENS = 512, 8, 3, 64
@@ -200,6 +201,7 @@ def _plot(results: dict[str, list[Row]], path: Path) -> Path | None:
         axes.plot(values, marker=marker, color=colour, label=name, linewidth=1.2)
     layers = [row.layer for row in next(iter(results.values()))]
     axes.set_xticks(range(len(layers)), layers, rotation=45, ha="right")
+    axes.set_xlabel("layer")
     axes.set_ylabel("weight SQNR (dB), higher is better")
     axes.set_title("FP8 e4m3 against the bfloat16 weight, by scale block")
     axes.grid(axis="y", alpha=0.3)

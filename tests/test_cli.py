@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hijack import cli
+from hijack.checkpoint.writer import CheckpointWriter
 
 
 @pytest.fixture
@@ -121,6 +122,7 @@ def bad_inputs(folder):
     yield ("identify", text), "no safetensors file"
     yield ("identify", folder), "is a folder"
     yield ("quantize", text, folder / "q"), "no safetensors file"
+    yield ("demo", "--out", text), "t.safetensors: File exists"
 
 
 def test_bad_input_gives_one_readable_line(run, tmp_path):
@@ -145,15 +147,29 @@ def test_bad_input_gives_one_readable_line(run, tmp_path):
     ],
 )
 def test_wrong_words_end_with_status_2(words, capsys):
-    """argparse says what was expected."""
+    """One line says what was expected, and where to read more."""
     with pytest.raises(SystemExit) as end:
         cli.main(words)
+    err = capsys.readouterr().err
     assert end.value.code == 2
-    assert (
-        "expected" in (err := capsys.readouterr().err)
-        or "choose from" in err
-        or "required" in err
-    )
+    assert err.count("\n") == 1
+    assert err.startswith("hijack")
+    assert "--help" in err
+    assert "expected" in err or "choose from" in err or "required" in err
+
+
+def test_an_interruption_ends_with_status_130(run, dense, tmp_path, monkeypatch):
+    """Ctrl-C is no traceback, and leaves no half of a file."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    path = tmp_path / "q.safetensors"
+    monkeypatch.setattr(CheckpointWriter, "write", interrupt)
+    status, _, err = run("quantize", dense, path)
+    assert status == 130
+    assert err.splitlines()[-1] == "hijack: interrupted; nothing was replaced"
+    assert [p.name for p in tmp_path.iterdir()] == [dense.name]
 
 
 def test_a_folder_that_cannot_be_written_is_reported(run, dense, tmp_path):

@@ -1,15 +1,18 @@
 """Headers are read strictly: every malformed one is refused by name."""
 
 import json
+import os
 import struct
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from hijack.checkpoint.identify import identify
 from hijack.checkpoint.reader import open_tensors, read_header
+from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import HeaderError, HijackError
 
 
@@ -67,6 +70,40 @@ def test_tensors_are_mapped_and_equal_what_safetensors_reads(path):
     assert path.read_bytes() == before
 
 
+@pytest.mark.parametrize("length", [640, 1152, 1408])
+def test_a_length_that_looks_like_a_pickle_is_a_length(path, length):
+    """Headers of 640, 1152 and 1408 bytes begin with the bytes of three pickles."""
+    text = json.dumps({"a": entry()}).encode().ljust(length)
+    assert list(read_header(write(path, text)).tensors) == ["a"]
+
+
+def test_4_bit_tensors_have_torchs_shape_in_memory_and_safetensors_on_disk(path):
+    """Two numbers are one element of torch; the file counts numbers, as it should."""
+    packed = torch.arange(8, dtype=torch.uint8).view(2, 4)
+    tensor = packed.view(torch.float4_e2m1fn_x2)
+    write_checkpoint(path, {"a": tensor})
+    header = read_header(path)
+    assert header.tensors["a"].shape == (2, 8)
+    mapped, loaded = open_tensors(header)["a"], load_file(path)["a"]
+    assert mapped.shape == loaded.shape == (2, 4)
+    assert torch.equal(mapped.view(torch.uint8), packed)
+    assert torch.equal(loaded.view(torch.uint8), packed)
+
+
+def test_a_key_that_ends_like_a_weight_is_no_layer(path):
+    """The key ".weight" belongs to nobody, and to no error."""
+    header = read_header(write(path, {".weight": entry()}))
+    assert list(header.layers()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_pipes_and_devices_are_refused_without_waiting(path):
+    """Opening a pipe that nobody writes to would never return."""
+    os.mkfifo(path)
+    with pytest.raises(HeaderError, match="is a pipe or a device"):
+        read_header(path)
+
+
 MALFORMED = {
     "is 0 bytes long": b"",
     "is 3 bytes long": b"abc",
@@ -97,6 +134,16 @@ HEADERS = {
     r"a: unknown dtype \[\]": ({"a": entry([])}, {}),
     r"a: shape \[-2\]": ({"a": entry(shape=(-2,))}, {}),
     r"a: shape \[True\]": ({"a": entry(shape=(True,))}, {}),
+    r"a: shape \[4611686018427387904, 4611686018427387904, 0\].*too large": (
+        {"a": entry(shape=(2**62, 2**62, 0), offsets=(0, 0))},
+        {"data": b""},
+    ),
+    r"a: shape \[3\] of F4 .*no whole number": (
+        {"a": entry("F4", (3,), (0, 1))},
+        {"data": b"\0"},
+    ),
+    r"no text UTF-8 could hold": ({"\ud800": entry()}, {}),
+    r"not JSON; Exceeds the limit": (b'{"a": ' + b"9" * 5000 + b"}", {}),
     r"a: 8 bytes for shape \[3\]": ({"a": entry(shape=(3,))}, {}),
     r"b: begins at byte 4.*overlaps": (
         {"a": entry(), "b": entry(offsets=(4, 12))},
@@ -129,6 +176,8 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         read_header(tmp_path)
     with pytest.raises(HeaderError, match="empty list of shards"):
         read_header([])
+    with pytest.raises(HeaderError, match="is no file name"):
+        read_header("a\0b")
 
 
 @pytest.mark.parametrize(
@@ -138,6 +187,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         ("[]", "no weight_map"),
         ('{"weight_map": {"a": "../x.safetensors"}}', "names the shard '../x"),
         ('{"weight_map": {"a": "/etc/passwd"}}', "names the shard '/etc"),
+        ('{"weight_map": {"a": "x\\u0000"}}', r"names the shard 'x\\x00'"),
         ('{"weight_map": {"a": 7}}', "names the shard 7"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "cannot be read"),
     ],
@@ -147,6 +197,16 @@ def test_index_files_cannot_lead_astray(tmp_path, index, message):
     path = tmp_path / "m.safetensors.index.json"
     path.write_text(index)
     with pytest.raises(HeaderError, match=message):
+        read_header(path)
+
+
+def test_an_index_whose_shards_lack_a_tensor_is_refused(tmp_path):
+    """Shards of another checkpoint, or of half of one, are noticed."""
+    save_file({"a": torch.ones(1)}, tmp_path / "s.safetensors")
+    path = tmp_path / "m.safetensors.index.json"
+    names = dict.fromkeys(["a", "b"], "s.safetensors")
+    path.write_text(json.dumps({"weight_map": names}))
+    with pytest.raises(HeaderError, match="names 'b' and 0 other tensors"):
         read_header(path)
 
 
@@ -191,3 +251,44 @@ def test_mutated_files_are_read_or_refused(tmp_path_factory, data):
     except HijackError:
         return
     assert shapes == {key: info.shape for key, info in header.tensors.items()}
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=3), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+SIZES = st.integers(0, 4) | st.sampled_from([-1, 2**31, 2**63, 2**64]) | JSON
+ENTRIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "dtype": st.sampled_from(["F32", "F4", "F6_E2M3", "BOOL", "C64"]) | JSON,
+        "shape": st.lists(SIZES, max_size=3) | JSON,
+        "data_offsets": st.lists(SIZES, max_size=3) | JSON,
+    },
+)
+KEYS = st.sampled_from(["a.weight", "a.weight_scale", ".weight", "weight", ""])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.dictionaries(KEYS | st.text(max_size=3), ENTRIES | JSON, max_size=3) | JSON,
+    st.none() | st.dictionaries(st.text(max_size=3), JSON, max_size=2),
+    st.binary(max_size=9),
+)
+def test_any_json_is_read_or_refused(tmp_path_factory, table, metadata, data):
+    """Whatever a header says, it ends in tensors of that shape, or a HijackError."""
+    path = tmp_path_factory.mktemp("any") / "x.safetensors"
+    if isinstance(table, dict) and metadata is not None:
+        table["__metadata__"] = metadata
+    try:
+        header = read_header(write(path, table, data))
+        tensors = open_tensors(header)
+        for key, info in header.tensors.items():
+            assert info.torch_dtype is None or tensors[key].shape == info.torch_shape
+    except HijackError:
+        return
+    identify(header)

@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import hijack
-import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.checkpoint.identify import identify
-from hijack.errors import AmbiguousError
+from hijack.errors import AmbiguousError, CheckpointError
+from schemes.blockwise_fp8 import BlockwiseFP8
 
 FP8 = torch.float8_e4m3fn
 
@@ -153,3 +155,129 @@ def test_the_report_is_json():
     assert report["layers"]["x"]["block_size"] == [1, 4]
     assert report["layers"]["x"]["keys"]["scale_weight"] == "x.scale_weight"
     assert found.groups() == [("blockwise_fp8", "musubi", "1x4", 1)]
+
+
+def marked(layers, **tensors):
+    """A header whose metadata says that of its layers."""
+    metadata = {"hijack": json.dumps({"version": 1, "layers": layers})}
+    tensors = tensors or {
+        "x__weight": torch.ones(4, 8).to(FP8),
+        "x__weight_scale": torch.ones(4, 1),
+    }
+    return hijack.Header(header(**tensors).tensors, metadata, None, "file")
+
+
+def entry(**changes):
+    """What metadata says of a good layer, with changes."""
+    good = {"scheme": "blockwise_fp8", "params": ["weight_scale"]}
+    return {"x": {**good, **changes}}
+
+
+CONTRADICTIONS = {
+    "scale_2 is missing": entry(params=["weight_scale", "scale_2"]),
+    "weight_scale is missing": entry(params=[]),
+    "params are 7, expected a list": entry(params=7),
+    "params are .*expected a list": entry(params=[["a"]]),
+    "block_size is 'ab'": entry(block_size="ab"),
+    r"block_size is \[9\]": entry(block_size=[9]),
+    r"block_size is \[2, 8\], the shapes give \[1, 8\]": entry(block_size=[2, 8]),
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_metadata_that_the_tensors_contradict_is_not_believed(message):
+    """The layer is named with the reason, and nobody may load it."""
+    found = identify(marked(CONTRADICTIONS[message]), registry_of(BlockwiseFP8()))
+    assert list(found.contradictions) == ["x"]
+    assert not found.clear
+    with pytest.raises(CheckpointError, match=rf"file: x: .*contradict.*{message}"):
+        found.claims()
+    assert "contradiction: x: " in found.as_table()
+    assert "x" in json.loads(found.to_json())["contradictions"]
+
+
+def test_a_scale_of_another_shape_than_marked_is_a_contradiction():
+    """The scheme itself is asked whether the tensors fit each other."""
+    found = identify(
+        marked(
+            entry(),
+            x__weight=torch.ones(4, 8).to(FP8),
+            x__weight_scale=torch.ones(3, 1),
+        )
+    )
+    assert "does not divide" in found.contradictions["x"]
+
+
+def test_one_bad_marker_leaves_the_other_layers_alone():
+    """Each layer is judged for itself."""
+    registry = registry_of(BlockwiseFP8())
+    layers = {"x": entry()["x"], "y": entry(params=7)["x"]}
+    tensors = {
+        f"{name}__{part}": tensor
+        for name in "xy"
+        for part, tensor in (
+            ("weight", torch.ones(4, 8).to(FP8)),
+            ("weight_scale", torch.ones(4, 1)),
+        )
+    }
+    found = identify(marked(layers, **tensors), registry)
+    assert found.layers["x"].certainty == hijack.Certainty.MARKED
+    assert list(found.contradictions) == ["y"]
+    assert registry.problems == []
+
+
+def test_schemes_that_are_not_there_are_named():
+    """The user learns which plugin is missing; reading the file is not refused yet."""
+    found = identify(marked(entry(scheme="int4_secret")), registry_of())
+    assert found.unknown == {"x": "int4_secret"}
+    assert "unknown: 1 layers are int4_secret" in found.as_table()
+    assert not found.clear
+    assert found.claims() == {}
+
+
+def test_metadata_of_a_layer_that_was_made_dense_means_nothing():
+    """Other tools keep metadata when they replace tensors."""
+    found = identify(marked(entry(), x__weight=torch.ones(4, 8)))
+    assert found.clear
+    assert found.claims() == {}
+
+
+def test_keys_of_one_dialect_alone_outweigh_old_metadata():
+    """A tool that renamed the scales and kept the metadata did no harm."""
+    weight, scale = torch.ones(4, 8).to(FP8), torch.ones(4, 2, 1)
+    found = identify(marked(entry(), x__weight=weight, x__scale_weight=scale))
+    assert found.clear
+    assert found.claims()["x"].dialect == "musubi"
+
+
+def test_the_table_names_every_layer_if_asked():
+    """Short by default; the evidence with verbose."""
+    found = identify(marked(entry()))
+    assert "metadata names blockwise_fp8" not in found.as_table()
+    assert "metadata names blockwise_fp8" in found.as_table(verbose=True)
+
+
+JSON = st.recursive(
+    st.none() | st.integers(-1, 9) | st.sampled_from(["weight", "weight_scale", "x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["x", "scheme", "params", "block_size", "layers"]), inner
+        )
+    ),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON, JSON, JSON)
+def test_no_metadata_makes_a_plugin_fail(scheme, params, block_size):
+    """Hostile markers end in a claim or in a note, never in an exception."""
+    registry = registry_of(BlockwiseFP8())
+    for name in ("blockwise_fp8", scheme):
+        layers = entry(scheme=name, params=params, block_size=block_size)
+        for table in (layers, {"x": params}, params):
+            found = identify(marked(table), registry)
+            found.as_table(verbose=True)
+            found.to_json()
+    assert registry.problems == []

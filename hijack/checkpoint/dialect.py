@@ -14,9 +14,11 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hijack.checkpoint.header import Header, join
+from hijack.errors import HijackError
 
 if TYPE_CHECKING:
     from hijack.scheme import Scheme
@@ -81,15 +83,9 @@ class Dialect:
             weight = header.tensors[join(layer, "weight")]
             names = scheme.fitting_params(header, layer, weight)
             return None if names is None else native_claim(layer, scheme.name, names)
-        names = marker.get("params", ())
-        if marker.get("scheme") != scheme.name or not all(
-            isinstance(name, str) and join(layer, name) in header.tensors
-            for name in names
-        ):
+        if marker.get("scheme") != scheme.name or check_marker(scheme, header, layer):
             return None
-        return native_claim(
-            layer, scheme.name, names, marker.get("block_size"), marked=True
-        )
+        return _marked_claim(scheme, layer, marker)
 
     def decode(
         self, claim: Claim, tensors: Mapping[str, Tensor]
@@ -143,6 +139,65 @@ def native_claim(
     return Claim(layer, scheme, Dialect.name, keys, block, certainty, (evidence,))
 
 
+def check_marker(scheme: Scheme, header: Header, layer: str) -> str | None:
+    """What the layer's tensors have against hijack's own marker, or None.
+
+    Tensors are compared as the scheme would decode them, without their data.
+    """
+    marker = native_marker(header, layer) or {}
+    names, block = marker.get("params", []), marker.get("block_size")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return f"params are {names!r}, expected a list of names"
+    if block is not None and not _is_block(block):
+        return f"block_size is {block!r}, expected [rows, columns]"
+    lacking = [name for name in names if join(layer, name) not in header.tensors]
+    if lacking:
+        return f"{lacking[0]} is missing beside the weight"
+    claim = _marked_claim(scheme, layer, marker)
+    infos = {key: header.tensors[key] for key in claim.keys.values()}
+    if any(info.torch_dtype is None for info in infos.values()):
+        return None  # a newer torch may tell
+    try:
+        scheme.decode(
+            claim,
+            {
+                key: torch.empty(
+                    info.torch_shape, dtype=info.torch_dtype, device="meta"
+                )
+                for key, info in infos.items()
+            },
+        )
+    except HijackError as error:
+        return str(error).removeprefix(f"{layer or 'weight'}: ")
+    except Exception:
+        return None  # it looks at data, which is not here; loading will tell
+    if block is None:
+        return None
+    seen = scheme.recognise(dataclasses.replace(header, metadata={}), layer)
+    size = None if seen is None else seen.block_size
+    if size is None or list(size) == block:
+        return None
+    return f"block_size is {block}, the shapes give {list(size)}"
+
+
+def _is_block(block: object) -> bool:
+    return (
+        isinstance(block, list)
+        and len(block) == 2
+        and all(type(size) is int and size > 0 for size in block)
+    )
+
+
+def _marked_claim(scheme: Scheme, layer: str, marker: Mapping[str, Any]) -> Claim:
+    return native_claim(
+        layer,
+        scheme.name,
+        marker.get("params", ()),
+        marker.get("block_size"),
+        marked=True,
+    )
+
+
 def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
     """Text for header metadata `METADATA_KEY`; `native_marker` reads it.
 
@@ -155,15 +210,21 @@ def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
 
 def native_marker(header: Header, layer: str) -> Mapping[str, Any] | None:
     """What hijack's own metadata says of a layer, or None."""
+    return marked_layers(header).get(layer)
+
+
+def marked_layers(header: Header) -> Mapping[str, Mapping[str, Any]]:
+    """What hijack's own metadata says, by layer."""
     text = header.metadata.get(METADATA_KEY)
-    entry = _marked_layers(text).get(layer) if text else None
-    return entry if isinstance(entry, dict) else None
+    return _parse_marker(text) if text else {}
 
 
 @functools.lru_cache(maxsize=4)
-def _marked_layers(text: str) -> Mapping[str, object]:
+def _parse_marker(text: str) -> Mapping[str, Mapping[str, Any]]:
     try:
         layers = json.loads(text)["layers"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return {}
-    return layers if isinstance(layers, dict) else {}
+    if not isinstance(layers, dict):
+        return {}
+    return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -35,6 +36,29 @@ DTYPES: Mapping[str, torch.dtype | None] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     dtype: name for name, dtype in DTYPES.items() if dtype is not None
 }
+#: Bits of one element, for dtypes that torch lacks, or packs two to an element.
+_BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
+#: What fits into the sizes of tensors, and of the file formats themselves.
+_MAX_BYTES = 2**63 - 1
+
+
+def bits_of(dtype: str) -> int | None:
+    """Bits an element of a safetensors dtype takes; None if nobody knows it."""
+    known = DTYPES.get(dtype)
+    return _BITS.get(dtype) or (known.itemsize * 8 if known is not None else None)
+
+
+def bytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
+    """Bytes a tensor takes in a file; None if its elements end within a byte.
+
+    Also None where a program could not hold the shape, although the tensor is empty:
+    ``(2**62, 2**62, 0)`` has strides no integer has room for.
+    """
+    bits = bits_of(dtype)
+    if bits is None or math.prod(n or 1 for n in shape) * bits // 8 > _MAX_BYTES:
+        return None
+    size, rest = divmod(math.prod(shape) * bits, 8)
+    return None if rest else size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,9 +80,30 @@ class TensorInfo:
     end: int = 0
 
     @property
+    def nbytes(self) -> int:
+        """Bytes the tensor takes in a file; 0 if nobody can tell."""
+        return bytes_of(self.dtype, self.shape) or 0
+
+    @property
     def torch_dtype(self) -> torch.dtype | None:
         """The dtype as torch knows it, or None."""
         return DTYPES.get(self.dtype)
+
+    @property
+    def torch_shape(self) -> tuple[int, ...]:
+        """The shape as torch has it: two 4-bit numbers are one element."""
+        if self.dtype == "F4" and self.shape:
+            return (*self.shape[:-1], self.shape[-1] // 2)
+        return self.shape
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        """What a file would say of a tensor; dtypes without a name keep torch's."""
+        name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        shape = tuple(tensor.shape)
+        if name == "F4" and shape:
+            shape = (*shape[:-1], shape[-1] * 2)
+        return cls(name, shape)
 
 
 class _TensorView(Mapping[str, TensorInfo]):
@@ -69,9 +114,9 @@ class _TensorView(Mapping[str, TensorInfo]):
 
     def __getitem__(self, key: str) -> TensorInfo:
         tensor = self._state_dict[key]
-        dtype = getattr(tensor, "dtype", None)
-        name = DTYPE_NAMES.get(dtype, str(dtype)) if dtype is not None else "None"
-        return TensorInfo(name, tuple(getattr(tensor, "shape", ())))
+        # a state dict may hold a module's extra state, which is anything
+        known = getattr(tensor, "dtype", None) is not None
+        return TensorInfo.of(tensor) if known else TensorInfo("None", ())
 
     def __contains__(self, key: object) -> bool:
         return key in self._state_dict
@@ -111,7 +156,7 @@ class Header:
         for key in self.tensors:
             if key == "weight":
                 yield ""
-            elif key.endswith(".weight"):
+            elif key.endswith(".weight") and key != ".weight":
                 yield key[: -len(".weight")]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hijack.checkpoint.dialect import Claim
+from hijack.checkpoint.dialect import Certainty, Claim, check_marker, marked_layers
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.reader import Paths, read_header
-from hijack.errors import AmbiguousError
+from hijack.checkpoint.text import block_text, table
+from hijack.errors import AmbiguousError, CheckpointError
 
 if TYPE_CHECKING:
     from hijack.registry import Registry
@@ -33,6 +34,8 @@ SCALE_NAMES = frozenset(
 CODE_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
 )
+#: Dtypes of weights that are what they say, whatever a marker says of them.
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 #: Keys by which ComfyUI marks layers it reads itself.
 NATIVE_MARKER = "comfy_quant"
 
@@ -50,6 +53,8 @@ class Identification:
         orphans: keys of scales that no claimed or native layer owns.
         unscaled: layers whose weight is codes without any scale: plain casts, or codes
             that nobody knows.
+        contradictions: layer to what its tensors have against the metadata.
+        unknown: layer to the scheme its metadata names, which is not registered.
     """
 
     source: str
@@ -59,13 +64,28 @@ class Identification:
     native: tuple[str, ...] = ()
     orphans: tuple[str, ...] = ()
     unscaled: tuple[str, ...] = ()
+    contradictions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def clear(self) -> bool:
+        """Whether nothing stands against reading the checkpoint."""
+        return not (
+            self.ambiguous or self.orphans or self.contradictions or self.unknown
+        )
 
     def claims(self) -> dict[str, Claim]:
         """The claim to each layer.
 
         Raises:
             AmbiguousError: naming a layer that several schemes claim equally.
+            CheckpointError: naming a layer whose tensors contradict its metadata.
         """
+        for layer, reason in self.contradictions.items():
+            raise CheckpointError(
+                f"{self.source}: {layer}: metadata and tensors contradict each other; "
+                f"{reason}; get the file again, or quantize the original"
+            )
         for layer, claims in self.ambiguous.items():
             names = ", ".join(sorted({claim.scheme for claim in claims}))
             raise AmbiguousError(
@@ -82,6 +102,45 @@ class Identification:
         )
         return [(*kind, count) for kind, count in sorted(kinds.items())]
 
+    def as_table(self, *, verbose: bool = False) -> str:
+        """Everything found, for people to read.
+
+        Args:
+            verbose: whether to name every layer, with the evidence.
+        """
+        lines = [f"{self.source}: {self.tensors} tensors"]
+        rows = [[s, d, b, str(n)] for s, d, b, n in self.groups()]
+        if rows:
+            lines.append(table(["scheme", "dialect", "block", "layers"], rows))
+        else:
+            lines.append("no layer is claimed by a scheme")
+        if verbose and rows:
+            rows = [
+                [name, c.scheme, block_text(c.block_size), "; ".join(c.evidence)]
+                for name, c in self.layers.items()
+            ]
+            lines.append(table(["layer", "scheme", "block", "evidence"], rows))
+        return "\n".join([*lines, *self._notes()])
+
+    def _notes(self) -> Iterator[str]:
+        """One line for each thing that is not a plain claim."""
+        if self.native:
+            yield f"{len(self.native)} layers are marked for ComfyUI's own reader"
+        if self.unscaled:
+            yield (
+                f"{len(self.unscaled)} layers hold codes that no scheme reads, such as "
+                f"{self.unscaled[0]}"
+            )
+        for layer, claims in self.ambiguous.items():
+            names = ", ".join(claim.scheme for claim in claims)
+            yield f"ambiguous: {layer}: claimed equally by {names}"
+        for layer, reason in self.contradictions.items():
+            yield f"contradiction: {layer}: {reason}"
+        for scheme, count in sorted(Counter(self.unknown.values()).items()):
+            yield f"unknown: {count} layers are {scheme}, which is not registered"
+        for key in self.orphans:
+            yield f"orphan: {key}: a scale that no scheme reads"
+
     def to_json(self) -> str:
         """Everything found, as JSON."""
         return json.dumps(
@@ -96,6 +155,8 @@ class Identification:
                 "native": list(self.native),
                 "orphans": list(self.orphans),
                 "unscaled": list(self.unscaled),
+                "contradictions": dict(self.contradictions),
+                "unknown": dict(self.unknown),
             },
             indent=1,
         )
@@ -123,6 +184,7 @@ def identify(
     claims = registry.identify(header)
     layers, ambiguous = _weigh(claims)
     weights = {layer: join(layer, "weight") for layer in header.layers()}
+    contradictions, unknown = _doubt(header, registry, layers)
     native = tuple(n for n in weights if join(n, NATIVE_MARKER) in header.tensors)
     claimed = layers.keys() | ambiguous.keys()
     return Identification(
@@ -139,6 +201,8 @@ def identify(
             and layer not in claimed
             and layer not in native
         ),
+        contradictions=contradictions,
+        unknown=unknown,
     )
 
 
@@ -161,9 +225,37 @@ def _weigh(
     return layers, ambiguous
 
 
-def block_text(block_size: tuple[int, int] | None) -> str:
-    """A block size as people write it: ``1x64``."""
-    return "-" if block_size is None else f"{block_size[0]}x{block_size[1]}"
+def _doubt(
+    header: Header, registry: Registry, layers: Mapping[str, Claim]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Marked layers whose tensors say otherwise, and those of unknown schemes.
+
+    Keys that only one dialect has outweigh a marker: some tool kept the metadata.
+    """
+    schemes = registry.schemes()
+    contradictions: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    for layer, marker in marked_layers(header).items():
+        claim = layers.get(layer)
+        settled = claim is not None and claim.certainty > Certainty.FITS
+        if settled or not _holds_codes(header, layer, marker):
+            continue
+        name = str(marker.get("scheme"))
+        if name not in schemes:
+            unknown[layer] = name
+        elif reason := check_marker(schemes[name], header, layer):
+            contradictions[layer] = reason
+    return contradictions, unknown
+
+
+def _holds_codes(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:
+    """Whether a marked layer is still quantized, and not made dense since."""
+    weight, names = header.tensors.get(join(layer, "weight")), marker.get("params")
+    listed = names if isinstance(names, list) else []
+    return weight is not None and (
+        weight.dtype not in _PLAIN
+        or any(join(layer, str(name)) in header.tensors for name in listed)
+    )
 
 
 def _orphans(

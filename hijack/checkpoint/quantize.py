@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.reader import Paths, data_start, open_tensors, read_header
 from hijack.checkpoint.writer import CheckpointWriter, open_writer
-from hijack.errors import CheckpointError, DTypeError, HijackError
+from hijack.errors import CheckpointError, HijackError
 from hijack.layers import DENSE_DTYPES, quantize_weight
 from hijack.registry import default_registry
 from hijack.scheme import Scheme
@@ -101,15 +100,15 @@ def quantize_file(
         )
     chosen = default_registry().get(scheme)
     header = read_header(src)
-    _refuse_same_file(header, Path(dst))
+    _refuse_same_file(src, header, Path(dst))
     _refuse_quantized(header)
     if block_size is not None:
         options["block_size"] = block_size
     job = _Job(header, chosen, chosen.dialect(dialect), options, include, exclude)
     with open_writer(dst, job.plan, job.metadata()) as writer:
         job.run(writer, progress)
-    after = sum(_size(dtype, shape) for dtype, shape in job.plan.values())
-    before = sum(info.end - info.begin for info in header.tensors.values())
+    after = sum(info.nbytes for info in job.plan.values())
+    before = sum(info.nbytes for info in header.tensors.values())
     return QuantizeReport(tuple(job.layers), job.skipped, before, after)
 
 
@@ -145,21 +144,15 @@ class _Job:
         self.params: dict[str, list[str]] = {}
         self.plan = self._plan()
 
-    def _plan(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        plan: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    def _plan(self) -> dict[str, TensorInfo]:
+        plan: dict[str, TensorInfo] = {}
         for key, info in self.header.tensors.items():
-            layer = key.removesuffix("weight").removesuffix(".")
-            if key == join(layer, "weight") and layer in self.layers:
+            planned = {key: info}
+            layer = self._quantized(key)
+            if layer is not None:
                 meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
                 made = self._encode(layer, meta)
-                planned = {k: (t.dtype, tuple(t.shape)) for k, t in made.items()}
-            elif info.torch_dtype is None:
-                raise DTypeError(
-                    f"{key}: dtype {info.dtype} is not known to torch "
-                    f"{torch.__version__}; install a newer torch"
-                )
-            else:
-                planned = {key: (info.torch_dtype, info.shape)}
+                planned = {name: TensorInfo.of(tensor) for name, tensor in made.items()}
             for name in planned.keys() & plan.keys():
                 raise CheckpointError(
                     f"{name}: the dialect {self.dialect.name} would write it, and the "
@@ -167,6 +160,11 @@ class _Job:
                 )
             plan |= planned
         return plan
+
+    def _quantized(self, key: str) -> str | None:
+        """The layer to quantize whose weight a key is, or None."""
+        layer = key.removesuffix("weight").removesuffix(".")
+        return layer if key == join(layer, "weight") and layer in self.layers else None
 
     def _encode(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
         options = self.layers[layer]
@@ -181,6 +179,7 @@ class _Job:
     def metadata(self) -> dict[str, str]:
         """The source's metadata, and markers where the dialect has any."""
         metadata = dict(self.header.metadata)
+        metadata.pop(METADATA_KEY, None)  # of a file that was quantized once
         if self.dialect.name == Dialect.name:
             metadata[METADATA_KEY] = write_marker(
                 {
@@ -194,17 +193,21 @@ class _Job:
         """Copy what stays and quantize the rest, in file order."""
         done = 0
         for key, info in self.header.tensors.items():
-            layer = key.removesuffix("weight").removesuffix(".")
-            if key != join(layer, "weight") or layer not in self.layers:
+            layer = self._quantized(key)
+            if layer is None:
                 writer.write_bytes(key, _chunks(info))
                 continue
-            # mapped anew for each layer, so that its pages do not add up
-            weight = open_tensors(self.header)[key]
-            for name, tensor in self._encode(layer, weight).items():
-                writer.write(name, tensor)
+            self._write_layer(writer, layer)
             done += 1
             if progress is not None:
                 progress(done, len(self.layers), layer)
+
+    def _write_layer(self, writer: CheckpointWriter, layer: str) -> None:
+        """Quantize one layer; when this returns, none of its memory is held."""
+        # mapped anew for each layer, so that the pages read do not add up
+        weight = open_tensors(self.header)[join(layer, "weight")]
+        for name, tensor in self._encode(layer, weight).items():
+            writer.write(name, tensor)
 
 
 def _why_not(
@@ -237,9 +240,13 @@ def _check_matched(include: Patterns, header: Header) -> None:
             )
 
 
-def _refuse_same_file(header: Header, dst: Path) -> None:
-    for path in {info.file for info in header.tensors.values()}:
-        if path is not None and dst.exists() and os.path.samefile(path, dst):
+def _refuse_same_file(src: Paths, header: Header, dst: Path) -> None:
+    """Refuse to write onto a file that is read, by whatever name."""
+    given = [src] if isinstance(src, str | os.PathLike) else list(src)
+    sources = {Path(path) for path in given}
+    sources |= {info.file for info in header.tensors.values() if info.file is not None}
+    for path in sources:
+        if dst.exists() and os.path.samefile(path, dst):
             raise CheckpointError(
                 f"{dst}: is the source itself; expected another file to write to"
             )
@@ -259,11 +266,12 @@ def _refuse_quantized(header: Header) -> None:
 def _chunks(info: TensorInfo) -> Iterator[bytes]:
     if info.file is None:
         raise CheckpointError("quantize_file reads files, got tensors in memory")
-    with info.file.open("rb") as file:
-        file.seek(data_start(info.file) + info.begin)
-        for left in range(info.end - info.begin, 0, -CHUNK):
-            yield file.read(min(CHUNK, left))
-
-
-def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return dtype.itemsize * math.prod(shape)
+    try:
+        with info.file.open("rb") as file:
+            file.seek(data_start(info.file) + info.begin)
+            for left in range(info.end - info.begin, 0, -CHUNK):
+                yield file.read(min(CHUNK, left))
+    except OSError as error:
+        raise CheckpointError(
+            f"{info.file}: cannot be read; {error.strerror}"
+        ) from error

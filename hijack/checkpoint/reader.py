@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import mmap
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -13,15 +14,13 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.header import DTYPES, Header, TensorInfo
+from hijack.checkpoint.header import Header, TensorInfo, bits_of, bytes_of
 from hijack.errors import CheckpointError, HeaderError
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: No real header comes near; larger ones are a damaged or hostile length.
 MAX_HEADER = 100_000_000
-#: Bytes an element takes, for dtypes torch cannot tell.
-_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 #: First bytes of files people take for safetensors, and what they are.
 _MAGIC = {
     b"GGUF": "a GGUF file",
@@ -30,6 +29,8 @@ _MAGIC = {
     b"\x80\x04": "a pickle; hijack never unpickles",
     b"\x80\x05": "a pickle; hijack never unpickles",
 }
+#: What no plain file name holds.
+_APART = frozenset("/\\\0")
 
 
 def read_header(source: Paths) -> Header:
@@ -45,7 +46,7 @@ def read_header(source: Paths) -> Header:
     Raises:
         HeaderError: if a file is missing, no safetensors file, or contradicts itself.
     """
-    paths = _shards(source)
+    paths, named = _shards(source)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for path in paths:
@@ -59,6 +60,12 @@ def read_header(source: Paths) -> Header:
         tensors |= found
         metadata |= extra
     names = ", ".join(str(path) for path in paths)
+    absent = sorted(named - tensors.keys())
+    if absent:
+        raise HeaderError(
+            f"{source}: names {absent[0]!r} and {len(absent) - 1} other tensors that "
+            "no shard holds; the shards are of another checkpoint, or incomplete"
+        )
     return Header(tensors, metadata, _config(paths[0].parent), names)
 
 
@@ -90,15 +97,16 @@ class _MappedTensors(Mapping[str, Tensor]):
                 f"{key}: dtype {info.dtype} is not known to torch {torch.__version__}; "
                 "install a newer torch"
             )
-        data, start = self._open(info.file)
+        data, start = self._map(info.file)
         raw = data[start + info.begin : start + info.end]
+        shape = info.torch_shape
         if raw.numel() == 0:
-            return torch.empty(info.shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype)
         if raw.storage_offset() % dtype.itemsize:  # a writer that does not align
             raw = raw.clone()
-        return raw.view(dtype).view(info.shape)
+        return raw.view(dtype).view(shape)
 
-    def _open(self, path: Path) -> tuple[Tensor, int]:
+    def _map(self, path: Path) -> tuple[Tensor, int]:
         if path not in self._data:
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
@@ -122,41 +130,37 @@ def data_start(path: Path) -> int:
 # -- which files -----------------------------------------------------------------------
 
 
-def _shards(source: Paths) -> list[Path]:
+def _shards(source: Paths) -> tuple[list[Path], set[str]]:
+    """The files to read, and the tensors that must be in them."""
     if not isinstance(source, str | os.PathLike):
         paths = [Path(part) for part in source]
         if not paths:
             raise HeaderError("checkpoint: got an empty list of shards, expected files")
-        return paths
+        return paths, set()
     path = Path(source)
-    return _indexed(path) if path.name.endswith(".index.json") else [path]
+    return _indexed(path) if path.name.endswith(".index.json") else ([path], set())
 
 
-def _indexed(path: Path) -> list[Path]:
+def _indexed(path: Path) -> tuple[list[Path], set[str]]:
     """The shards an index names, all of them plain names in its own folder."""
     table = _read_json(path)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{path}: has no weight_map, expected key to file name")
-    shards = []
-    for name in dict.fromkeys(weight_map.values()):
-        if (
-            not isinstance(name, str)
-            or name in ("", ".", "..")
-            or "/" in name
-            or "\\" in name
-        ):
+    names = list(weight_map.values())
+    for name in names:
+        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & _APART:
             raise HeaderError(
                 f"{path}: names the shard {name!r}, expected a file in the same folder"
             )
-        shard = path.parent / name
+    shards = [path.parent / name for name in dict.fromkeys(names)]
+    for shard in shards:
         if _leads_out(shard):
             raise HeaderError(
-                f"{path}: the shard {name!r} is a link out of its folder; replace it "
-                "by the file"
+                f"{path}: the shard {shard.name!r} is a link out of its folder; "
+                "replace it by the file"
             )
-        shards.append(shard)
-    return shards
+    return shards, set(weight_map)
 
 
 def _leads_out(shard: Path) -> bool:
@@ -168,9 +172,8 @@ def _leads_out(shard: Path) -> bool:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes().decode())
-    except OSError as error:
-        raise HeaderError(f"{path}: cannot be read; {error.strerror}") from error
+        with _open(path) as file:
+            return json.loads(file.read().decode())
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"{path}: is not JSON; {error}") from error
 
@@ -189,15 +192,29 @@ def _config(folder: Path) -> Mapping[str, object] | None:
 # -- one file --------------------------------------------------------------------------
 
 
-def _read_one(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """A file to read; what is no file is refused, a pipe without waiting for it."""
     try:
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode):
+            raise HeaderError(f"{path}: is a folder, expected a file")
+        if not stat.S_ISREG(mode):
+            raise HeaderError(f"{path}: is a pipe or a device, expected a file")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            text = _header_bytes(path, file, size)
-    except IsADirectoryError as error:
-        raise HeaderError(f"{path}: is a folder, expected a file") from error
+            yield file
     except OSError as error:
         raise HeaderError(f"{path}: cannot be read; {error.strerror}") from error
+    except ValueError as error:
+        if isinstance(error, HeaderError) or "\0" not in str(path):
+            raise
+        raise HeaderError(f"{str(path)!r}: is no file name") from error
+
+
+def _read_one(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    with _open(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        text = _header_bytes(path, file, size)
     table = _parse(path, text)
     metadata = _metadata(path, table.pop("__metadata__", {}))
     infos = {key: _tensor_info(path, key, entry) for key, entry in table.items()}
@@ -206,19 +223,21 @@ def _read_one(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
 
 
 def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
-    head = file.read(8)
-    for magic, what in _MAGIC.items():
-        if head.startswith(magic):
-            raise HeaderError(f"{path}: is {what}; expected a safetensors file")
+    head = file.read(9)
+    length = int.from_bytes(head[:8], "little")
+    # the first bytes are a length: 80 02 may be a pickle, or a header of 640 bytes
+    if head[8:] != b"{" or length > MAX_HEADER:
+        for magic, what in _MAGIC.items():
+            if head.startswith(magic):
+                raise HeaderError(f"{path}: is {what}; expected a safetensors file")
     if len(head) < 8:
         raise HeaderError(f"{path}: is {size} bytes long, expected a safetensors file")
-    length = int.from_bytes(head, "little")
     if length > min(size - 8, MAX_HEADER):
         raise HeaderError(
             f"{path}: the header is said to be {length} bytes, in a file of {size}; "
             "the file is truncated or no safetensors file; download it again"
         )
-    return file.read(length)
+    return head[8:] + file.read(length - 1) if length else b""
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -236,7 +255,15 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
         raise HeaderError(
             f"{path}: the header is {type(table).__name__}, expected a table"
         )
+    for key in table:
+        if not _is_text(key):
+            raise HeaderError(f"{path}: the key {key!r} is no text UTF-8 could hold")
     return table
+
+
+def _is_text(text: str) -> bool:
+    """Whether a string is free of lone surrogates, which JSON can escape."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 class _DuplicateError(Exception):
@@ -256,7 +283,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _metadata(path: Path, table: Any) -> dict[str, str]:
     if not isinstance(table, dict) or not all(
-        isinstance(v, str) for v in table.values()
+        isinstance(value, str) and _is_text(key + value) for key, value in table.items()
     ):
         raise HeaderError(f"{path}: __metadata__ must map strings to strings")
     return table
@@ -268,19 +295,24 @@ def _tensor_info(path: Path, key: str, entry: Any) -> TensorInfo:
     if not isinstance(entry, dict) or not needed <= entry.keys():
         raise HeaderError(f"{where}: expected dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or (dtype not in DTYPES and dtype not in _BITS):
+    bits = bits_of(dtype) if isinstance(dtype, str) else None
+    if bits is None:
         raise HeaderError(f"{where}: unknown dtype {dtype!r}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise HeaderError(
             f"{where}: shape {shape} or data_offsets {offsets} are malformed"
         )
     begin, end = offsets
-    known = DTYPES.get(dtype)
-    bits = _BITS.get(dtype) or (known.itemsize * 8 if known else 8)
-    if (end - begin) * 8 != math.prod(shape) * bits:
+    size = bytes_of(dtype, tuple(shape))
+    if size is None:
         raise HeaderError(
-            f"{where}: {end - begin} bytes for shape {shape} of {dtype}, expected "
-            f"{math.prod(shape) * bits // 8}"
+            f"{where}: shape {shape} of {dtype} is too large, or no whole number of "
+            "bytes"
+        )
+    if end - begin != size:
+        raise HeaderError(
+            f"{where}: {end - begin} bytes for shape {shape} of {dtype}, "
+            f"expected {size}"
         )
     return TensorInfo(dtype, tuple(shape), path, begin, end)
 

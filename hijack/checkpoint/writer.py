@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
-import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.header import DTYPE_NAMES
+from hijack.checkpoint.header import TensorInfo, bits_of, bytes_of
 from hijack.errors import CheckpointError
 
 #: Key to dtype and shape of every tensor a file will hold.
-Plan = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+Plan = Mapping[str, TensorInfo]
 
 
 class CheckpointWriter:
     """Writes the tensors of a plan, in any order, into a file of that exact size."""
 
     def __init__(
-        self, descriptor: int, plan: Plan, metadata: Mapping[str, str]
+        self, path: Path, descriptor: int, plan: Plan, metadata: Mapping[str, str]
     ) -> None:
-        self._descriptor = descriptor
+        self._path = path
+        # not os.pwrite, which Windows lacks
+        self._file = io.FileIO(descriptor, "wb", closefd=False)
         self._plan = plan
         header, self._offsets, end = _layout(plan, metadata)
         self._start = len(header)
         self._missing = set(plan)
         self._put(header, 0)
-        os.ftruncate(descriptor, self._start + end)
+        with _writing(path):
+            self._file.truncate(self._start + end)
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write one planned tensor.
@@ -40,12 +43,12 @@ class CheckpointWriter:
         Raises:
             CheckpointError: if dtype or shape are not the planned ones.
         """
-        planned = self._plan[key]
-        if (tensor.dtype, tuple(tensor.shape)) != planned:
+        planned, got = self._plan[key], TensorInfo.of(tensor)
+        if (got.dtype, got.shape) != (planned.dtype, planned.shape):
             raise CheckpointError(
-                f"{key}: got {tensor.dtype} {tuple(tensor.shape)}, planned were "
-                f"{planned[0]} {planned[1]}; the scheme gives other tensors for data "
-                "than for a meta tensor"
+                f"{key}: got {got.dtype} {list(got.shape)}, planned were "
+                f"{planned.dtype} {list(planned.shape)}; the scheme gives other "
+                "tensors for data than for a meta tensor"
             )
         data = tensor.detach().cpu().contiguous()
         if data.numel():
@@ -53,12 +56,23 @@ class CheckpointWriter:
             self._put(raw.numpy().data, self._start + self._offsets[key])
         self._missing.discard(key)
 
-    def write_bytes(self, key: str, chunks: Iterator[bytes]) -> None:
-        """Write one planned tensor from pieces of its bytes."""
-        offset = self._start + self._offsets[key]
+    def write_bytes(self, key: str, chunks: Iterable[bytes]) -> None:
+        """Write one planned tensor from pieces of its bytes.
+
+        Raises:
+            CheckpointError: if the pieces are not as long as planned.
+        """
+        begin = self._start + self._offsets[key]
+        offset, end = begin, begin + self._plan[key].nbytes
         for chunk in chunks:
-            self._put(chunk, offset)
             offset += len(chunk)
+            if offset <= end:
+                self._put(chunk, offset - len(chunk))
+        if offset != end:
+            raise CheckpointError(
+                f"{key}: got {offset - begin} bytes, expected {end - begin}; was the "
+                "source changed while it was read?"
+            )
         self._missing.discard(key)
 
     def finish(self) -> None:
@@ -71,9 +85,19 @@ class CheckpointWriter:
 
     def _put(self, data: bytes | memoryview, offset: int) -> None:
         view = memoryview(data)
-        while view:
-            done = os.pwrite(self._descriptor, view, offset)
-            view, offset = view[done:], offset + done
+        with _writing(self._path):
+            self._file.seek(offset)
+            while view:
+                view = view[self._file.write(view) :]
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Tell failures of the destination from those of whoever feeds the writer."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written; {error.strerror}") from error
 
 
 @contextlib.contextmanager
@@ -87,7 +111,7 @@ def open_writer(
 
     Args:
         path: the destination; may exist.
-        plan: key to dtype and shape.
+        plan: key to dtype and shape; files and offsets do not count.
         metadata: strings for the header.
 
     Raises:
@@ -97,21 +121,19 @@ def open_writer(
     descriptor, name = _temporary(path)
     try:
         try:
-            writer = CheckpointWriter(descriptor, plan, metadata or {})
+            writer = CheckpointWriter(path, descriptor, plan, metadata or {})
             yield writer
             writer.finish()
-            os.fsync(descriptor)
+            with _writing(path):
+                os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        os.chmod(name, _mode(path))
-        os.replace(name, path)
-    except BaseException as error:
+        with _writing(path):
+            os.chmod(name, _mode(path))
+            os.replace(name, path)
+    except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
-        if isinstance(error, OSError):
-            raise CheckpointError(
-                f"{path}: cannot be written; {error.strerror}"
-            ) from error
         raise
     _sync_folder(path.parent)
 
@@ -131,7 +153,7 @@ def write_checkpoint(
     Raises:
         CheckpointError: if a dtype has no name in safetensors, or writing fails.
     """
-    plan = {key: (t.dtype, tuple(t.shape)) for key, t in tensors.items()}
+    plan = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
     with open_writer(path, plan, metadata) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
@@ -145,23 +167,21 @@ def _layout(
     Widest dtype first, as safetensors itself orders, so that every tensor is aligned
     without holes.
     """
-    unknown = next(
-        (k for k, (dtype, _) in plan.items() if dtype not in DTYPE_NAMES), None
-    )
-    if unknown is not None:
-        raise CheckpointError(
-            f"{unknown}: safetensors has no name for {plan[unknown][0]}; convert it"
-        )
     table: dict[str, object] = {}
     if metadata:
         table["__metadata__"] = dict(metadata)
     offsets, end = {}, 0
-    for key in sorted(plan, key=lambda k: (-plan[k][0].itemsize, k)):
-        dtype, shape = plan[key]
-        size = math.prod(shape) * dtype.itemsize
+    for key in sorted(plan, key=lambda k: (-(bits_of(plan[k].dtype) or 0), k)):
+        info = plan[key]
+        size = bytes_of(info.dtype, info.shape)
+        if size is None:
+            raise CheckpointError(
+                f"{key}: safetensors has no name for {info.dtype} {list(info.shape)}; "
+                "convert it"
+            )
         table[key] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
+            "dtype": info.dtype,
+            "shape": list(info.shape),
             "data_offsets": [end, end + size],
         }
         offsets[key], end = end, end + size
@@ -171,14 +191,14 @@ def _layout(
 
 
 def _temporary(path: Path) -> tuple[int, str]:
-    try:
-        if path.is_dir():
-            raise CheckpointError(f"{path}: is a folder, expected a file name")
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder, expected a file name")
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path}: is a pipe or a device, expected a file name")
+    with _writing(path):
         return tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=".part", dir=path.parent
+            prefix=f".{path.name[:200]}.", suffix=".part", dir=path.parent
         )
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written; {error.strerror}") from error
 
 
 def _mode(path: Path) -> int:

@@ -1,0 +1,35 @@
+"""Findings laid out for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def block_text(block_size: tuple[int, int] | None) -> str:
+    """A block size as people write it: ``1x64``."""
+    return "-" if block_size is None else f"{block_size[0]}x{block_size[1]}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out rows in columns; columns of numbers are aligned to the right."""
+    columns = list(zip(head, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    numeric = [_is_numeric(column[1:]) for column in columns]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(cells, widths, numeric, strict=True)
+        )
+        return "  ".join(padded).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(head), rule, *map(line, rows)])
+
+
+def _is_numeric(cells: Sequence[str]) -> bool:
+    """Whether a column holds numbers, or dashes where there is none."""
+    numbers = [cell for cell in cells if cell != "-"]
+    return bool(numbers) and all(
+        cell[:1].isdigit() and "x" not in cell for cell in numbers
+    )
