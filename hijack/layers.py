@@ -208,7 +208,7 @@ def _fits(module: Wrapped, made: Quantized) -> bool:
 
 def _check_finite(weight: Tensor, where: str) -> None:
     # In parts: what torch makes on the way is as large as the weight itself.
-    parts = weight.detach().reshape(-1).split(1 << 20)
+    parts = torch.split(weight.detach().reshape(-1), 1 << 20)
     bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
     if bad:
         raise NonFiniteError(
