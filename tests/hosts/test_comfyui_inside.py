@@ -19,8 +19,8 @@ import comfy_harness  # noqa: E402 - found through the path set above
 
 RELEASES = comfy_harness.releases()
 HAS_DEPENDENCIES = importlib.util.find_spec("aiohttp") is not None
-#: Fresh scales cost a merged LoRA this much; applied at forward it costs nothing.
-MERGED = 0.02
+#: Rounding of two ways to compute the same in float32.
+ROUNDING = 1e-5
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -72,10 +72,10 @@ def test_any_scheme_loads_exactly(found):
 
 def test_loras_take_effect_and_leave_no_trace(found):
     """LoRAs act through ComfyUI's own patching; removed, all bits are as before."""
-    assert found["lora small"] < MERGED
-    assert found["lora large"] < MERGED
-    assert found["lora small low vram"] < 1e-5
-    assert found["lora large low vram"] < 1e-5
+    assert found["lora small"] < ROUNDING
+    assert found["lora large"] < ROUNDING
+    assert found["lora small low vram"] < ROUNDING
+    assert found["lora large low vram"] < ROUNDING
     assert found["lora removed"]
     assert found["codes restored"]
 
@@ -129,7 +129,7 @@ def test_all_orders_of_import_patch_and_unpatch(release):
         f"import sys\nsys.path[:0] = {[str(HERE.parents[1]), str(COMFYUI_TESTS)]}\n"
         f"sys.path.insert(0, {str(HERE)!r})\n"
         f"import launch, orders\nlaunch.prepare({str(release)!r})\n"
-        f"sys.exit(orders.main('comfyui', 'comfy.model_detection', *{owners},\n"
+        f"sys.exit(orders.main('comfyui', 'comfy.sd', *{owners},\n"
         "                      orders=orders.ORDERS[:7]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

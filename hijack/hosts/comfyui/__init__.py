@@ -15,7 +15,7 @@ from hijack.patching import Patch
 
 NAME = "comfyui"
 #: The host can be patched once this module is imported completely.
-MODULE = "comfy.model_detection"
+MODULE = "comfy.sd"
 #: First and last version this was tested with.
 SUPPORTED = ("0.3.64", "0.33.0")
 
@@ -31,6 +31,10 @@ PROBES = (
     Probe("comfy.supported_models_base.BASE.process_unet_state_dict", ("state_dict",)),
     Probe("comfy.supported_models_base.BASE.custom_operations"),
     Probe("comfy.supported_models_base.BASE.supported_inference_dtypes"),
+    Probe("comfy.lora.calculate_weight", ("patches", "weight", "key")),
+    Probe("comfy.utils.copy_to_param", ("obj", "attr", "value")),
+    Probe("comfy.weight_adapter.LoRAAdapter"),
+    Probe("comfy.model_patcher.LowVramPatch"),
     Probe("comfy.ops.pick_operations", ("weight_dtype", "compute_dtype")),
     Probe("comfy.ops.cast_bias_weight", ("s", "input")),
     Probe("comfy.ops.disable_weight_init.Linear"),
@@ -68,12 +72,17 @@ def get_version() -> str:
 def patches() -> list[Patch]:
     """What to patch."""
     from hijack.hosts.comfyui.door import make_door
+    from hijack.hosts.comfyui.lora import make_calculate_weight, make_copy_to_param
 
     detection = sys.modules["comfy.model_detection"]
-    return [Patch(detection, "model_config_from_unet", make_door)]
+    return [
+        Patch(detection, "model_config_from_unet", make_door),
+        Patch(sys.modules["comfy.lora"], "calculate_weight", make_calculate_weight),
+        Patch(sys.modules["comfy.utils"], "copy_to_param", make_copy_to_param),
+    ]
 
 
 def live() -> int:
     """How many quantized layers are alive in the host."""
-    layers = sys.modules.get("hijack.hosts.comfyui.layers")
+    layers = sys.modules.get("hijack.hosts.comfyui.linear")
     return 0 if layers is None else len(layers.LIVE)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,15 +63,32 @@ class Coding:
         return self.scheme.quantize(weight, **options)
 
 
+class Addition(Protocol):
+    """What is to be added to a weight, such as `hijack.hosts.comfyui.lora.Patches`."""
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """The dense weight with it; may write into the weight."""
+
+
 class Coded(Tensor):
     """Codes, the tensors to decode them with, and how; the shape is the dense one.
 
-    Its dtype is that of the codes, so that a cast to any dtype one computes in decodes.
+    In a state dict its dtype is that of the codes, and a cast to any other decodes. In
+    a layer it is the dtype the weight stands for, and a cast only changes that.
+
+    Attributes:
+        qdata: the codes.
+        tensors: the scheme's other tensors, by name.
+        coding: how to decode them.
+        patches: what is to be added to the decoded weight, in order.
+        resident: whether it is the weight of a layer.
     """
 
     qdata: Tensor
     tensors: dict[str, Tensor]
     coding: Coding
+    patches: tuple[Addition, ...]
+    resident: bool
 
     @staticmethod
     def __new__(
@@ -80,22 +97,56 @@ class Coded(Tensor):
         tensors: Mapping[str, Tensor],
         coding: Coding,
         shape: tuple[int, ...] | None = None,
+        patches: tuple[Addition, ...] = (),
+        stands_for: torch.dtype | None = None,
     ) -> Coded:
         shape = dense_shape(qdata, tensors, coding) if shape is None else shape
         # Codes in a dtype one computes in would pass for the weight itself.
         dtype = torch.uint8 if qdata.dtype in PLAIN else qdata.dtype
+        dtype = dtype if stands_for is None else stands_for
         # Made in inference mode it could not be detached from one made outside.
         with torch.inference_mode(False):
             self: Coded = torch.Tensor._make_wrapper_subclass(
                 cls, shape, dtype=dtype, device=qdata.device, requires_grad=False
             )
         self.qdata, self.tensors, self.coding = qdata, dict(tensors), coding
+        self.patches, self.resident = patches, stands_for is not None
         return self
 
     def dense(self, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
-        """The weight, decoded on ``device`` (its own by default)."""
+        """The weight, decoded on ``device`` (its own by default), patches included."""
         coded = self if device is None else self.apply(lambda t: t.to(device))
-        return coded.coding.scheme.dequantize(coded.qdata, coded.tensors, dtype)
+        dequantize = coded.coding.scheme.dequantize
+        if not self.patches:
+            return dequantize(coded.qdata, coded.tensors, dtype)
+        weight = dequantize(coded.qdata, coded.tensors, torch.float32)
+        for patches in self.patches:
+            weight = patches.apply(weight)
+        return weight.to(dtype)
+
+    def standing_for(self, dtype: torch.dtype) -> Coded:
+        """The same as the weight of a layer that computes in ``dtype``."""
+        return Coded(
+            self.qdata,
+            self.tensors,
+            self.coding,
+            tuple(self.shape),
+            self.patches,
+            dtype,
+        )
+
+    def patched(self, patches: Addition) -> Coded:
+        """The same, with more to be added to it."""
+        return self._with(self.qdata, self.tensors, (*self.patches, patches))
+
+    def _with(
+        self,
+        qdata: Tensor,
+        tensors: Mapping[str, Tensor],
+        patches: tuple[Addition, ...],
+    ) -> Coded:
+        dtype = self.dtype if self.resident else None
+        return Coded(qdata, tensors, self.coding, tuple(self.shape), patches, dtype)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> Coded:
         """Apply a function that moves or copies; dtypes stay as they are."""
@@ -105,12 +156,11 @@ class Coded(Tensor):
             return new if new.dtype == tensor.dtype else tensor.to(new.device)
 
         tensors = {name: same_dtype(t) for name, t in self.tensors.items()}
-        return Coded(same_dtype(self.qdata), tensors, self.coding, tuple(self.shape))
+        return self._with(same_dtype(self.qdata), tensors, self.patches)
 
     def quantize_again(self, weight: Tensor, seed: int = 0) -> Coded:
         """Another dense weight, quantized as this one was."""
-        qdata, tensors = self.coding.quantize(weight, seed)
-        return Coded(qdata, tensors, self.coding, tuple(self.shape))
+        return self._with(*self.coding.quantize(weight, seed), ())
 
     def file_tensors(self) -> dict[str, Tensor]:
         """The tensors of a file in the layer's dialect, keyed by suffix."""
@@ -127,15 +177,16 @@ class Coded(Tensor):
         for index, tensor in enumerate(self.tensors.values()):
             setattr(self, f"_tensor{index}", tensor)
             names.append(f"_tensor{index}")
-        return names, (self.coding, tuple(self.tensors))
+        dtype = self.dtype if self.resident else None
+        return names, (self.coding, tuple(self.tensors), self.patches, dtype)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: Mapping[str, Tensor], context: Any, size: Any, stride: Any
     ) -> Coded:
-        coding, names = context
+        coding, names, patches, dtype = context
         tensors = {name: inner[f"_tensor{index}"] for index, name in enumerate(names)}
-        return Coded(inner["qdata"], tensors, coding, tuple(size))
+        return Coded(inner["qdata"], tensors, coding, tuple(size), patches, dtype)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -182,14 +233,18 @@ def _clone(coded: Coded, *_: Any, **__: Any) -> Coded:
 def _to_copy(coded: Coded, **kwargs: Any) -> Tensor:
     dtype, device = kwargs.get("dtype"), kwargs.get("device")
     if dtype is not None and dtype != coded.dtype:
-        return coded.dense(dtype, device)
+        if not coded.resident:
+            return coded.dense(dtype, device)
+        coded = coded.standing_for(dtype)
     return coded.apply(lambda t: t.to(device=device or t.device, copy=True))
 
 
 def _empty_like(coded: Coded, **kwargs: Any) -> Tensor:
     dtype, device = kwargs.get("dtype"), kwargs.get("device") or coded.device
     if dtype is not None and dtype != coded.dtype:
-        return torch.empty(tuple(coded.shape), dtype=dtype, device=device)
+        if not coded.resident:
+            return torch.empty(tuple(coded.shape), dtype=dtype, device=device)
+        coded = coded.standing_for(dtype)
     return coded.apply(lambda t: torch.empty_like(t, device=device))
 
 
@@ -202,6 +257,7 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
             "copy_: cannot write a dense tensor into a quantized weight; "
             "quantize it first"
         )
+    target.patches = source.patches
     target.qdata.copy_(source.qdata, non_blocking=non_blocking)
     for name, tensor in target.tensors.items():
         tensor.copy_(source.tensors[name], non_blocking=non_blocking)
@@ -217,3 +273,24 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     aten.empty_like.default: _empty_like,
     aten.copy_.default: _copy_,
 }
+
+
+class PlainCarrier:
+    """Keeps `Coded` as the parameter itself, where there is nothing better."""
+
+    def wrap(self, coded: Coded, dtype: torch.dtype) -> Tensor:
+        return coded.standing_for(dtype)
+
+    def unwrap(self, tensor: Tensor | None) -> Coded | None:
+        return tensor if isinstance(tensor, Coded) else None
+
+    def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        if not isinstance(tensor, Coded):
+            return tensor
+        return tensor.coding.scheme.dequantize(tensor.qdata, tensor.tensors, dtype)
+
+    def patches(self, tensor: Tensor | None) -> tuple[Addition, ...]:
+        return tensor.patches if isinstance(tensor, Coded) else ()
+
+    def mark(self, module: Any, coded: Coded) -> None:
+        """Nothing to tell ComfyUI."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.hosts.comfyui.coded import Coded, Coding
+from hijack.hosts.comfyui.coded import Addition, Coded, Coding
 
 #: What comfy.quant_ops must offer, all of it used here.
 NEEDED = (
@@ -37,9 +37,6 @@ def quant_ops() -> Any | None:
 class KitchenCarrier:
     """Turns `Coded` into QuantizedTensor and back, sharing all tensors."""
 
-    #: ``.data`` of a QuantizedTensor shares its codes, but not its params.
-    restores_in_place = False
-
     def __init__(self, host: Any) -> None:
         self.host = host
 
@@ -60,7 +57,7 @@ class KitchenCarrier:
         return coded
 
     def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight a tensor stands for; any other tensor as it is."""
+        """The weight a tensor stands for, patches left out; any other tensor as is."""
         layout: Any = self._layout_of(tensor)
         if layout is None:
             return tensor
@@ -69,6 +66,14 @@ class KitchenCarrier:
             weight._qdata, weight._params.tensors(), dtype
         )
         return dense
+
+    def patches(self, tensor: Tensor | None) -> tuple[Addition, ...]:
+        """What is to be added to the weight that a tensor stands for."""
+        if self._layout_of(tensor) is None:
+            return ()
+        weight: Any = tensor
+        patches: tuple[Addition, ...] = weight._params.patches
+        return patches
 
     def _layout_of(self, tensor: Any) -> Any | None:
         if not isinstance(tensor, self.host.QuantizedTensor):
@@ -110,12 +115,17 @@ class _Layout:
     def pack(cls, coded: Coded, dtype: torch.dtype) -> Any:
         """The params of a QuantizedTensor: each scheme tensor is a field of its own."""
         return params_class(len(coded.tensors))(
-            *coded.tensors.values(), tuple(coded.tensors), dtype, tuple(coded.shape)
+            *coded.tensors.values(),
+            tuple(coded.tensors),
+            dtype,
+            tuple(coded.shape),
+            coded.patches,
         )
 
     @classmethod
     def unpack(cls, qdata: Tensor, params: Any) -> Coded:
-        return Coded(qdata, params.tensors(), cls.coding, tuple(params.orig_shape))
+        shape, dtype = tuple(params.orig_shape), params.orig_dtype
+        return Coded(qdata, params.tensors(), cls.coding, shape, params.patches, dtype)
 
     @classmethod
     def quantize(
@@ -132,6 +142,8 @@ class _Layout:
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
+        if params.patches:
+            return cls.unpack(qdata, params).dense(params.orig_dtype)
         return cls.coding.scheme.dequantize(qdata, params.tensors(), params.orig_dtype)
 
     @classmethod
@@ -178,7 +190,7 @@ class _Params:
             getattr(self, field).copy_(
                 getattr(source, field), non_blocking=non_blocking
             )
-        for field in ("names", "orig_dtype", "orig_shape"):
+        for field in ("names", "orig_dtype", "orig_shape", "patches"):
             object.__setattr__(self, field, getattr(source, field))
 
 
@@ -189,7 +201,12 @@ def params_class(count: int) -> Any:
     ComfyUI looks for tensors among the fields only, so they cannot be in a dict.
     """
     tensors = [(f"t{index}", Tensor) for index in range(count)]
-    rest = [("names", tuple), ("orig_dtype", torch.dtype), ("orig_shape", tuple)]
+    rest = [
+        ("names", tuple),
+        ("orig_dtype", torch.dtype),
+        ("orig_shape", tuple),
+        ("patches", tuple),
+    ]
     return dataclasses.make_dataclass(
         f"HijackParams{count}", [*tensors, *rest], bases=(_Params,), frozen=True
     )

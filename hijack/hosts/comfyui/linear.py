@@ -1,0 +1,281 @@
+"""A Linear of ComfyUI's whose weight is quantized.
+
+ComfyUI moves the weight, which it does well; decoding it and adding LoRAs to it is done
+here, in the forward.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hijack.hosts.comfyui.coded import Coded, PlainCarrier
+from hijack.hosts.comfyui.kitchen import KitchenCarrier
+from hijack.hosts.comfyui.lora import Merge, Patches, merging
+
+#: Every quantized layer alive, so that unpatching can say how many there are.
+LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+Carrier = KitchenCarrier | PlainCarrier
+
+
+class QuantizedLinear:
+    """What a Linear does differently once its weight is quantized."""
+
+    carrier: Carrier
+    dense_class: Any
+    compute_dtype: torch.dtype
+    host_ops: Any
+    low_vram_patch: type
+    cast_options: dict[str, bool]
+    #: What is to be added to the weight, as the parameter says.
+    _weight_patches: tuple[Any, ...] = ()
+    #: A LoRA that ComfyUI would merge into its resident copy of the weight.
+    _hidden: Any = None
+    #: One that it may merge.
+    _shown: Any = None
+    #: The last function asked for its patches, and the answer.
+    _known: tuple[Any, Patches] | None = None
+
+    @property
+    def weight_lowvram_function(self) -> Any:
+        """The LoRA ComfyUI adds while it streams the weight: none, or it would stay.
+
+        With dynamic VRAM, ComfyUI quantizes the sum into the copy it keeps, so that
+        later steps run on a merged weight. It stays beside the weight here instead.
+        """
+        return self._shown
+
+    @weight_lowvram_function.setter
+    def weight_lowvram_function(self, function: Any) -> None:
+        entries = () if function is None else function.patches[function.key]
+        show = merging() or all(isinstance(entry, Merge) for entry in entries)
+        self._shown, self._hidden = (function, None) if show else (None, function)
+
+    def _load_from_state_dict(
+        self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        key = f"{prefix}weight"
+        coded = state_dict.get(key)
+        if isinstance(coded, Coded):
+            self._take(coded)
+        elif coded is not None:  # loaded once more, with a dense weight
+            self._become_dense(coded)
+            self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            return
+        bias = state_dict.get(f"{prefix}bias")
+        if self.bias is None and bias is not None:  # ComfyUI left it for later
+            self.bias = nn.Parameter(torch.empty_like(bias), requires_grad=False)
+        rest = {name: tensor for name, tensor in state_dict.items() if name != key}
+        local_metadata, strict, missing, unexpected, errors = args
+        nn.Module._load_from_state_dict(
+            self, rest, prefix, local_metadata, strict, missing, unexpected, errors
+        )
+        if coded is not None and key in missing:
+            missing.remove(key)
+
+    def _take(self: Any, coded: Coded) -> None:
+        weight = self.carrier.wrap(coded, self.compute_dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.carrier.mark(self, coded)
+        LIVE.add(self)
+
+    def _become_dense(self: Any, weight: Tensor) -> None:
+        LIVE.discard(self)
+        object.__setattr__(self, "__class__", self.dense_class)
+        dense = torch.empty(dense_shape(self), dtype=weight.dtype, device=weight.device)
+        self.weight = nn.Parameter(dense, requires_grad=False)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        coded = self.carrier.unwrap(self.weight)
+        if coded is not None:  # QuantizedTensor itself cannot be copied this way
+            weight = self.carrier.wrap(coded.apply(torch.clone), self.compute_dtype)
+            memo[id(self.weight)] = nn.Parameter(weight, requires_grad=False)
+        new = memo[id(self)] = self.__class__.__new__(self.__class__)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        LIVE.add(new)
+        return new
+
+    # ComfyUI's mixed precision Linear replaces this method, which torch's does not.
+    state_dict = nn.Module.state_dict
+
+    def _save_to_state_dict(
+        self: Any, destination: Any, prefix: str, keep_vars: bool
+    ) -> None:
+        coded = self.carrier.unwrap(self.weight)
+        for name, parameter in self._parameters.items():
+            if parameter is not None and (coded is None or name != "weight"):
+                tensor = parameter if keep_vars else parameter.detach()
+                destination[f"{prefix}{name}"] = tensor
+        if coded is not None:
+            tensors = coded.file_tensors()
+            destination.update({f"{prefix}{name}": t for name, t in tensors.items()})
+
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self.forward_comfy_cast_weights(input)  # type: ignore[no-any-return]
+
+    def forward_comfy_cast_weights(
+        self: Any, input: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        patches, functions = self._additions()
+        weight, bias, *stream = self._cast(input)
+        output = self._linear(input, weight, bias, patches, functions)
+        if stream:
+            self.host_ops.uncast_bias_weight(self, weight, bias, *stream)
+        return output  # type: ignore[no-any-return]
+
+    def _additions(self: Any) -> tuple[list[Patches], list[Callable[..., Tensor]]]:
+        """LoRAs, wherever ComfyUI has put them, and its other weight functions."""
+        patches = list(self._weight_patches)
+        functions = []
+        for function in self.weight_function:
+            if isinstance(function, self.low_vram_patch):
+                patches.append(self._patches_of(function))
+            else:
+                functions.append(function)
+        if self._hidden is not None:
+            patches.append(self._patches_of(self._hidden))
+        return patches, functions
+
+    def _patches_of(self: Any, function: Any) -> Patches:
+        if self._known is None or self._known[0] is not function:
+            entries = function.patches[function.key]
+            self._known = function, Patches(entries, function.key, dense_shape(self))
+        return self._known[1]  # type: ignore[no-any-return]
+
+    def _cast(self: Any, input: Tensor) -> Any:
+        """Weight and bias where the input is; ComfyUI moves them, and nothing else."""
+        weight, functions = self.weight, self.weight_function
+        dtype = input.dtype if self.carrier.unwrap(weight) is None else weight.dtype
+        if functions:  # they are not for codes
+            self.weight_function = []
+        try:
+            return self.host_ops.cast_bias_weight(
+                self,
+                None,
+                dtype=dtype,
+                device=input.device,
+                bias_dtype=input.dtype,
+                **self.cast_options,
+            )
+        finally:
+            if functions:
+                self.weight_function = functions
+
+    def _linear(
+        self: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        patches: list[Patches],
+        functions: list[Callable[..., Tensor]],
+    ) -> Tensor:
+        dtype = input.dtype
+        if functions:  # they take the weight with all LoRAs in it
+            dense = self.carrier.dense(weight, torch.float32)
+            dense = dense.to(torch.float32, copy=dense is weight)
+            for patch in patches:
+                dense = patch.apply(dense)
+            dense = dense.to(dtype)
+            for function in functions:
+                dense = function(dense)
+            return F.linear(input, dense, bias)
+        if any(patch.dense_entries for patch in patches):
+            dense = self.carrier.dense(weight, torch.float32)
+            dense = dense.to(torch.float32, copy=dense is weight)
+            for patch in patches:
+                dense = patch.apply_dense(dense)
+            return add_low_rank(F.linear(input, dense.to(dtype), bias), input, patches)
+        dense = self.carrier.dense(weight, dtype)
+        return add_low_rank(F.linear(input, dense.to(dtype), bias), input, patches)
+
+    def __setattr__(self: Any, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight":  # also when ComfyUI puts its backup back
+            object.__setattr__(self, "_weight_patches", self.carrier.patches(value))
+
+    def convert_weight(
+        self: Any, weight: Tensor, inplace: bool = False, **kwargs: Any
+    ) -> Tensor:
+        """The weight to add a LoRA to; a `Coded` one takes it without decoding."""
+        coded = self.carrier.unwrap(weight)
+        return weight if coded is None else coded
+
+    def set_weight(
+        self: Any,
+        weight: Tensor,
+        inplace_update: bool = False,
+        seed: int | None = None,
+        return_weight: bool = False,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """Take a weight that something was added to, `Coded` or dense.
+
+        Args:
+            weight: as `convert_weight` and ComfyUI's ``calculate_weight`` made it.
+            inplace_update: ignored: the codes may be a read-only map of the file.
+            seed: to round stochastically with.
+            return_weight: return the weight, quantized, and take nothing.
+        """
+        coded = self.carrier.unwrap(self.weight)
+        if return_weight and isinstance(weight, Coded) and weight.patches:
+            weight = weight.dense(torch.float32)
+        if isinstance(weight, Coded):
+            new = self.carrier.wrap(weight, self.compute_dtype)
+        elif coded is None or tuple(weight.shape) != tuple(coded.shape):
+            new = weight.to(self.compute_dtype)  # nothing says how to quantize it
+        else:
+            again = coded.quantize_again(weight, seed or 0)
+            new = self.carrier.wrap(again, self.compute_dtype)
+        if return_weight:
+            return new  # type: ignore[no-any-return]
+        self.weight = nn.Parameter(new, requires_grad=False)
+        return None
+
+    def take_weight(self: Any, weight: Tensor) -> None:
+        """Replace the weight by one of ComfyUI's backups or by a `Coded` one."""
+        if isinstance(weight, Coded):
+            weight = self.carrier.wrap(weight, self.compute_dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        for name, parameter in self._parameters.items():
+            if parameter is None:
+                continue
+            coded = self.carrier.unwrap(parameter)
+            if coded is None:
+                moved = fn(parameter)
+            else:  # codes keep their dtype, whatever the model is cast to
+                moved = self.carrier.wrap(coded.apply(fn), self.compute_dtype)
+            self._parameters[name] = nn.Parameter(moved, requires_grad=False)
+        for name, buffer in self._buffers.items():
+            self._buffers[name] = None if buffer is None else fn(buffer)
+        return self
+
+
+def add_low_rank(output: Tensor, input: Tensor, patches: list[Patches]) -> Tensor:
+    """Add the products of low-rank pairs to a Linear's output.
+
+    Args:
+        output: (..., N).
+        input: (..., K), same dtype.
+        patches: of the weight.
+    """
+    for patch in patches:
+        pair = patch.low_rank(input.device, input.dtype)
+        if pair is not None:
+            down, up = pair
+            inner = F.linear(input.reshape(-1, input.shape[-1]), down)
+            flat = output.reshape(-1, output.shape[-1])
+            output = torch.addmm(flat, inner, up.t()).view(output.shape)
+    return output
+
+
+def dense_shape(module: Any) -> tuple[int, ...]:
+    return (module.out_features, module.in_features)
