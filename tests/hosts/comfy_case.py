@@ -95,6 +95,11 @@ def first_output(patcher, memory=None):
     else:
         comfy.model_management.unload_all_models()
         patcher.partially_load(torch.device("cpu"), memory)
+    return output(patcher)
+
+
+def output(patcher):
+    """The network's first output, with weights as they are loaded."""
     generator = torch.Generator().manual_seed(1)
     two = getattr(patcher.model.latent_format, "latent_dimensions", 2) == 2
     x = torch.randn((1, 16, 8, 8) if two else (1, 16, 1, 8, 8), generator=generator)

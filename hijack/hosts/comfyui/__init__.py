@@ -33,6 +33,7 @@ PROBES = (
     Probe("comfy.supported_models_base.BASE.supported_inference_dtypes"),
     Probe("comfy.lora.calculate_weight", ("patches", "weight", "key")),
     Probe("comfy.utils.copy_to_param", ("obj", "attr", "value")),
+    Probe("comfy.utils.save_torch_file", ("sd", "ckpt", "metadata")),
     Probe("comfy.weight_adapter.LoRAAdapter"),
     Probe("comfy.model_patcher.LowVramPatch"),
     Probe("comfy.ops.pick_operations", ("weight_dtype", "compute_dtype")),
@@ -73,12 +74,14 @@ def patches() -> list[Patch]:
     """What to patch."""
     from hijack.hosts.comfyui.door import make_door
     from hijack.hosts.comfyui.lora import make_calculate_weight, make_copy_to_param
+    from hijack.hosts.comfyui.saving import make_save_torch_file
 
     detection = sys.modules["comfy.model_detection"]
     return [
         Patch(detection, "model_config_from_unet", make_door),
         Patch(sys.modules["comfy.lora"], "calculate_weight", make_calculate_weight),
         Patch(sys.modules["comfy.utils"], "copy_to_param", make_copy_to_param),
+        Patch(sys.modules["comfy.utils"], "save_torch_file", make_save_torch_file),
     ]
 
 

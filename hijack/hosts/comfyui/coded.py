@@ -45,6 +45,15 @@ class Coding:
         dialect = self.scheme.dialect(self.dialect)
         return dialect.encode(qdata, params, dict(self.options))
 
+    def spelled(self, dialect: str) -> Coding:
+        """The same in another dialect.
+
+        Raises:
+            CheckpointError: if the scheme has no dialect of that name.
+        """
+        self.scheme.dialect(dialect)
+        return dataclasses.replace(self, dialect=dialect)
+
     def quantize(
         self, weight: Tensor, seed: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -165,6 +174,10 @@ class Coded(Tensor):
     def file_tensors(self) -> dict[str, Tensor]:
         """The tensors of a file in the layer's dialect, keyed by suffix."""
         return self.coding.encode(self.qdata, self.tensors)
+
+    def file_names(self) -> tuple[str, ...]:
+        """The suffixes of `file_tensors`."""
+        return tuple(self.apply(lambda tensor: tensor.to("meta")).file_tensors())
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         scheme = self.coding.scheme.name

@@ -17,12 +17,26 @@ from torch import Tensor, nn
 
 from hijack.hosts.comfyui.coded import Coded, PlainCarrier
 from hijack.hosts.comfyui.kitchen import KitchenCarrier
-from hijack.hosts.comfyui.lora import Merge, Patches, merging
+from hijack.hosts.comfyui.lora import Merge, Patches, merging, seed_of
 
 #: Every quantized layer alive, so that unpatching can say how many there are.
 LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 Carrier = KitchenCarrier | PlainCarrier
+
+
+class Source:
+    """Says on a tensor of a state dict which module gave it."""
+
+    def __init__(self, module: nn.Module | None = None) -> None:
+        self._module = None if module is None else weakref.ref(module)
+
+    def module(self) -> nn.Module | None:
+        """The module, unless it is gone or this is a copy from another process."""
+        return None if self._module is None else self._module()
+
+    def __reduce__(self) -> Any:  # weak references cannot be pickled, nor need they
+        return Source, ()
 
 
 class QuantizedLinear:
@@ -34,6 +48,8 @@ class QuantizedLinear:
     host_ops: Any
     low_vram_patch: type
     cast_options: dict[str, bool]
+    #: Suffixes of the layer's keys in a state dict.
+    file_names: tuple[str, ...]
     #: What is to be added to the weight, as the parameter says.
     _weight_patches: tuple[Any, ...] = ()
     #: A LoRA that ComfyUI would merge into its resident copy of the weight.
@@ -84,6 +100,7 @@ class QuantizedLinear:
         weight = self.carrier.wrap(coded, self.compute_dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.carrier.mark(self, coded)
+        self.file_names = coded.file_names()
         LIVE.add(self)
 
     def _become_dense(self: Any, weight: Tensor) -> None:
@@ -114,8 +131,10 @@ class QuantizedLinear:
                 tensor = parameter if keep_vars else parameter.detach()
                 destination[f"{prefix}{name}"] = tensor
         if coded is not None:
-            tensors = coded.file_tensors()
-            destination.update({f"{prefix}{name}": t for name, t in tensors.items()})
+            for name, tensor in coded.file_tensors().items():
+                tagged = tensor.detach().contiguous()
+                tagged.hijack_source = Source(self)
+                destination[f"{prefix}{name}"] = tagged
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return self.forward_comfy_cast_weights(input)  # type: ignore[no-any-return]
@@ -129,6 +148,19 @@ class QuantizedLinear:
         if stream:
             self.host_ops.uncast_bias_weight(self, weight, bias, *stream)
         return output  # type: ignore[no-any-return]
+
+    def current(self: Any) -> Coded:
+        """What the layer stands for now: as it is, or quantized with its LoRAs."""
+        coded: Coded = self.carrier.unwrap(self.weight)
+        patches, _ = self._additions()
+        if not patches:
+            return coded
+        dense = coded.coding.scheme.dequantize(
+            coded.qdata, coded.tensors, torch.float32
+        )
+        for patch in patches:
+            dense = patch.apply(dense)
+        return coded.quantize_again(dense, seed_of(patches[-1].key))
 
     def _additions(self: Any) -> tuple[list[Patches], list[Callable[..., Tensor]]]:
         """LoRAs, wherever ComfyUI has put them, and its other weight functions."""
@@ -194,6 +226,13 @@ class QuantizedLinear:
             return add_low_rank(F.linear(input, dense.to(dtype), bias), input, patches)
         dense = self.carrier.dense(weight, dtype)
         return add_low_rank(F.linear(input, dense.to(dtype), bias), input, patches)
+
+    def __getattr__(self: Any, name: str) -> Any:
+        if name != "weight" and name in self.__dict__.get("file_names", ()):
+            coded = self.carrier.unwrap(self.weight)
+            if coded is not None:  # ComfyUI takes every key of a state dict for one
+                return coded.file_tensors()[name]
+        return super().__getattr__(name)  # type: ignore[misc]
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         super().__setattr__(name, value)

@@ -1,0 +1,109 @@
+"""What ComfyUI's save nodes write of quantized layers.
+
+Every save node ends in ``comfy.utils.save_torch_file``. By then a quantized layer has
+become tensors under keys, or something that ComfyUI meant to merge LoRAs into when the
+file is written, and which it can do only for its own formats. Here each layer is found
+again and asked for what it stands for now, LoRAs included: codes and scales that go
+together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hijack.checkpoint.dialect import METADATA_KEY, Dialect, write_marker
+from hijack.checkpoint.header import join
+from hijack.hosts.comfyui.linear import LIVE, Source
+
+
+def make_save_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of ``comfy.utils.save_torch_file``."""
+
+    @functools.wraps(original)
+    def save_torch_file(
+        sd: dict[str, Any], ckpt: Any, metadata: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        layers = find_layers(sd)
+        if layers:
+            sd, metadata = spell(sd, layers, metadata)
+        return original(sd, ckpt, metadata, *args, **kwargs)
+
+    return save_torch_file
+
+
+def find_layers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The quantized modules that a state dict to be saved was made of, by layer."""
+    found = {}
+    for key, value in state_dict.items():
+        layer, _, name = key.rpartition(".")
+        if name == "weight":
+            module = _module_of(value)
+            if module is not None:
+                found[layer] = module
+    return found
+
+
+def spell(
+    state_dict: Mapping[str, Any],
+    layers: Mapping[str, Any],
+    metadata: Mapping[str, str] | None,
+    dialect: str | None = None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Replace what stands for quantized layers by the tensors of a file.
+
+    Args:
+        state_dict: key to tensor or to what ComfyUI makes a tensor of when it saves.
+        layers: layer to quantized module, from `find_layers`.
+        metadata: what the file is to say of itself besides.
+        dialect: how to spell the layers; default is the dialect each came in.
+
+    Returns:
+        The state dict and the metadata to write.
+
+    Raises:
+        HijackError: if a scheme has no such dialect, or it cannot spell a layer.
+    """
+    tensors, marked = dict(state_dict), {}
+    for layer, module in layers.items():
+        coded = module.current()
+        for name in module.file_names:
+            tensors.pop(join(layer, name), None)
+        coding = coded.coding if dialect is None else coded.coding.spelled(dialect)
+        for name, tensor in coding.encode(coded.qdata, coded.tensors).items():
+            tensors[join(layer, name)] = tensor.contiguous().to("cpu")
+        if coding.dialect == Dialect.name:
+            params = list(coded.tensors)
+            marked[layer] = {"scheme": coding.scheme.name, "params": params}
+    said = dict(metadata or {})
+    if marked:
+        said[METADATA_KEY] = write_marker(marked)
+    return tensors, said
+
+
+def _module_of(value: Any) -> Any | None:
+    source = getattr(value, "hijack_source", None)
+    if isinstance(source, Source):
+        return source.module()
+    # From 0.25 on: what ComfyUI wraps around a QuantizedTensor until it is written.
+    caster: Any = getattr(value, "caster", None)
+    if hasattr(caster, "model"):
+        return _owner(caster.model.model, str(caster.key))
+    # Before: the QuantizedTensor itself, which cannot be written.
+    codes = getattr(value, "_qdata", None)
+    if isinstance(codes, Tensor):
+        where = codes.data_ptr()
+        for module in list(LIVE):
+            coded = module.carrier.unwrap(module.weight)  # type: ignore[operator,union-attr]
+            if coded is not None and coded.qdata.data_ptr() == where:
+                return module
+    return None
+
+
+def _owner(model: Any, key: str) -> Any | None:
+    path = key.rpartition(".")[0]
+    module = functools.reduce(getattr, path.split("."), model)
+    return module if module in LIVE and hasattr(module, "current") else None

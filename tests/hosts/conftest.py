@@ -1,0 +1,46 @@
+"""Cases that run once for each real ComfyUI there is, each in a process of its own."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+COMFYUI_TESTS = HERE.parent / "comfyui"
+if str(COMFYUI_TESTS) not in sys.path:
+    sys.path.insert(0, str(COMFYUI_TESTS))
+
+import comfy_harness  # noqa: E402 - found through the path set above
+
+RELEASES = comfy_harness.releases()
+HAS_DEPENDENCIES = importlib.util.find_spec("aiohttp") is not None
+
+
+def pytest_generate_tests(metafunc):
+    """Run the tests that ask for ``case`` for each release there is."""
+    if "case" in metafunc.fixturenames:
+        reason = "no ComfyUI: set HIJACK_TEST_COMFYUI"
+        if RELEASES and not HAS_DEPENDENCIES:
+            reason = "ComfyUI's dependencies missing: see scripts/test"
+        missing = pytest.param(None, marks=pytest.mark.skip(reason=reason))
+        values = list(RELEASES) if HAS_DEPENDENCIES and RELEASES else [missing]
+        metafunc.parametrize("case", values, scope="module", indirect=True)
+
+
+@pytest.fixture(scope="module")
+def case(request, tmp_path_factory):
+    """What the module's ``CASE``, a script here, found with one release."""
+    folder = tmp_path_factory.mktemp("files")
+    script = HERE / request.module.CASE
+    done = subprocess.run(
+        [sys.executable, script, RELEASES[request.param], folder],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
