@@ -49,7 +49,7 @@ def test_models_merge(case):
 
 
 def test_merging_on_demand(case):
-    """HIJACK_LORA=merge and marked patches quantize the sum, repeatably, and undo it."""
+    """HIJACK_LORA=merge and marked patches quantize the sum, and it comes off again."""
     for name, error in case["merging"].items():
         assert 100 * ROUNDING < error < 0.02, name
     assert case["merged codes differ"]
