@@ -27,6 +27,7 @@ from hijack.errors import HijackError, UnconsumedScaleError
 from hijack.hosts.comfyui import markers
 from hijack.hosts.comfyui.coded import PLAIN, Coded, Coding
 from hijack.hosts.comfyui.layers import make_operations
+from hijack.hosts.comfyui.lazy import Lazy
 from hijack.registry import Registry, default_registry
 
 log = logging.getLogger(__name__)
@@ -75,8 +76,10 @@ def encode_claimed(
         HijackError: if claimed tensors do not fit each other, if two schemes claim a
             layer equally, or if a scale is left that nobody consumed.
     """
-    if any(isinstance(t, Coded) for k, t in state_dict.items() if k.startswith(prefix)):
-        return True  # the loader asks again, after renaming keys
+    for key, tensor in state_dict.items():
+        if key.startswith(prefix) and isinstance(tensor, Coded | Lazy):
+            # the loader asks again, after renaming keys; or quantizes while it loads
+            return isinstance(tensor, Coded) or _to_quantize(state_dict)
     unusual = _unusual(state_dict, prefix)
     if not unusual:
         return False
@@ -93,6 +96,10 @@ def encode_claimed(
             del state_dict[key]
     state_dict.update(coded)
     return bool(claims)
+
+
+def _to_quantize(state_dict: Mapping[str, Tensor]) -> bool:
+    return any(getattr(t, "quantize", None) is not None for t in state_dict.values())
 
 
 def _claims(
@@ -229,7 +236,7 @@ def adopt(config: Any, state_dict: Mapping[str, Tensor], prefix: str) -> None:
         dtype, cast = chosen.dtypes(dtype, cast, kwargs.get("device"))
         result = set_dtype(dtype, cast, *args, **kwargs)
         if config.custom_operations is None:
-            base = _core_operations(config)
+            base = core_operations(config)
             config.custom_operations = make_operations(base, cast or dtype)
         return result
 
@@ -282,7 +289,7 @@ class _Choice:
         return chosen, management.unet_manual_cast(chosen, device, supported)
 
 
-def _core_operations(config: Any) -> Any:
+def core_operations(config: Any) -> Any:
     """The operations ComfyUI would pick for the layers that are not quantized."""
     pick = sys.modules["comfy.ops"].pick_operations
     accepted = inspect.signature(pick).parameters

@@ -16,6 +16,7 @@ import torch
 
 from hijack.hosts.comfyui.coded import Coded, PlainCarrier
 from hijack.hosts.comfyui.kitchen import KitchenCarrier, quant_ops
+from hijack.hosts.comfyui.lazy import Lazy
 from hijack.hosts.comfyui.linear import Carrier, QuantizedLinear, dense_shape
 
 
@@ -44,7 +45,7 @@ def make_operations(base: Any, dtype: torch.dtype) -> Any:
         },
     )
 
-    def become_quantized(module: Any, coded: Coded) -> Callable[..., None]:
+    def become_quantized(module: Any) -> Callable[..., None]:
         object.__setattr__(module, "__class__", quantized)
         return module._load_from_state_dict  # type: ignore[no-any-return]
 
@@ -56,7 +57,7 @@ def make_operations(base: Any, dtype: torch.dtype) -> Any:
 
 
 def _undecided(
-    dense_class: Any, become: Callable[[Any, Coded], Callable[..., None]] | None
+    dense_class: Any, become: Callable[[Any], Callable[..., None]] | None
 ) -> Any:
     """A class whose objects are ``dense_class`` until a coded weight arrives."""
 
@@ -70,14 +71,21 @@ def _undecided(
         def _load_from_state_dict(
             self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
         ) -> None:
-            weight = state_dict.get(f"{prefix}weight")
+            key = f"{prefix}weight"
+            weight = state_dict.get(key)
             object.__setattr__(self, "__class__", dense_class)
             load = self._load_from_state_dict
-            if isinstance(weight, Coded):
-                if become is not None and tuple(weight.shape) == dense_shape(self):
-                    load = become(self, weight)
-                else:
-                    state_dict[f"{prefix}weight"] = weight.dense(_dtype(self))
+            coded = isinstance(weight, Coded) or getattr(weight, "quantize", None)
+            if (
+                coded
+                and become is not None
+                and tuple(weight.shape) == dense_shape(self)
+            ):
+                if isinstance(weight, Lazy):
+                    weight = state_dict[key] = weight.taken()
+                load = become(self)
+            elif isinstance(weight, Coded):
+                state_dict[key] = weight.dense(_dtype(self))
             load(state_dict, prefix, *args, **kwargs)
 
     Undecided.__name__ = Undecided.__qualname__ = dense_class.__name__
