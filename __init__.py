@@ -9,24 +9,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-NODE_CLASS_MAPPINGS: dict[str, Any] = {}
-NODE_DISPLAY_NAME_MAPPINGS: dict[str, str] = {}
 
-__all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
+def _start() -> dict[str, Any]:
+    """Patch ComfyUI, or say in one line why not; ComfyUI goes on either way.
 
-
-def _start() -> None:
-    """Patch ComfyUI, or say in one line why not; ComfyUI goes on either way."""
+    Returns:
+        What ComfyUI looks for in this module: nodes, in the schema it knows.
+    """
     log = logging.getLogger("hijack")
     try:
         # Packs get their folder as module name, so that only this form finds the file.
         from . import prestartup_script  # noqa: F401
 
         importlib.import_module("schemes.blockwise_fp8")
+        return _nodes()
     except ModuleNotFoundError as error:
         if error.name not in ("pluggy", "wrapt"):
             _give_up(log, error)
-            return
+            return _NOTHING
         requirements = Path(__file__).resolve().parent / "requirements.txt"
         log.warning(
             "hijack: not loaded: %s is not installed; run: %s -m pip install -r %s",
@@ -36,6 +36,17 @@ def _start() -> None:
         )
     except Exception as error:
         _give_up(log, error)
+    return _NOTHING
+
+
+def _nodes() -> dict[str, Any]:
+    if not importlib.import_module("hijack").status()["comfyui"].patched:
+        return _NOTHING  # they need what the patches bring
+    nodes = importlib.import_module("hijack.hosts.comfyui.nodes")
+    if nodes.has_v3():
+        return {"comfy_entrypoint": lambda: nodes.extension(nodes.NODES)}
+    classes, names = nodes.classic()
+    return {"NODE_CLASS_MAPPINGS": classes, "NODE_DISPLAY_NAME_MAPPINGS": names}
 
 
 def _give_up(log: logging.Logger, error: Exception) -> None:
@@ -44,5 +55,9 @@ def _give_up(log: logging.Logger, error: Exception) -> None:
     log.warning("hijack: not loaded: %s: %s", type(error).__name__, error)
 
 
+_NOTHING: dict[str, Any] = {"NODE_CLASS_MAPPINGS": {}}
+
 if "comfy" in sys.modules:  # not when a test runner or an editor imports this file
-    _start()
+    globals().update(_start())
+else:
+    NODE_CLASS_MAPPINGS: dict[str, Any] = {}

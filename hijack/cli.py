@@ -16,8 +16,8 @@ import torch
 
 import hijack
 from hijack.checkpoint.quantize import Progress
-from hijack.checkpoint.text import table
-from hijack.errors import HijackError
+from hijack.checkpoint.text import parse_block_size, table
+from hijack.errors import HijackError, SchemeError
 
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 VARIABLES = ("HIJACK_DISABLE", "HIJACK_STRICT")
@@ -60,22 +60,11 @@ def _complain(message: str) -> int:
     return 1
 
 
-def parse_block_size(text: str) -> Any:
-    """``1x64`` or ``128x128`` as (rows, cols), ``64`` as an int, ``row``, ``tensor``.
-
-    Raises:
-        argparse.ArgumentTypeError: for anything else.
-    """
-    if text in ("row", "tensor"):
-        return text
-    parts = text.lower().split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise argparse.ArgumentTypeError(
-            f"got {text!r}, expected ROWSxCOLS such as 1x64 or 128x128, a number of "
-            "columns, row, or tensor"
-        )
-    numbers = tuple(map(int, parts))
-    return numbers if len(numbers) == 2 else numbers[0]
+def _block_size(text: str) -> Any:
+    try:
+        return parse_block_size(text)
+    except SchemeError as error:  # a ValueError, whose words argparse would hide
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # -- commands --------------------------------------------------------------------------
@@ -225,7 +214,7 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--block-size",
-        type=parse_block_size,
+        type=_block_size,
         metavar="SIZE",
         help="1x64 (default), 128x128, row, tensor",
     )

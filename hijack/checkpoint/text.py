@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from hijack.errors import SchemeError
+
 
 def block_text(block_size: tuple[int, int] | None) -> str:
     """A block size as people write it: ``1x64``."""
     return "-" if block_size is None else f"{block_size[0]}x{block_size[1]}"
+
+
+def parse_block_size(text: str) -> tuple[int, int] | int | str:
+    """``1x64`` or ``128x128`` as (rows, cols), ``64`` as an int, ``row``, ``tensor``.
+
+    Raises:
+        SchemeError: for anything else.
+    """
+    text = text.strip().lower()
+    if text in ("row", "tensor"):
+        return text
+    parts = text.split("x")
+    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise SchemeError(
+            f"got {text!r}, expected ROWSxCOLS such as 1x64 or 128x128, a number of "
+            "columns, row, or tensor"
+        )
+    numbers = [int(part) for part in parts]
+    return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -6,6 +6,7 @@ one while it loads: never is more than one of them dense in memory.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from hijack.checkpoint.dialect import Dialect
+from hijack.errors import CheckpointError
 from hijack.hosts.comfyui.coded import Coded, Coding
 from hijack.layers import quantize_weight
 from hijack.scheme import Scheme
@@ -28,12 +30,10 @@ class Recipe:
 
     Attributes:
         scheme: the scheme.
-        dialect: how files are to spell the layers.
         options: options of ``scheme.quantize``, such as ``block_size``.
     """
 
     scheme: Scheme
-    dialect: Dialect
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def apply(self, weight: Tensor, layer: str) -> Coded:
@@ -42,10 +42,22 @@ class Recipe:
         Raises:
             HijackError: if the scheme refuses it, naming the layer.
         """
-        options = self.dialect.fit_options(tuple(weight.shape), self.options)
+        dialect, options = self._spelling(weight, layer)
         qdata, params = quantize_weight(self.scheme, weight, options, layer)
-        coding = Coding(self.scheme, self.dialect.name, tuple(sorted(options.items())))
+        coding = Coding(self.scheme, dialect.name, tuple(sorted(options.items())))
         return Coded(qdata, params, coding, tuple(weight.shape))
+
+    def _spelling(self, weight: Tensor, layer: str) -> tuple[Dialect, dict[str, Any]]:
+        """The first dialect that can spell the layer, and the options it needs."""
+        *dialects, last = self.scheme.all_dialects()
+        meta = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+        for dialect in dialects:
+            options = dialect.fit_options(tuple(weight.shape), self.options)
+            made = quantize_weight(self.scheme, meta, options, layer)
+            with contextlib.suppress(CheckpointError):
+                dialect.encode(*made, options)
+                return dialect, options
+        return last, last.fit_options(tuple(weight.shape), self.options)
 
 
 class Lazy(Tensor):

@@ -207,6 +207,20 @@ def load_quantized(
 # -- what is read ----------------------------------------------------------------------
 
 
+def read_weight(patcher: Any, key: str) -> Tensor:
+    """One tensor of a model as it is used: decoded, with its LoRAs, on the CPU.
+
+    Args:
+        patcher: a ModelPatcher.
+        key: as in its patches, such as ``diffusion_model.blocks.0.attn.to_q.weight``.
+
+    Raises:
+        AttributeError: if the model has no such tensor.
+    """
+    tensor = sys.modules["comfy.utils"].get_attr(patcher.model, key)
+    return _reader(patcher, key, tensor)()
+
+
 def _own_tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and saved buffers: of a quantized layer the weight alone."""
     found: list[tuple[str, Tensor]] = []

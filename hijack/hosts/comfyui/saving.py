@@ -10,14 +10,21 @@ together.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from hijack.checkpoint.dialect import METADATA_KEY, Dialect, write_marker
 from hijack.checkpoint.header import join
+from hijack.checkpoint.writer import write_checkpoint
+from hijack.errors import HijackError
 from hijack.hosts.comfyui.linear import LIVE, Source
+
+#: What ComfyUI puts before the keys of a diffusion model it saves.
+PREFIX = "model.diffusion_model."
 
 
 def make_save_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,6 +40,55 @@ def make_save_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(sd, ckpt, metadata, *args, **kwargs)
 
     return save_torch_file
+
+
+def save_model(
+    patcher: Any,
+    path: Path,
+    dialect: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> int:
+    """Write a diffusion model with its LoRAs; the file appears when it is complete.
+
+    Args:
+        patcher: a ModelPatcher with quantized layers.
+        path: the file.
+        dialect: how to spell the layers; default is the dialect each came in.
+        metadata: strings for the file's header.
+
+    Returns:
+        How many layers are quantized.
+
+    Raises:
+        HijackError: if no layer is quantized, the dialect cannot spell one, or writing
+            fails.
+    """
+    tensors = {
+        key.removeprefix(PREFIX): tensor for key, tensor in _state_dict(patcher).items()
+    }
+    layers = find_layers(tensors)
+    if not layers:
+        raise HijackError(
+            f"{path.name}: the model has no layer that hijack quantized; quantize it "
+            "first, or save it with ComfyUI's own node"
+        )
+    spelled, said = spell(tensors, layers, metadata, dialect)
+    # What ComfyUI merges LoRAs into when it is written is no tensor before this.
+    written = {key: t.to("cpu").contiguous() for key, t in spelled.items()}
+    write_checkpoint(path, written, said)
+    return len(layers)
+
+
+def _state_dict(patcher: Any) -> dict[str, Any]:
+    """A state dict for saving, made the way ComfyUI's own save node makes it."""
+    management = sys.modules["comfy.model_management"]
+    if hasattr(patcher, "state_dict_for_saving"):
+        management.load_models_gpu([patcher])
+        found: dict[str, Any] = patcher.state_dict_for_saving()
+    else:
+        management.load_models_gpu([patcher], force_patch_weights=True)
+        found = patcher.model.state_dict_for_saving()
+    return found
 
 
 def find_layers(state_dict: Mapping[str, Any]) -> dict[str, Any]:

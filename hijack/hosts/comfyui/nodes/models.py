@@ -1,0 +1,172 @@
+"""Nodes that make a quantized model."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
+
+from hijack.checkpoint.text import parse_block_size
+from hijack.errors import HijackError
+from hijack.hosts.comfyui import online
+from hijack.hosts.comfyui.lazy import Recipe
+from hijack.hosts.comfyui.lora import Merge
+from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
+from hijack.registry import default_registry
+
+AUTO = "auto"
+
+
+def scheme_names() -> list[str]:
+    """Registered schemes; the reference scheme first."""
+    return sorted(
+        default_registry().schemes(), key=lambda name: (name != "blockwise_fp8", name)
+    )
+
+
+def make_recipe(scheme: str, block_size: str) -> Recipe:
+    """What the inputs of both quantizing nodes say.
+
+    Raises:
+        HijackError: if the scheme is unknown, or the text is no block size.
+    """
+    chosen = default_registry().get(scheme)
+    options: dict[str, Any] = {}
+    if block_size.strip() not in ("", AUTO):
+        if "block_size" not in inspect.signature(chosen.quantize).parameters:
+            raise HijackError(
+                f"block_size: scheme {scheme} has no blocks; got {block_size!r}, "
+                f"expected {AUTO}"
+            )
+        options["block_size"] = parse_block_size(block_size)
+    return Recipe(chosen, options)
+
+
+def progress_bar() -> online.Progress:
+    """ComfyUI's progress bar, in the page and in the terminal."""
+    utils = sys.modules["comfy.utils"]
+    bars: list[Any] = []
+
+    def advance(done: int, total: int) -> None:
+        if not bars:
+            bars.append(utils.ProgressBar(total))
+        bars[0].update_absolute(done, total)
+
+    return advance
+
+
+def quantize_model(
+    model: Any, scheme: str, block_size: str, include: str = "", exclude: str = ""
+) -> Result:
+    """Run *Quantize Model*."""
+    recipe = make_recipe(scheme, block_size)
+    result = online.quantize_model(model, recipe, include, exclude, progress_bar())
+    return Result((result,))
+
+
+def load_quantized(
+    unet_name: str, scheme: str, block_size: str, include: str = "", exclude: str = ""
+) -> Result:
+    """Run *Load Diffusion Model (quantize)*."""
+    folder_paths = sys.modules["folder_paths"]
+    path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+    recipe = make_recipe(scheme, block_size)
+    result = online.load_quantized(path, recipe, include, exclude, progress_bar())
+    return Result((result,))
+
+
+def merge_loras(model: Any) -> Result:
+    """Run *Merge LoRAs into Quantized Weights*."""
+    result = model.clone()
+    for key, patches in result.patches.items():
+        result.patches[key] = [Merge(patch) for patch in patches]
+    # ComfyUI takes models of one patches_uuid for the same weights.
+    result.patches_uuid = sys.modules["comfy.model_patcher"].uuid.uuid4()
+    return Result((result,))
+
+
+def diffusion_models() -> list[str]:
+    """Files of ComfyUI's folder of diffusion models."""
+    files: list[str] = sys.modules["folder_paths"].get_filename_list("diffusion_models")
+    return files
+
+
+_RECIPE = (
+    Input(
+        "scheme",
+        "COMBO",
+        "The weight format. blockwise_fp8 is FP8 with one scale for each block; "
+        "plugins add others.",
+        options=scheme_names,
+        default="blockwise_fp8",
+    ),
+    Input(
+        "block_size",
+        "STRING",
+        "Weights that share a scale: ROWSxCOLUMNS such as 1x64 or 128x128, row, or "
+        "tensor. auto is the format's own choice. Smaller blocks are more exact.",
+        default=AUTO,
+    ),
+    Input(
+        "include",
+        "STRING",
+        "Layers to quantize, as patterns such as transformer_blocks.*.img_mlp.*, one "
+        "a line. Empty: every linear layer of the repeated blocks.",
+        default="",
+        multiline=True,
+        optional=True,
+    ),
+    Input(
+        "exclude",
+        "STRING",
+        "Layers to leave as they are, as patterns, one a line. Empty: what this "
+        "architecture is sensitive in, such as norms and embeddings.",
+        default="",
+        multiline=True,
+        optional=True,
+    ),
+)
+_ALIASES = ("fp8", "quantize", "quantization", "block-wise", "musubi", "low vram")
+
+NODES = (
+    Node(
+        "HijackQuantizeModel",
+        "Quantize Model",
+        "Quantizes a loaded model layer by layer, with its LoRAs merged in first at "
+        "full precision. The result takes further LoRAs and can be saved.",
+        (*_ALIASES, "online quantization", "convert to fp8"),
+        (Input("model", "MODEL", "The model, with any LoRAs on it."), *_RECIPE),
+        (Output("MODEL", "model", "The quantized model."),),
+        quantize_model,
+    ),
+    Node(
+        "HijackLoadQuantized",
+        "Load Diffusion Model (quantize)",
+        "Loads a full-precision diffusion model and quantizes each layer as it is "
+        "read, so that the whole model never has to fit in memory. Files that are "
+        "quantized already load with the ordinary Load Diffusion Model node.",
+        (*_ALIASES, "unet loader", "load quantized"),
+        (
+            Input(
+                "unet_name",
+                "COMBO",
+                "A full-precision file in models/diffusion_models.",
+                options=diffusion_models,
+            ),
+            *_RECIPE,
+        ),
+        (Output("MODEL", "model", "The quantized model."),),
+        load_quantized,
+    ),
+    Node(
+        "HijackMergeLoras",
+        "Merge LoRAs into Quantized Weights",
+        "Quantizes the LoRAs applied so far into the weights, with scales of their "
+        "own, instead of keeping them beside the weights. Saves a little time in each "
+        "step and costs some exactness; LoRAs applied later are kept beside again.",
+        ("lora", "merge lora", "bake lora", "fp8"),
+        (Input("model", "MODEL", "A quantized model with LoRAs on it."),),
+        (Output("MODEL", "model", "The model that merges those LoRAs."),),
+        merge_loras,
+    ),
+)

@@ -1,0 +1,208 @@
+"""What a node is, and how either of ComfyUI's schemas says so."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+#: Values a node sees of the workflow it runs in, by argument name.
+HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One input.
+
+    Attributes:
+        name: of the argument.
+        kind: ComfyUI's type, such as ``MODEL``; ``COMBO`` is a choice of ``options``.
+        tooltip: what it does, for the page.
+        options: choices of a combo, asked for whenever the page is loaded.
+        default: value to start with, where there is one.
+        multiline: whether a text may have several lines.
+        optional: whether it may be left open.
+    """
+
+    name: str
+    kind: str
+    tooltip: str
+    options: Callable[[], Sequence[str]] | None = None
+    default: Any = None
+    multiline: bool = False
+    optional: bool = False
+
+    def details(self) -> dict[str, Any]:
+        """What both schemas call the same."""
+        details: dict[str, Any] = {"tooltip": self.tooltip}
+        if self.default is not None:
+            details["default"] = self.default
+        if self.multiline:
+            details["multiline"] = True
+        return details
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """One output: ComfyUI's type, a name and a tooltip."""
+
+    kind: str
+    name: str
+    tooltip: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a node's function returns.
+
+    Attributes:
+        values: one for each output.
+        text: shown in the node on the page.
+    """
+
+    values: tuple[Any, ...] = ()
+    text: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One node.
+
+    Attributes:
+        id: unique among all packs.
+        title: what people see.
+        description: tooltip of the node.
+        aliases: other words people search for.
+        inputs: in the order of the function's arguments.
+        outputs: in the order of the result's values.
+        run: the function; it takes inputs by name, and those of `HIDDEN` it names.
+        terminal: whether it is run for its own sake.
+    """
+
+    id: str
+    title: str
+    description: str
+    aliases: tuple[str, ...]
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+    run: Callable[..., Result]
+    terminal: bool = False
+    category: str = "hijack"
+
+    @property
+    def hidden(self) -> tuple[str, ...]:
+        """Names of `HIDDEN` that the function takes."""
+        accepted = inspect.signature(self.run).parameters
+        return tuple(name for name in HIDDEN if name in accepted)
+
+
+# -- classic ---------------------------------------------------------------------------
+
+
+def classic_class(node: Node) -> type:
+    """A class as ``NODE_CLASS_MAPPINGS`` wants it."""
+
+    def input_types(cls: type) -> dict[str, Any]:
+        types: dict[str, Any] = {"required": {}, "optional": {}}
+        for given in node.inputs:
+            kind = given.kind if given.options is None else list(given.options())
+            group = types["optional" if given.optional else "required"]
+            group[given.name] = (kind, given.details())
+        types["hidden"] = {name: HIDDEN[name] for name in node.hidden}
+        return types
+
+    def run(self: object, **arguments: Any) -> Any:
+        result = node.run(**arguments)
+        if result.text is None:
+            return result.values
+        return {"ui": {"text": (result.text,)}, "result": result.values}
+
+    namespace = {
+        "INPUT_TYPES": classmethod(input_types),
+        "RETURN_TYPES": tuple(output.kind for output in node.outputs),
+        "RETURN_NAMES": tuple(output.name for output in node.outputs),
+        "OUTPUT_TOOLTIPS": tuple(output.tooltip for output in node.outputs),
+        "FUNCTION": "run",
+        "OUTPUT_NODE": node.terminal,
+        "CATEGORY": node.category,
+        "DESCRIPTION": node.description,
+        "SEARCH_ALIASES": list(node.aliases),
+        "run": run,
+        "__doc__": node.description,
+    }
+    return type(node.id, (), namespace)
+
+
+# -- v3 --------------------------------------------------------------------------------
+
+
+def has_v3() -> bool:
+    """Whether this ComfyUI has the v3 schema."""
+    try:
+        latest = importlib.import_module("comfy_api.latest")
+    except Exception:  # of another project, or half there
+        return False
+    return hasattr(latest, "ComfyExtension") and hasattr(latest, "io")
+
+
+def extension(nodes: Sequence[Node]) -> Any:
+    """A ``ComfyExtension`` with these nodes, for ``comfy_entrypoint``."""
+    latest = importlib.import_module("comfy_api.latest")
+    classes = [v3_class(node, latest) for node in nodes]
+
+    class Extension(latest.ComfyExtension):  # type: ignore[misc,name-defined]
+        async def get_node_list(self) -> list[Any]:
+            return classes
+
+    return Extension()
+
+
+def v3_class(node: Node, latest: Any) -> type:
+    """A class of ComfyUI's v3 schema."""
+    io = latest.io
+
+    def define_schema(cls: Any, /) -> Any:
+        given = {
+            "node_id": node.id,
+            "display_name": node.title,
+            "category": node.category,
+            "description": node.description,
+            "search_aliases": list(node.aliases),
+            "inputs": [_v3_input(io, each) for each in node.inputs],
+            "outputs": [
+                io.Custom(output.kind).Output(
+                    display_name=output.name, tooltip=output.tooltip
+                )
+                for output in node.outputs
+            ],
+            "hidden": [getattr(io.Hidden, name) for name in node.hidden],
+            "is_output_node": node.terminal,
+        }
+        known = inspect.signature(io.Schema).parameters
+        return io.Schema(**{k: v for k, v in given.items() if k in known})
+
+    def execute(cls: Any, /, **arguments: Any) -> Any:
+        for name in node.hidden:
+            arguments[name] = getattr(cls.hidden, name, None)
+        result = node.run(**arguments)
+        shown = {} if result.text is None else {"ui": {"text": (result.text,)}}
+        return io.NodeOutput(*result.values, **shown)
+
+    namespace = {
+        "define_schema": classmethod(define_schema),
+        "execute": classmethod(execute),
+        "__doc__": node.description,
+    }
+    return type(node.id, (io.ComfyNode,), namespace)
+
+
+def _v3_input(io: Any, given: Input) -> Any:
+    details = {**given.details(), "optional": given.optional}
+    if given.options is not None:
+        return io.Combo.Input(given.name, options=list(given.options()), **details)
+    kinds = {"STRING": "String", "BOOLEAN": "Boolean"}
+    if given.kind in kinds:
+        return getattr(io, kinds[given.kind]).Input(given.name, **details)
+    return io.Custom(given.kind).Input(given.name, **details)
