@@ -297,6 +297,9 @@ class PlainCarrier:
     def unwrap(self, tensor: Tensor | None) -> Coded | None:
         return tensor if isinstance(tensor, Coded) else None
 
+    def holds(self, tensor: Tensor | None) -> bool:
+        return isinstance(tensor, Coded)
+
     def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if not isinstance(tensor, Coded):
             return tensor

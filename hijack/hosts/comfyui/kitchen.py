@@ -56,6 +56,10 @@ class KitchenCarrier:
         coded: Coded = layout.unpack(weight._qdata, weight._params)
         return coded
 
+    def holds(self, tensor: Tensor | None) -> bool:
+        """Whether a tensor is a quantized weight of ours."""
+        return self._layout_of(tensor) is not None
+
     def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """The weight a tensor stands for, patches left out; any other tensor as is."""
         layout: Any = self._layout_of(tensor)

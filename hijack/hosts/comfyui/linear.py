@@ -184,7 +184,7 @@ class QuantizedLinear:
     def _cast(self: Any, input: Tensor) -> Any:
         """Weight and bias where the input is; ComfyUI moves them, and nothing else."""
         weight, functions = self.weight, self.weight_function
-        dtype = input.dtype if self.carrier.unwrap(weight) is None else weight.dtype
+        dtype = weight.dtype if self.carrier.holds(weight) else input.dtype
         if functions:  # they are not for codes
             self.weight_function = []
         try:
