@@ -71,6 +71,10 @@ class Patches:
         self._moved: dict[torch.device, list[Any]] = {}
         self._ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
+    def __deepcopy__(self, memo: object) -> Patches:
+        # It never changes; and torch.compile compares copies with what it copied.
+        return self
+
     def apply(self, weight: Tensor) -> Tensor:
         """The dense weight with everything added; may write into it."""
         return self._calculate(self.entries, weight)
