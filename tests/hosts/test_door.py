@@ -12,8 +12,9 @@ import hijack
 from hijack.checkpoint.dialect import write_marker
 from hijack.errors import DTypeError, HijackError, UnconsumedScaleError
 from hijack.hosts.comfyui import markers
+from hijack.hosts.comfyui.claims import encode_claimed
 from hijack.hosts.comfyui.coded import Coded, Coding
-from hijack.hosts.comfyui.door import encode_claimed, make_door
+from hijack.hosts.comfyui.door import make_door
 
 E4M3 = torch.float8_e4m3fn
 
@@ -243,7 +244,7 @@ def test_an_unreadable_marker_is_left_to_comfyui():
             "a.weight_scale": torch.ones(2),
             "a.comfy_quant": torch.tensor(list(text), dtype=torch.uint8),
         }
-        assert markers.read_through(tensors, "") == tensors
+        assert markers.read_through(tensors) == tensors
 
 
 def test_a_scale_nobody_consumed_is_an_error(registry):

@@ -1,14 +1,20 @@
 """ComfyUI, from 0.3.64 to 0.33.0.
 
-One function is patched, ``comfy.model_detection.model_config_from_unet``: its signature
-is the same in all these releases, and every loader of diffusion models calls it.
+Diffusion models enter through ``comfy.model_detection.model_config_from_unet``: its
+signature is the same in all these releases, and every loader calls it. Text encoders,
+VAEs and ControlNets have doors of their own; where a release lacks one of those, what
+would enter there stays ComfyUI's own, and the rest works.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from hijack.hosts.adapter import Probe
 from hijack.patching import Patch
@@ -52,6 +58,20 @@ PROBES = (
     ),
 )
 
+#: What the other doors need besides.
+DOORS = (
+    Probe("comfy.sd.load_text_encoder_state_dicts", ("state_dicts",)),
+    Probe("comfy.sd.CLIP.load_sd", ("self", "sd")),
+    Probe("comfy.sd.VAE.__init__", ("self", "sd")),
+    Probe(
+        "comfy.controlnet.load_controlnet_state_dict",
+        ("state_dict", "model", "model_options"),
+    ),
+    Probe("comfy.utils.weight_dtype", ("sd", "prefix")),
+)
+
+log = logging.getLogger(__name__)
+
 
 def get_version() -> str:
     """ComfyUI's version, or "unknown"."""
@@ -82,7 +102,39 @@ def patches() -> list[Patch]:
         Patch(sys.modules["comfy.lora"], "calculate_weight", make_calculate_weight),
         Patch(sys.modules["comfy.utils"], "copy_to_param", make_copy_to_param),
         Patch(sys.modules["comfy.utils"], "save_torch_file", make_save_torch_file),
+        *_other_doors(),
     ]
+
+
+def _other_doors() -> list[Patch]:
+    """The doors of other models than diffusion models, as far as they are there."""
+    from hijack.hosts.comfyui import encoders
+
+    makers = (
+        encoders.make_load_text_encoders,
+        encoders.make_load_sd,
+        encoders.make_vae_init,
+        encoders.make_load_controlnet,
+        encoders.make_weight_dtype,
+    )
+    found = []
+    with contextlib.suppress(Exception):  # the probe says what is missing
+        # Part of a host that is imported already, though maybe not yet this part.
+        importlib.import_module("comfy.controlnet")
+    for probe, make in zip(DOORS, makers, strict=True):
+        problem = probe.problem()
+        if problem is None:
+            path, _, attribute = probe.path.rpartition(".")
+            found.append(Patch(_owner(path), attribute, make))
+        else:
+            log.warning("hijack: %s; quantized files are not read there", problem)
+    return found
+
+
+def _owner(path: str) -> Any:
+    """A module, or a class in one."""
+    parent, _, name = path.rpartition(".")
+    return sys.modules.get(path) or getattr(sys.modules[parent], name)
 
 
 def live() -> int:

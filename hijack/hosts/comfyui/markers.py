@@ -27,12 +27,11 @@ FORMATS = {
 }
 
 
-def read_through(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def read_through(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors as their writer spelled them, without markers that cannot be true.
 
     Args:
-        tensors: keys that start with ``prefix``, and tensors.
-        prefix: the model's key prefix.
+        tensors: full key to tensor, of one model or of several.
     """
     layers = [
         key[: -len(LAYER_MARKER) - 1]
@@ -47,15 +46,19 @@ def read_through(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
                 tensor = found.pop(join(layer, new), None)
                 if tensor is not None:
                     found[join(layer, old)] = tensor
-    marker = f"{prefix}{FILE_MARKER}"
-    if marker in found and any(_not_one_scale(found, key) for key in found):
-        del found[marker]
+    for marker in [key for key in found if key.rpartition(".")[2] == FILE_MARKER]:
+        prefix = marker.removesuffix(FILE_MARKER)
+        if any(_not_one_scale(found, key) for key in found if key.startswith(prefix)):
+            del found[marker]
     return found
 
 
 def native(tensors: Mapping[str, Tensor], layer: str) -> bool:
-    """Whether ComfyUI's own marker says that it reads the layer."""
-    return join(layer, LAYER_MARKER) in tensors
+    """Whether one of ComfyUI's own markers says that it reads the layer."""
+    parts = layer.split(".")
+    return join(layer, LAYER_MARKER) in tensors or any(
+        join(".".join(parts[:n]), FILE_MARKER) in tensors for n in range(len(parts))
+    )
 
 
 def _contradicts(tensors: Mapping[str, Tensor], layer: str) -> bool:
