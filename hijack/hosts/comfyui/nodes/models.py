@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from hijack.checkpoint.text import parse_block_size
-from hijack.errors import HijackError
+from hijack.errors import HijackError, SchemeError
 from hijack.hosts.comfyui import online
 from hijack.hosts.comfyui.lazy import Recipe
 from hijack.hosts.comfyui.lora import Merge
@@ -38,8 +38,15 @@ def make_recipe(scheme: str, block_size: str) -> Recipe:
                 f"block_size: scheme {scheme} has no blocks; got {block_size!r}, "
                 f"expected {AUTO}"
             )
-        options["block_size"] = parse_block_size(block_size)
+        options["block_size"] = _parsed(block_size)
     return Recipe(chosen, options)
+
+
+def _parsed(block_size: str) -> tuple[int, int] | int | str:
+    try:
+        return parse_block_size(block_size)
+    except SchemeError as error:
+        raise SchemeError(f"block_size: {error}; or write {AUTO}") from error
 
 
 def progress_bar() -> online.Progress:

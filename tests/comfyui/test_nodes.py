@@ -1,0 +1,239 @@
+"""hijack's nodes on a real server, over HTTP."""
+
+import json
+import sys
+import types
+
+import comfy_harness
+import node_workflows as flows
+import pytest
+import safetensors
+import torch
+from comfy_harness import PromptError, relative_error
+from node_workflows import chain, load, load_quantized, lora, quantize, sample, save
+from PIL import Image
+
+from hijack.hosts.comfyui import nodes
+
+NODES = {node.id: node for node in nodes.NODES}
+#: Where how a node is described is looked at: the oldest release and the newest.
+ENDS = [name for n, name in enumerate(comfy_harness.releases()) if n == 0]
+ENDS += list(comfy_harness.releases())[-1:]
+#: A LoRA in its own right changes the latent by more than this.
+EFFECT = 0.02
+
+
+@pytest.fixture(scope="module")
+def server(release, base, models):
+    """A server with this repository in its custom_nodes, and two LoRAs."""
+    folder = comfy_harness.releases()[release]
+    packs = {"hijack": comfy_harness.clone_repository}
+    asked = comfy_harness.Server(folder, base / "nodes", models, packs)
+    flows.write_float32(models)
+    flows.write_loras(models, asked.base / "models" / "loras")
+    with asked:
+        yield asked
+
+
+@pytest.fixture(scope="module")
+def described(release, server):
+    """What the server tells the page of every node."""
+    if release not in ENDS:
+        pytest.skip("how nodes are described is looked at in two releases")
+    return server._get("/object_info")
+
+
+# -- how nodes are described -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_page_is_told_everything(described, name):
+    """Title, description, aliases, tooltips and defaults arrive at the page."""
+    node, found = NODES[name], described[name]
+    assert found["display_name"] == node.title
+    assert found["description"] == node.description
+    assert found["category"] == "hijack"
+    assert found["output_node"] == node.terminal
+    assert found["output"] == [output.kind for output in node.outputs]
+    assert found["output_name"] == [output.name for output in node.outputs]
+    assert found["output_tooltips"] == [output.tooltip for output in node.outputs]
+    if "search_aliases" in described["KSampler"]:
+        assert found["search_aliases"] == list(node.aliases)
+    for given in node.inputs:
+        group = found["input"]["optional" if given.optional else "required"]
+        kind, details = group[given.name]
+        assert kind == given.kind  # in the classic schema a list stands for COMBO
+        assert details["tooltip"] == given.tooltip
+        assert details.get("default") == given.default
+        assert details.get("multiline", False) == given.multiline
+
+
+def test_choices_are_files_and_formats(described):
+    """Combos list model files, schemes and dialects."""
+
+    def options(node, name):
+        return described[node]["input"]["required"][name][1]["options"]
+
+    assert options("HijackLoadQuantized", "unet_name") == options_of_unet(described)
+    assert options("HijackQuantizeModel", "scheme") == ["blockwise_fp8"]
+    assert options("HijackSaveQuantized", "dialect") == ["auto", "hijack", "musubi"]
+    files = options("HijackInspectCheckpoint", "file")
+    assert {"diffusion_models/fp8.safetensors", "loras/one.safetensors"} <= set(files)
+
+
+def options_of_unet(described):
+    """The files the stock loader lists; releases spell a combo in two ways."""
+    kind, *details = described["UNETLoader"]["input"]["required"]["unet_name"]
+    return kind if isinstance(kind, list) else details[0]["options"]
+
+
+@pytest.fixture
+def classic(monkeypatch):
+    """The nodes for a ComfyUI without the v3 schema, with two files in its folders."""
+    fake = types.SimpleNamespace(
+        folder_names_and_paths={"diffusion_models": ()},
+        get_filename_list=lambda folder: ["a.safetensors", "b.gguf"],
+    )
+    monkeypatch.setitem(sys.modules, "folder_paths", fake)
+    return nodes.classic()
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_the_classic_schema_says_the_same(classic, name):
+    """Where there is no v3 schema, nodes are described in the old one."""
+    (classes, titles), node = classic, NODES[name]
+    found = classes[name]
+    assert titles[name] == node.title
+    assert found.DESCRIPTION == node.description
+    assert found.SEARCH_ALIASES == list(node.aliases)
+    assert found.RETURN_TYPES == tuple(output.kind for output in node.outputs)
+    assert found.RETURN_NAMES == tuple(output.name for output in node.outputs)
+    assert found.OUTPUT_NODE == node.terminal
+    types = found.INPUT_TYPES()
+    for given in node.inputs:
+        kind, details = types["optional" if given.optional else "required"][given.name]
+        assert kind == (list(given.options()) if given.options else given.kind)
+        assert details["tooltip"] == given.tooltip
+        assert details.get("default") == given.default
+    assert set(types["hidden"]) == set(node.hidden)
+
+
+def test_a_classic_node_gives_its_text_to_the_page():
+    """The old schema's answer has what the page shows beside the values."""
+    spec = nodes.Node("X", "X", "", (), (), (), lambda text: _result(text))
+    assert nodes.spec.classic_class(spec)().run(text="hello") == {
+        "ui": {"text": ("hello",)},
+        "result": (5,),
+    }
+
+
+def _result(text):
+    return nodes.spec.Result((5,), text)
+
+
+# -- workflows -------------------------------------------------------------------------
+
+
+def test_quantizing_while_loading_is_quantizing_what_was_loaded(server):
+    """Both quantizing nodes give the same latent, with a LoRA behind them."""
+    one = sample(server, load_quantized("float32"), lora("one"))
+    other = sample(server, load("float32"), quantize(), lora("one"))
+    assert torch.equal(one, other)
+    assert relative_error(one, sample(server, load_quantized("float32"))) > EFFECT
+    assert relative_error(one, sample(server, load("float32"), lora("one"))) < EFFECT
+
+
+def test_loras_leave_nothing_behind(server):
+    """The stock nodes with one LoRA, with another, without: as if there were none."""
+    before = sample(server, load("fp8"))
+    for name in flows.LORAS:
+        changed = sample(server, load("fp8"), lora(name))
+        assert relative_error(changed, before) > EFFECT
+    assert torch.equal(sample(server, load("fp8")), before)
+
+
+def test_merging_a_lora_is_near_to_keeping_it(server):
+    """Merge LoRAs quantizes the LoRA too: not the same bits, the same picture."""
+    kept = sample(server, load("fp8"), lora("one"))
+    merged = sample(server, load("fp8"), lora("one"), ("HijackMergeLoras", {}))
+    assert 0 < relative_error(merged, kept) < EFFECT
+
+
+def test_a_saved_model_is_loaded_by_the_stock_loader(server):
+    """The saved file gives the same latent, and holds the workflow that made it."""
+    made = load_quantized("bf16", block_size="row")
+    prefix = f"diffusion_models/row-{next(server.numbers)}"
+    graph = chain(made, save(prefix))
+    shown = server.run(graph)["outputs"]["last"]["text"]
+    (path,) = (server.base / "output").glob(f"{prefix}*.safetensors")
+    assert shown[0].endswith(str(path))
+    assert "28 quantized layers" in shown[0]
+    with safetensors.safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["prompt"]) == graph
+        assert file.get_slice("transformer_blocks.0.attn.to_q.scale_weight")
+    listed = server._get("/object_info/HijackInspectCheckpoint")
+    (files,) = listed["HijackInspectCheckpoint"]["input"]["required"].values()
+    assert f"diffusion_models/{path.name}" in files[1]["options"]
+    assert torch.equal(sample(server, load(path.stem)), sample(server, made))
+
+
+def test_a_checkpoint_is_described(server):
+    """Inspect Checkpoint's text is in the outputs, where the page finds it."""
+    file = {"file": "diffusion_models/fp8.safetensors"}
+    graph = {"look": {"class_type": "HijackInspectCheckpoint", "inputs": file}}
+    (text,) = server.run(graph)["outputs"]["look"]["text"]
+    assert "diffusion_models/fp8.safetensors" in text
+    assert "blockwise_fp8" in text
+    assert "musubi" in text
+
+
+def test_the_report_is_a_picture(server):
+    """Quantization Report's plot can be saved as an image; its text is shown."""
+    graph = {
+        **chain(load("bf16"), quantize()),
+        "report": {
+            "class_type": "HijackQuantizationReport",
+            "inputs": {"model": ["last", 0], "original": ["stage-1", 0]},
+        },
+        "image": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["report", 0], "filename_prefix": "report"},
+        },
+    }
+    outputs = server.run(graph)["outputs"]
+    assert "28 quantized layers, median SQNR" in outputs["report"]["text"][0]
+    picture = Image.open(
+        server.base / "output" / outputs["image"]["images"][0]["filename"]
+    )
+    assert picture.width > 600
+    assert len(picture.getcolors(2**24)) > 20
+
+
+# -- errors ----------------------------------------------------------------------------
+
+WRONG = {
+    "block size": (
+        chain(load("bf16"), quantize(block_size="1x64x2"), save()),
+        r"block_size: got '1x64x2', expected ROWSxCOLS such as 1x64",
+    ),
+    "quantized already": (
+        chain(load_quantized("fp8"), save()),
+        r"fp8\.safetensors: is quantized already; expected dense weights; load it with",
+    ),
+    "no layer chosen": (
+        chain(load("bf16"), quantize(include="nothing.*"), save()),
+        r"QwenImage: no layer is left to quantize; widen include or narrow exclude",
+    ),
+    "nothing to save": (
+        chain(load("bf16"), save()),
+        r"the model has no layer that hijack quantized; quantize it first",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_goes_wrong_is_said(server, case):
+    """The answer to a prompt that fails has a sentence that says what to do."""
+    graph, words = WRONG[case]
+    with pytest.raises(PromptError, match=words):
+        server.run(graph)
