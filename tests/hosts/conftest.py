@@ -22,14 +22,16 @@ HAS_DEPENDENCIES = importlib.util.find_spec("aiohttp") is not None
 
 
 def pytest_generate_tests(metafunc):
-    """Run the tests that ask for ``case`` for each release there is."""
-    if "case" in metafunc.fixturenames:
+    """Run the tests that ask for ``case`` or ``release`` for each release there is."""
+    asked = {"case", "row"} & set(metafunc.fixturenames)
+    if asked:
         reason = "no ComfyUI: set HIJACK_TEST_COMFYUI"
         if RELEASES and not HAS_DEPENDENCIES:
             reason = "ComfyUI's dependencies missing: see scripts/test"
         missing = pytest.param(None, marks=pytest.mark.skip(reason=reason))
         values = list(RELEASES) if HAS_DEPENDENCIES and RELEASES else [missing]
-        metafunc.parametrize("case", values, scope="module", indirect=True)
+        name = "case" if "case" in asked else "release"
+        metafunc.parametrize(name, values, scope="module", indirect=name == "case")
 
 
 @pytest.fixture(scope="module")

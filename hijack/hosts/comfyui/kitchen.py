@@ -93,6 +93,13 @@ class KitchenCarrier:
         return _layout(self.host, coding)
 
 
+def saving_is_patched() -> bool:
+    """Whether what ComfyUI saves passes through `hijack.hosts.comfyui.saving`."""
+    from hijack.hosts.control import status
+
+    return status()["comfyui"].patched
+
+
 @functools.cache
 def _layout(host: Any, coding: Coding) -> tuple[Any, str]:
     """Make and register the layout of one coding."""
@@ -157,7 +164,12 @@ class _Layout:
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
         # Keys are "X.weight" plus the suffix; the module adds the dialect's other keys.
-        return {"": cls.unpack(qdata, params).file_tensors()["weight"]}
+        codes = cls.unpack(qdata, params).file_tensors()["weight"]
+        if codes.is_floating_point() or not params.names or not saving_is_patched():
+            return {"": codes}
+        # ComfyUI would make parameters of integers, which torch denies it. Left out,
+        # the weight is found again by the layer's other tensors.
+        return {}
 
     @classmethod
     def requantize_kwargs(cls, qtensor: Any) -> dict[str, Any]:

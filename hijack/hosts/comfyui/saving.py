@@ -95,11 +95,10 @@ def find_layers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The quantized modules that a state dict to be saved was made of, by layer."""
     found = {}
     for key, value in state_dict.items():
-        layer, _, name = key.rpartition(".")
-        if name == "weight":
-            module = _module_of(value)
-            if module is not None:
-                found[layer] = module
+        layer = key.rpartition(".")[0]
+        module = None if layer in found else _module_of(value)
+        if module is not None:
+            found[layer] = module
     return found
 
 
