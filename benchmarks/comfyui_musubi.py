@@ -1,0 +1,129 @@
+"""hijack with ComfyUI's stock loader beside ComfyUI-musubi with its own.
+
+::
+
+    HIJACK_PEER_COMFYUI_MUSUBI=/path/to/ComfyUI-musubi python -m \\
+        benchmarks.comfyui_musubi COMFYUI ... > docs/comfyui-musubi.md
+
+Both load the same block-wise FP8 files into each ComfyUI that is named, and do the same
+with the model. What counts is how far the result is from that of the exactly
+dequantized weights, with the exact LoRA, through ComfyUI's own code. Needs ComfyUI's
+dependencies, but no server and no GPU. ComfyUI-musubi is used as its README says: its
+loader node in the place of ComfyUI's, and ComfyUI's own nodes for everything else.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from benchmarks.comfyui_case import LARGE, PEER, REPOSITORY, SMALL
+from benchmarks.timing import machine
+
+SIDES = {"musubi": "ComfyUI-musubi", "hijack": "hijack"}
+STEPS = (
+    "load and sample",
+    "small LoRA",
+    "large LoRA",
+    "LoRA removed",
+    "partial load",
+    "partial load, small LoRA",
+    "save and reload",
+    "prefixed file",
+    "width not divisible by 64",
+)
+
+TEXT = """# Beside ComfyUI-musubi
+
+[ComfyUI-musubi](https://github.com/polym/ComfyUI-musubi) (commit {commit}) loads the
+same block-wise FP8 files with a loader node of its own. Made with
+
+    HIJACK_PEER_COMFYUI_MUSUBI=/path/to/ComfyUI-musubi python -m \\
+        benchmarks.comfyui_musubi COMFYUI ... > docs/comfyui-musubi.md
+
+on {machine}, without a GPU.
+
+Numbers are relative L2 errors against the exactly dequantized model, with the exact
+LoRA: 0 is right, 1 means that nothing is left of the signal. *Effect* is the size of a
+LoRA's change relative to the right one: 1 is right, 0 means that the LoRA is lost.
+
+{table}
+
+{reasons}
+
+- The model is a random Qwen-Image of two layers and width 256, in 1 x 64 blocks; the
+  last row is a Wan of width 256 whose second MLP layer has 416 inputs.
+- Results are the latent after two steps of Euler, and for partial loading, which the
+  sampler would undo, the network's first output with half of the weights offloaded.
+- Each side reloads what it saved with its own loader.
+- The LoRAs are of rank 4, on every quantized layer, of {small} and {large} times its
+  weight's norm. *LoRA removed* compares weights and result with those of before.
+- ComfyUI-musubi keeps every Linear in FP8, also those that the file has in bfloat16,
+  and biases; they have no scales there, which is its error where nothing else goes
+  wrong. Its README promises neither saving, nor prefixed files, nor the last row; they
+  are here because users of the stock nodes meet them.
+"""
+
+
+def version(root: str) -> str:
+    """The version a ComfyUI says it is."""
+    text = (Path(root) / "comfyui_version.py").read_text("utf-8")
+    return text.partition('__version__ = "')[2].partition('"')[0]
+
+
+def write_table(found: Mapping[tuple[str, str], Mapping[str, str]]) -> tuple[str, str]:
+    """A Markdown table, and the reasons of failures that it refers to."""
+    reasons: list[str] = []
+
+    def cell(text: str) -> str:
+        if not text.startswith("fails: "):
+            return text
+        reason = text.removeprefix("fails: ")
+        if reason not in reasons:
+            reasons.append(reason)
+        return f"fails ({reasons.index(reason) + 1})"
+
+    head = " | ".join(f"{release} {SIDES[side]}" for release, side in found)
+    lines = [f"| | {head} |", "|---|" + "---|" * len(found)]
+    for step in STEPS:
+        cells = " | ".join(cell(each[step]) for each in found.values())
+        lines.append(f"| {step} | {cells} |")
+    listed = [f"({n}) `{reason[:300]}`" for n, reason in enumerate(reasons, 1)]
+    return "\n".join(lines), "\n\n".join(listed)
+
+
+def main(roots: list[str]) -> None:
+    """Print the document."""
+    peer = os.environ.get(PEER)
+    if not peer or not roots:
+        raise SystemExit(__doc__)
+    found = {}
+    for root in sorted(roots, key=lambda r: [int(n) for n in version(r).split(".")]):
+        for side in SIDES:
+            command = [sys.executable, "-m", "benchmarks.comfyui_case", side, root]
+            done = subprocess.run(
+                command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
+            )
+            if done.returncode:
+                raise SystemExit(f"{version(root)}, {side}: see above")
+            found[version(root), side] = json.loads(done.stdout.splitlines()[-1])
+    git = ["git", "-C", peer, "rev-parse", "--short=8", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
+    table, reasons = write_table(found)
+    text = TEXT.format(
+        commit=commit.strip(),
+        machine=machine(),
+        table=table,
+        reasons=reasons,
+        small=SMALL,
+        large=LARGE,
+    )
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
