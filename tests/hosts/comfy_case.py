@@ -117,10 +117,10 @@ def layer(patcher):
     return patcher.get_model_object(f"diffusion_model.{LAYER}")
 
 
-def lora(state_dict, amplitude):
+def lora(state_dict, amplitude, layers=2):
     """A LoRA for a few layers, of that size relative to their weights."""
     generator, made = torch.Generator().manual_seed(3), {}
-    for name in (LAYER, "transformer_blocks.1.attn.to_out.0"):
+    for name in (LAYER, f"transformer_blocks.{layers - 1}.attn.to_out.0"):
         weight = state_dict[f"{name}.weight"].float()
         down = torch.randn(4, weight.shape[1], generator=generator)
         up = torch.randn(weight.shape[0], 4, generator=generator)
