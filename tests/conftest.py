@@ -1,10 +1,76 @@
-"""Shared by all tests: an environment that says nothing to hijack."""
+"""Shared by all tests: which ones run, and an environment that says nothing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import pytest
+
+LEFT_OUT = pytest.StashKey[int]()
+MATRIX_HEAD = """# What works in ComfyUI, measured
+
+Relative L2 distance of a latent after three steps to that of the exactly dequantized
+float32 model, with the exact LoRA (1 % and 5 times the weight's norm); after removing
+a LoRA, 0 means the same bits as before. Small Qwen-Image, CPU. Dynamic VRAM runs
+ComfyUI's own code around doubles of a device and of comfy_aimdo's native half; "n/a"
+where a release has none. Written by
+`HIJACK_WRITE_MATRIX=docs/comfyui-matrix.md pytest tests/hosts/test_matrix.py`.
+"""
+
+
+def pytest_addoption(parser):
+    """``--thorough`` runs everything, as CI does."""
+    text = "also run the tests marked thorough, which take a quarter of an hour"
+    parser.addoption("--thorough", action="store_true", help=text)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave thorough tests out unless they are asked for, all or by file."""
+    if config.option.thorough or any("test_" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    config.stash[LEFT_OUT] = len(left_out)
+    items[:] = [item for item in items if item not in set(left_out)]
+    config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Say what was left out, and print the matrix of ComfyUI releases."""
+    left_out = config.stash.get(LEFT_OUT, 0)
+    if left_out:
+        terminalreporter.write_line(
+            f"{left_out} thorough tests left out: pass --thorough to run them"
+        )
+    reports = terminalreporter.stats.get("passed", [])
+    reports += terminalreporter.stats.get("failed", [])
+    found = [v for r in reports for k, v in r.user_properties if k == "matrix"]
+    if not found:
+        return
+    table = {(release, scheme): cells for release, scheme, cells in found}
+    text = f"{MATRIX_HEAD}\n{as_markdown(table)}\n"
+    terminalreporter.write_line(f"\n{text}")
+    if os.environ.get("HIJACK_WRITE_MATRIX"):
+        Path(os.environ["HIJACK_WRITE_MATRIX"]).write_text(text, "utf-8")
+
+
+def as_markdown(table):
+    """Cells down, releases and schemes across."""
+    columns = sorted(table, key=lambda column: [*map(int, column[0].split(".")), 0])
+    cells = dict.fromkeys(cell for column in columns for cell in table[column])
+    lines = [
+        "| | " + " | ".join(f"{r}<br>{s}" for r, s in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for cell in cells:
+        values = [table[column].get(cell) for column in columns]
+        shown = ["n/a" if v is None else f"{v:.1e}" if v else "0.0" for v in values]
+        lines.append(f"| {cell} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
 
 
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     """Tests set the variables they are about; the caller's do not count."""
-    for name in ("HIJACK_DISABLE", "HIJACK_STRICT"):
+    for name in ("HIJACK_DISABLE", "HIJACK_STRICT", "HIJACK_LORA"):
         monkeypatch.delenv(name, raising=False)

@@ -44,6 +44,7 @@ ROUNDING = 1e-5
 
 pytestmark = [
     pytest.mark.comfyui,
+    pytest.mark.thorough,
     pytest.mark.skipif(
         not RELEASES, reason="no ComfyUI with dynamic VRAM: set HIJACK_TEST_COMFYUI"
     ),

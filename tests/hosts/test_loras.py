@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.thorough]
 
 CASE = "lora_case.py"
 #: Rounding of two ways to compute the same in float32.

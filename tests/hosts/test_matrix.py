@@ -1,13 +1,12 @@
 """Everything that must work, release by release, for two schemes: a table of errors.
 
-``HIJACK_WRITE_MATRIX=FILE`` writes the table, as ``docs/comfyui-matrix.md`` has it.
+The table is printed after the tests; ``docs/comfyui-matrix.md`` is such a table.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -37,16 +36,6 @@ CELLS = {
 }
 DYNAMIC = ("plain", "LoRA", "LoRA big", "LoRA removed", "quantize on load")
 DYNAMIC = (*DYNAMIC, "save and reload")
-TABLE: dict[tuple[str, str], dict[str, float]] = {}
-HEAD = """# What works in ComfyUI, measured
-
-Relative L2 distance of a latent after three steps to that of the exactly dequantized
-float32 model, with the exact LoRA (1 % and 5 times the weight's norm); after removing
-a LoRA, 0 means the same bits as before. Small Qwen-Image, CPU. Dynamic VRAM runs
-ComfyUI's own code around doubles of a device and of comfy_aimdo's native half; "n/a"
-where a release has none. Written by
-`HIJACK_WRITE_MATRIX=docs/comfyui-matrix.md pytest tests/hosts/test_matrix.py`.
-"""
 
 
 def has_dynamic_vram(folder: Path) -> bool:
@@ -77,40 +66,13 @@ def row(request, tmp_path_factory, release):
         dynamic = run(folder, RELEASES[release], folder, "dynamic")
         for scheme, cells in dynamic.items():
             found[scheme] |= {f"DynamicVRAM: {k}": v for k, v in cells.items()}
-    for scheme, cells in found.items():
-        TABLE[release, scheme] = cells
     return found
 
 
-@pytest.fixture(scope="module", autouse=True)
-def written():
-    """Print the table when all is done, and write it if that is asked for."""
-    yield
-    if TABLE:
-        text = f"{HEAD}\n{as_markdown(TABLE)}\n"
-        print(f"\n{text}")
-        if os.environ.get("HIJACK_WRITE_MATRIX"):
-            Path(os.environ["HIJACK_WRITE_MATRIX"]).write_text(text, "utf-8")
-
-
-def as_markdown(table):
-    """Cells down, releases and schemes across."""
-    columns = list(table)
-    cells = dict.fromkeys(cell for column in columns for cell in table[column])
-    lines = [
-        "| | " + " | ".join(f"{r}<br>{s}" for r, s in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for cell in cells:
-        values = [table[column].get(cell) for column in columns]
-        shown = ["n/a" if v is None else f"{v:.1e}" if v else "0.0" for v in values]
-        lines.append(f"| {cell} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_every_cell_is_exact(row, scheme):
+def test_every_cell_is_exact(row, scheme, release, record_property):
     """Each cell is there, and its error is none but float32 rounding."""
+    record_property("matrix", (release, scheme, row[scheme]))
     assert {cell: row[scheme][cell] for cell in CELLS}.keys() == CELLS.keys()
     wrong = {c: row[scheme][c] for c, most in CELLS.items() if row[scheme][c] > most}
     assert wrong == {}

@@ -8,6 +8,7 @@ import pytest
 
 pytestmark = [
     pytest.mark.comfyui,
+    pytest.mark.thorough,
     pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own figures"),
 ]
 

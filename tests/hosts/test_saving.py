@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytestmark = pytest.mark.comfyui
+pytestmark = [pytest.mark.comfyui, pytest.mark.thorough]
 
 CASE = "saving_case.py"
 SCHEMES = ("blockwise_fp8", "plugin")
