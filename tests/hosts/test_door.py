@@ -12,7 +12,11 @@ import hijack
 from hijack.checkpoint.dialect import write_marker
 from hijack.errors import DTypeError, HijackError, UnconsumedScaleError
 from hijack.hosts.comfyui import markers
-from hijack.hosts.comfyui.claims import encode_claimed
+from hijack.hosts.comfyui.claims import (
+    decode_claimed,
+    encode_claimed,
+    encode_others,
+)
 from hijack.hosts.comfyui.coded import Coded, Coding
 from hijack.hosts.comfyui.door import make_door
 
@@ -151,6 +155,12 @@ def marker(format_):
     return torch.tensor(list(text), dtype=torch.uint8)
 
 
+SCALED = {
+    "a.weight": torch.ones(4, 4).to(E4M3),
+    "a.weight_scale": torch.ones(()),
+    "a.input_scale": torch.ones(()),
+    "a.comfy_quant": marker("float8_e4m3fn"),
+}
 UNCLAIMED = {
     "bf16": {
         "a.weight": torch.ones(4, 4, dtype=torch.bfloat16),
@@ -158,12 +168,7 @@ UNCLAIMED = {
     },
     "norm with a scale": {"n.scale": torch.ones(4), "a.weight": torch.ones(4, 4)},
     "cast to FP8": {"a.weight": torch.ones(4, 4).to(E4M3)},
-    "ComfyUI's own": {
-        "a.weight": torch.ones(4, 4).to(E4M3),
-        "a.weight_scale": torch.ones(()),
-        "a.input_scale": torch.ones(()),
-        "a.comfy_quant": marker("float8_e4m3fn"),
-    },
+    "ComfyUI's own": SCALED,
     "ComfyUI's older kind": {
         "scaled_fp8": torch.empty(2, dtype=E4M3),
         "a.weight": torch.ones(4, 4).to(E4M3),
@@ -221,6 +226,49 @@ def test_a_marker_that_cannot_be_true_is_read_through(registry):
         assert torch.equal(
             state_dict["a.weight"].dense(torch.float32), decoded(codes, scale)
         )
+
+
+def test_one_wrong_marker_makes_its_kind_doubtful(registry):
+    """With one FP8 marker wrong, all layers marked so are ours, not only that one."""
+    state_dict = {**block_file(), **{f"own{k[1:]}": t for k, t in SCALED.items()}}
+    state_dict["a.weight_scale"] = state_dict.pop("a.scale_weight")
+    state_dict["a.comfy_quant"] = marker("float8_e4m3fn")
+    assert encode_claimed(state_dict, registry=registry)
+    assert isinstance(state_dict["a.weight"], Coded)
+    assert isinstance(state_dict["own.weight"], Coded)
+    assert not any("comfy_quant" in key for key in state_dict)
+
+
+def test_each_model_of_a_checkpoint_has_its_own_marker(registry):
+    """A text encoder's wrong marker goes, another one's true marker stays."""
+    true = {"scaled_fp8": torch.empty(2, dtype=E4M3), **UNCLAIMED["cast to FP8"]}
+    true["a.scale_weight"] = torch.ones(())
+    wrong = {"scaled_fp8": torch.empty(2, dtype=E4M3), **block_file()}
+    state_dict = {f"t5.{key}": t for key, t in wrong.items()}
+    state_dict |= {f"clip.{key}": t for key, t in true.items()}
+    state_dict |= {f"model.{key}": t for key, t in block_file().items()}
+    before = dict(state_dict)
+    assert encode_others(state_dict, "model.", registry=registry)
+    assert isinstance(state_dict["t5.a.weight"], Coded)
+    assert "t5.scaled_fp8" not in state_dict
+    kept = [key for key in before if key.startswith(("clip.", "model."))]
+    assert all(state_dict[key] is before[key] for key in kept)
+
+
+def test_a_model_without_room_for_codes_gets_dense_weights(registry, caplog):
+    """Decoded layers are float32, exact, counted, and named in one line of the log."""
+    state_dict = block_file()
+    expected = decoded(state_dict["a.weight"], state_dict["a.scale_weight"])
+    plain = {"b.weight": state_dict["b.weight"]}
+    with caplog.at_level("INFO", "hijack"):
+        assert decode_claimed(state_dict, "VAE", registry=registry) == 1
+        assert decode_claimed(plain, "VAE", registry=registry) == 0
+    assert torch.equal(state_dict["a.weight"], expected)
+    assert "a.scale_weight" not in state_dict
+    assert [r.message for r in caplog.records if "decoded" in r.message] == [
+        "hijack: 1 layers of the VAE decoded, which ComfyUI builds without a way to "
+        "keep them quantized"
+    ]
 
 
 def test_comfyui_keeps_its_layers_beside_ours(registry):

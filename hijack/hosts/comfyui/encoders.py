@@ -110,21 +110,18 @@ def taking_codes(model: nn.Module) -> Iterator[None]:
     ComfyUI's own Linear layers become quantized; any other layer is given the decoded
     weight. Layers that nothing is loaded into stay as they are.
     """
-    ops = sys.modules["comfy.ops"]
     kinds: dict[tuple[type, torch.dtype], Any] = {}
     changed: list[tuple[nn.Module, type, torch.device | None]] = []
     for module in model.modules():
-        if "weight" not in module._parameters and not hasattr(module, "weight"):
-            continue
-        if isinstance(module, QuantizedLinear):
-            continue
         kind, weight = type(module), getattr(module, "weight", None)
-        dtype, device = _dtype_of(module), getattr(weight, "device", None)
+        linear = _is_linear(module)
+        if isinstance(module, QuantizedLinear) or not (linear or weight is not None):
+            continue
+        dtype = _dtype_of(module)
         if (kind, dtype) not in kinds:
-            linear = kind.__name__ == "Linear" and kind.__module__ == ops.__name__
             kinds[kind, dtype] = _undecided(kind, dtype, linear)
         object.__setattr__(module, "__class__", kinds[kind, dtype])
-        changed.append((module, kind, device))
+        changed.append((module, kind, getattr(weight, "device", None)))
     try:
         yield
     finally:
@@ -134,6 +131,12 @@ def taking_codes(model: nn.Module) -> Iterator[None]:
                 object.__setattr__(module, "__class__", kind)
             elif isinstance(module, QuantizedLinear) and device is not None:
                 module.to(device)  # ComfyUI may take it for loaded there
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a Linear of ComfyUI's, whose weight may not be there yet."""
+    kind = type(module)
+    return kind.__name__ == "Linear" and kind.__module__ == "comfy.ops"
 
 
 def _undecided(kind: type, dtype: torch.dtype, linear: bool) -> Any:

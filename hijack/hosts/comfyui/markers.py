@@ -33,14 +33,16 @@ def read_through(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Args:
         tensors: full key to tensor, of one model or of several.
     """
+    found = dict(tensors)
     layers = [
         key[: -len(LAYER_MARKER) - 1]
         for key in tensors
-        if key.endswith(f".{LAYER_MARKER}")
+        if key.endswith(f".{LAYER_MARKER}") and _format(tensors[key]) in FORMATS
     ]
-    found = dict(tensors)
-    for layer in layers:
-        if _contradicts(found, layer):
+    # ComfyUI marks every layer of a file that carries its old marker. Where that is
+    # wrong for one it says nothing of the others, some of which it may not read.
+    if any(_contradicts(found, layer) for layer in layers):
+        for layer in layers:
             del found[join(layer, LAYER_MARKER)]
             for old, new in RENAMED.items():
                 tensor = found.pop(join(layer, new), None)
