@@ -104,11 +104,11 @@ def test_the_classic_schema_says_the_same(classic, name):
     (classes, titles), node = classic, NODES[name]
     found = classes[name]
     assert titles[name] == node.title
-    assert found.DESCRIPTION == node.description
-    assert found.SEARCH_ALIASES == list(node.aliases)
-    assert found.RETURN_TYPES == tuple(output.kind for output in node.outputs)
-    assert found.RETURN_NAMES == tuple(output.name for output in node.outputs)
-    assert found.OUTPUT_NODE == node.terminal
+    assert node.description == found.DESCRIPTION
+    assert list(node.aliases) == found.SEARCH_ALIASES
+    assert tuple(output.kind for output in node.outputs) == found.RETURN_TYPES
+    assert tuple(output.name for output in node.outputs) == found.RETURN_NAMES
+    assert node.terminal == found.OUTPUT_NODE
     types = found.INPUT_TYPES()
     for given in node.inputs:
         kind, details = types["optional" if given.optional else "required"][given.name]

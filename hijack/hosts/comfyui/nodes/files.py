@@ -43,11 +43,10 @@ def save_quantized(
     metadata = _workflow(prompt, extra_pnginfo)
     chosen = None if dialect == AUTO else dialect
     count = saving.save_model(model, path, chosen, metadata)
-    size = path.stat().st_size
-    return Result(
-        (str(path),),
-        f"{count} quantized layers, {size / 1e6:,.1f} MB\n{path}",
-    )
+    size = path.stat().st_size / 1e6
+    shown = os.path.relpath(path, Path(folder_paths.get_output_directory()).parent)
+    text = f"{count} quantized layers, {size:,.1f} MB\n{shown}"
+    return Result((str(path),), text)
 
 
 def _workflow(prompt: Any, extra_pnginfo: Any) -> dict[str, str]:
@@ -65,7 +64,10 @@ def inspect_checkpoint(file: str) -> Result:
     """Run *Inspect Checkpoint*."""
     path = _full_path(file)
     found = identify(read_header(path))
-    text = f"{file}, {os.path.getsize(path) / 1e6:,.1f} MB\n\n{found.as_table()}"
+    # The first line names the file by its path on the server, which says less here.
+    rest = found.as_table().partition("\n")[2]
+    size = os.path.getsize(path) / 1e6
+    text = f"{file}: {found.tensors} tensors, {size:,.1f} MB\n\n{rest}"
     return Result((text,), text)
 
 
