@@ -296,16 +296,6 @@ def _same(a, b):
     return torch.is_tensor(a) and torch.is_tensor(b) and torch.equal(a, b)
 
 
-def _loaders():
-    """Their names; those that still read what hijack made of the file are marked."""
-    reason = "the door decodes layers for loaders that have operations of their own"
-    marks = pytest.mark.xfail(strict=True, reason=reason)
-    return [
-        pytest.param(name, marks=marks) if "musubi" in name else name
-        for name in LOADERS
-    ]
-
-
 # -- tests -----------------------------------------------------------------------------
 
 
@@ -347,7 +337,7 @@ def test_the_stock_loader_is_exact_beside_them(alone, together):
     assert _same(given["exact"], alone["given"]["exact"])
 
 
-@pytest.mark.parametrize("name", _loaders())
+@pytest.mark.parametrize("name", LOADERS)
 def test_their_own_loaders_give_the_same_bits(alone, together, name):
     """What another pack loads with its own operations is none of hijack's business."""
     if name not in together["given"]:

@@ -34,6 +34,7 @@ PROBES = (
         "comfy.supported_models_base.BASE.set_inference_dtype",
         ("dtype", "manual_cast_dtype"),
     ),
+    Probe("comfy.supported_models_base.BASE.get_model", ("state_dict",)),
     Probe("comfy.supported_models_base.BASE.process_unet_state_dict", ("state_dict",)),
     Probe("comfy.supported_models_base.BASE.custom_operations"),
     Probe("comfy.supported_models_base.BASE.supported_inference_dtypes"),

@@ -16,7 +16,7 @@ from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import CheckpointError, HijackError
 from hijack.hosts.comfyui import selection
 from hijack.hosts.comfyui.coded import PLAIN, Coded
-from hijack.hosts.comfyui.door import core_operations
+from hijack.hosts.comfyui.door import SHADOWED, core_operations
 from hijack.hosts.comfyui.layers import make_operations
 from hijack.hosts.comfyui.lazy import Lazy, Recipe
 
@@ -291,6 +291,8 @@ def _rebuild(model: Any, state_dict: dict[str, Tensor], device: Any) -> Any:
     """A model like another one, with the tensors of a state dict."""
     config = object.__new__(type(model.model_config))  # it cannot be copied
     vars(config).update(vars(model.model_config))
+    for name in SHADOWED:  # by functions that know the other model's config
+        vars(config).pop(name, None)
     config.unet_config = dict(config.unet_config)
     dtype = config.unet_config.get("dtype")
     if dtype is not None and dtype.itemsize == 1:
