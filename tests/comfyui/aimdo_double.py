@@ -301,10 +301,10 @@ def prepare():
 
     comfy_aimdo.torch.get_tensor_from_raw_ptr = tensor_at
     start()
-    _prepare_cuda()
+    prepare_cuda()
 
 
-def _prepare_cuda():
+def prepare_cuda():
     """What ComfyUI asks the driver for, of a card of 64 GB."""
     size = 64 << 30
     registered = types.SimpleNamespace(

@@ -87,6 +87,8 @@ def dispatch(func, args, kwargs):
     if any(type(tensor) not in PLAIN for tensor in tensors):
         return NotImplemented  # of a subclass of its own, which will ask us again
     packet = func.overloadpacket
+    if packet is aten._has_compatible_shallow_copy_type:
+        return False  # a module that is moved gets new parameters
     _check_one_device(packet, tensors)
     kwargs = {name: _map(_to_cpu, value) for name, value in kwargs.items()}
     result = func(*_map(_to_cpu, tuple(args)), **kwargs)

@@ -165,8 +165,9 @@ def check_size(patcher, coded):
     ]
 
 
-def check_unloading(patcher):
+def check_unloading(patcher, made):
     """Unloaded, a model leaves nothing on the device and nothing in host buffers."""
+    patcher = case.with_lora(patcher, made)
     outputs(patcher, "all", 1)
     end_prompt()
     found["loaded"] = MEMORY.resident()
@@ -181,6 +182,11 @@ def check_unloading(patcher):
             name
             for name, tensor in patcher.model.named_parameters()
             if tensor.device == DEVICE
+        ],
+        "loras": [
+            name
+            for name, module in patcher.model.named_modules()
+            if getattr(module, "_known", None) is not None
         ],
     }
 
@@ -215,7 +221,7 @@ def main():
     check_lora(patcher, dense, expected)
     check_saving(patcher, coded)
     del patchers
-    check_unloading(patcher)
+    check_unloading(patcher, large)
 
 
 if __name__ == "__main__":

@@ -125,4 +125,10 @@ def test_nothing_is_held_or_left(found):
     """Used weights are let go after each step; an unloaded model leaves nothing."""
     assert found["held"] == 0
     assert found["loaded"] > 0
-    assert found["left"] == {"device": 0, "host": 0, "held": 0, "parameters": []}
+    assert found["left"] == {
+        "device": 0,
+        "host": 0,
+        "held": 0,
+        "parameters": [],
+        "loras": [],
+    }

@@ -7,6 +7,7 @@ here, in the forward.
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -283,7 +284,14 @@ class QuantizedLinear:
             weight = self.carrier.wrap(weight, self.compute_dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
+    def drop_copies(self: Any) -> None:
+        """Give back what was kept on a device for the next forward."""
+        self._known = None
+        for patches in self._weight_patches:
+            patches.drop_copies()
+
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        self.drop_copies()
         for name, parameter in self._parameters.items():
             if parameter is None:
                 continue
@@ -296,6 +304,23 @@ class QuantizedLinear:
         for name, buffer in self._buffers.items():
             self._buffers[name] = None if buffer is None else fn(buffer)
         return self
+
+
+def make_partially_unload(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of ``ModelPatcherDynamic.partially_unload``.
+
+    With dynamic VRAM modules are not moved, so that nothing else tells them to give
+    memory back.
+    """
+
+    @functools.wraps(original)
+    def partially_unload(self: Any, *args: Any, **kwargs: Any) -> Any:
+        for module in self.model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.drop_copies()
+        return original(self, *args, **kwargs)
+
+    return partially_unload
 
 
 def add_low_rank(output: Tensor, input: Tensor, patches: list[Patches]) -> Tensor:

@@ -101,6 +101,15 @@ class Patches:
             ready = self._ready[device, dtype] = (down, up)
         return ready
 
+    def devices(self) -> set[torch.device]:
+        """Where copies of its tensors are kept, ready for the next forward."""
+        return {*self._moved, *(device for device, _ in self._ready)}
+
+    def drop_copies(self) -> None:
+        """Forget those copies; the next forward makes them again."""
+        self._moved.clear()
+        self._ready.clear()
+
     def _calculate(self, entries: Sequence[Entry], weight: Tensor) -> Tensor:
         if not entries:
             return weight
