@@ -185,6 +185,12 @@ class Coded(Tensor):
 
     # -- torch -------------------------------------------------------------------------
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        # It would be written into a part that was decoded, and be lost.
+        raise DTypeError(
+            f"{self!r}: cannot write into a quantized weight; decode it first"
+        )
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["qdata"]
         for index, tensor in enumerate(self.tensors.values()):

@@ -1,0 +1,133 @@
+"""Codes renamed, joined and reordered by the row, without a ComfyUI."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hijack import HijackError
+from hijack.hosts.comfyui.coded import Coded, Coding
+from hijack.hosts.comfyui.rows import convert_rows
+from schemes.blockwise_fp8 import BlockwiseFP8
+
+SCHEME = BlockwiseFP8()
+
+
+def coded(rows, block_size, seed=0):
+    """A random weight of that many rows and 128 columns."""
+    weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(seed))
+    qdata, params = SCHEME.quantize(weight, block_size=block_size)
+    return Coded(qdata, params, Coding(SCHEME, "hijack"))
+
+
+def join(tensors):
+    """Write tensors into one as ComfyUI does, and take them away."""
+    parts = [tensors.pop(key) for key in ("q", "k", "v")]
+    whole = torch.empty_like(parts[0])
+    for index, part in enumerate(parts):
+        start = sum(len(p) for p in parts[:index])
+        grown = torch.empty([start + len(part), *part.shape[1:]], dtype=part.dtype)
+        grown[:start] = whole[:start]
+        grown.narrow(0, start, len(part))[:] = part
+        whole = grown
+    return {"qkv": whole, "other": tensors.pop("other")}
+
+
+def swap(tensors):
+    """Swap halves in place."""
+    tensor = tensors.pop("weight")
+    tensor[:] = torch.cat(tensor.chunk(2)[::-1])
+    return {"swapped": tensor}
+
+
+@pytest.mark.parametrize("block_size", [(1, 64), (1, 128), (8, 32)])
+def test_parts_are_joined_as_codes(block_size):
+    """What ComfyUI does to plain tensors is done to codes, which stay codes."""
+    given = {name: coded(16, block_size, seed) for seed, name in enumerate("qkv")}
+    given |= {"other": torch.ones(3), "left": torch.zeros(2)}
+    expected = torch.cat([given[name].dense(torch.float32) for name in "qkv"])
+    other = given["other"]
+    made = convert_rows(given, join)
+    assert isinstance(made["qkv"], Coded)
+    assert torch.equal(made["qkv"].dense(torch.float32), expected)
+    assert made["other"] is other
+    assert set(given) == {"left"}
+
+
+def test_what_the_dialect_cannot_spell_is_spelled_otherwise():
+    """musubi-tuner's files have one scale or one a row, not one for each of three."""
+    given = {}
+    for seed, name in enumerate("qkv"):
+        weight = coded(16, (16, 128), seed)
+        coding = Coding(SCHEME, "musubi")
+        given[name] = Coded(weight.qdata, weight.tensors, coding)
+    given["other"] = torch.ones(3)
+    expected = torch.cat([given[name].dense(torch.float32) for name in "qkv"])
+    made = convert_rows(given, join)["qkv"]
+    assert isinstance(made, Coded)
+    assert made.coding.dialect == "hijack"
+    assert torch.equal(made.dense(torch.float32), expected)
+
+
+def test_rows_are_put_in_another_order():
+    """Halves that ComfyUI swaps are swapped in codes and scales."""
+    weight = coded(16, (1, 64))
+    top, bottom = weight.dense(torch.float32).chunk(2)
+    made = convert_rows({"weight": weight}, swap)["swapped"]
+    assert isinstance(made, Coded)
+    assert torch.equal(made.dense(torch.float32), torch.cat([bottom, top]))
+
+
+@pytest.mark.parametrize("odd", ["dense", "other blocks", "other rows"])
+def test_what_cannot_be_joined_is_decoded(odd):
+    """Parts of different kinds become a dense weight that is exact."""
+    given = {name: coded(16, (8, 64), seed) for seed, name in enumerate("qk")}
+    given["v"] = {
+        "dense": torch.ones(16, 128, dtype=torch.bfloat16),
+        "other blocks": coded(16, (1, 64)),
+        "other rows": coded(12, (8, 64)),
+    }[odd]
+    given["other"] = torch.ones(())
+    expected = torch.cat([given[name].to(torch.float32) for name in "qkv"])
+    made = convert_rows(given, join)["qkv"]
+    assert type(made) is torch.Tensor
+    assert torch.equal(made, expected)
+
+
+def test_codes_of_a_shape_that_misleads_are_decoded():
+    """Joining is tried on values: shapes do not say what a tensor is for."""
+
+    class Shuffled(BlockwiseFP8):
+        name = "shuffled"
+
+        def quantize(self, weight, **options):
+            qdata, params = super().quantize(weight, **options)
+            return qdata, {name: t.flip(0) for name, t in params.items()}
+
+        def dequantize(self, qdata, params, dtype):
+            turned = {name: t.flip(0) for name, t in params.items()}
+            return super().dequantize(qdata, turned, dtype)
+
+    scheme = Shuffled()
+    given = {}
+    for name in "qkv":
+        qdata, params = scheme.quantize(torch.randn(16, 128), block_size=(1, 64))
+        given[name] = Coded(qdata, params, Coding(scheme, "hijack"))
+    given["other"] = torch.ones(3)
+    expected = torch.cat([given[name].dense(torch.float32) for name in "qkv"])
+    made = convert_rows(given, join)["qkv"]
+    assert type(made) is torch.Tensor
+    assert torch.equal(made, expected)
+
+
+def test_names_nobody_converts_leave_the_state_dict_alone():
+    """None stays None, and nothing is taken."""
+    given = {"q": coded(16, (1, 64))}
+    assert convert_rows(given, lambda tensors: None) is None
+    assert set(given) == {"q"}
+
+
+def test_codes_are_not_written_into():
+    """A write would go to a decoded copy and be lost; it is refused instead."""
+    with pytest.raises(HijackError, match="cannot write into a quantized weight"):
+        coded(16, (1, 64))[:4] = 0.0
