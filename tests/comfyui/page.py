@@ -40,6 +40,8 @@ SETTINGS = {
     "Comfy.Minimap.Visible": False,
 }
 SECONDS = 60
+#: What comes and goes by itself is not in pictures.
+HIDDEN = "[data-testid=queue-notification-banner] { visibility: hidden }"
 
 
 def chromium():
@@ -147,8 +149,15 @@ class Page:
         )
 
     def add(self, kind):
-        """Put one node on the graph."""
-        self.tab.evaluate("kind => app.graph.add(LiteGraph.createNode(kind))", kind)
+        """Put one node on the graph, wide enough for its title."""
+        self.tab.evaluate(
+            """kind => {
+                const node = LiteGraph.createNode(kind);
+                node.setSize([400, node.size[1]]);
+                app.graph.add(node);
+            }""",
+            kind,
+        )
 
     def fill(self, kind, name, value):
         """Set an input of the only node of a type."""
@@ -173,7 +182,7 @@ class Page:
         return self.tab.evaluate("app.graphToPrompt().then(made => made.output)")
 
     def search(self, words):
-        """Type words into the node search, take the first hit and put it down."""
+        """Type words into the node search that an empty spot opens; give the hits."""
         box = self.tab.get_by_placeholder("Add a node")
         for _ in range(SECONDS):
             self.tab.mouse.dblclick(1200, 700)
@@ -184,11 +193,13 @@ class Page:
         hits = self.tab.get_by_role("option")
         hits.first.wait_for()
         self.settle()
-        found = hits.all_inner_texts()
+        return hits.all_inner_texts()
+
+    def take_first(self):
+        """Take the first hit of a search and put the node down."""
         self.tab.keyboard.press("Enter")
-        box.wait_for(state="hidden")
+        self.tab.get_by_placeholder("Add a node").wait_for(state="hidden")
         self.tab.mouse.click(1200, 700)
-        return found
 
     def run(self):
         """Press Run and wait for the end, good or bad."""
@@ -228,7 +239,7 @@ class Page:
             )
             clip = {"x": left, "y": top, "width": right - left, "height": bottom - top}
         self.settle()
-        self.tab.screenshot(path=str(path), clip=clip)
+        self.tab.screenshot(path=str(path), clip=clip, style=HIDDEN)
 
     def show(self, kind, scale=1.0):
         """Move the view so that the first node of a type is near the top left."""
@@ -247,14 +258,16 @@ class Page:
 
 def take_screenshots(page, folder):
     """Take every picture of ``docs/screenshots``."""
-    page.tab.mouse.dblclick(800, 600)
-    page.settle(2000)
-    page.tab.keyboard.type("quantize")
-    page.settle(2000)
+    page.clear()
+    page.search("quantize")
     page.shoot(folder / "search.png")
-    page.tab.keyboard.press("Escape")
+    page.take_first()
+    page.clear()
+    page.add("HijackMergeLoras")
+    page.show("HijackMergeLoras")
+    page.shoot(folder / "merge-loras.png", "HijackMergeLoras")
     page.load(example("load-block-fp8"))
-    page.shoot(folder / "load-block-fp8.png")
+    page.shoot(folder / "load-block-fp8.png", *page.types())
     page.load(example("quantize-on-load-and-save"))
     page.run()
     page.show("HijackLoadQuantized")
@@ -268,20 +281,24 @@ def take_screenshots(page, folder):
     )
     page.fill("HijackLoadQuantized", "block_size", "1x64x2")
     page.run()
-    page.shoot(folder / "error.png")
-    page.tab.get_by_test_id("error-overlay-dismiss").click()
     page.show("HijackInspectCheckpoint")
     page.shoot(folder / "inspect-checkpoint.png", "HijackInspectCheckpoint")
+    page.tab.get_by_test_id("error-overlay-dismiss").click()
     page.load(example("report"))
     page.run()
     page.settle(2000)
     page.show("HijackQuantizeModel")
     page.shoot(folder / "quantize-model.png", "HijackQuantizeModel")
+    page.show("HijackQuantizeModel", 0.9)
     page.shoot(folder / "report.png", "HijackQuantizationReport", "SaveImage")
-    page.clear()
-    page.add("HijackMergeLoras")
-    page.show("HijackMergeLoras")
-    page.shoot(folder / "merge-loras.png", "HijackMergeLoras")
+    page.load(example("quantize-on-load-and-save"))
+    page.fill("HijackLoadQuantized", "block_size", "1x64x2")
+    page.run()
+    page.show("HijackLoadQuantized")
+    page.tab.get_by_test_id("error-overlay-see-errors").click()
+    page.settle()
+    clip = {"x": 0, "y": 0, "width": 1600, "height": 690}  # above the traceback
+    page.tab.screenshot(path=folder / "error.png", clip=clip, style=HIDDEN)
 
 
 def main(folder):

@@ -140,7 +140,6 @@ def test_quantizing_while_loading_is_quantizing_what_was_loaded(server):
     other = sample(server, load("float32"), quantize(), lora("one"))
     assert torch.equal(one, other)
     assert relative_error(one, sample(server, load_quantized("float32"))) > EFFECT
-    assert relative_error(one, sample(server, load("float32"), lora("one"))) < EFFECT
 
 
 def test_loras_leave_nothing_behind(server):
@@ -166,7 +165,7 @@ def test_a_saved_model_is_loaded_by_the_stock_loader(server):
     graph = chain(made, save(prefix))
     shown = server.run(graph)["outputs"]["last"]["text"]
     (path,) = (server.base / "output").glob(f"{prefix}*.safetensors")
-    assert shown[0].endswith(str(path))
+    assert shown[0].endswith(f"output/diffusion_models/{path.name}")
     assert "28 quantized layers" in shown[0]
     with safetensors.safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["prompt"]) == graph

@@ -67,6 +67,7 @@ def test_typing_into_the_search_finds_nodes(page, words, node, title):
     """The first hit for a title, or for other words for it, is the node."""
     hits = page.search(words)
     assert title in hits[0]
+    page.take_first()
     assert page.types() == [node]
 
 
