@@ -207,6 +207,25 @@ def check_errors(files, broken_vae):
     }
 
 
+def check_own_operations(dense):
+    """Loaders that bring operations of their own get the file as it is."""
+    seen = {}
+
+    class Linear(comfy.ops.manual_cast.Linear):
+        def _load_from_state_dict(self, state_dict, prefix, *args):
+            seen[prefix] = state_dict.get(f"{prefix}scale_weight")
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    operations = type("Operations", (comfy.ops.manual_cast,), {"Linear": Linear})
+    coded, _ = musubi(dense, is_linear)
+    clip = load_clip(coded, kind="MOCHI", custom_operations=operations)
+    found["own operations"] = {
+        "scales": sum(scale is not None for scale in seen.values()),
+        "expected": sum("scale_weight" in key for key in coded),
+        "quantized": quantized(clip.cond_stage_model),
+    }
+
+
 def check_inertness(files, vae):
     """Plain files are loaded by ComfyUI's own hands, bit for bit."""
     import hijack.hosts
@@ -245,11 +264,13 @@ def main():
     check_mixed(bf16, files["t5"])
     check_native_only(bf16)
     check_errors(files, dict(pair[0]))
+    check_own_operations(files["t5"])
     check_inertness(files, vae)
     check_controlnets()  # last: they change what ComfyUI takes for SD 1.5
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # for tensors this small, others would only wait
     with torch.inference_mode():  # as ComfyUI runs nodes
         main()
     print(json.dumps(found))

@@ -3,6 +3,7 @@
 # ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
@@ -40,6 +41,8 @@ SIZES = {
     "qwen25_3b_model_config": QWEN,
 }
 EMBEDDINGS = ("shared", "embed_tokens", "token_embedding")
+#: Of files, none of which is written twice: models may be reading them still.
+NUMBERS = itertools.count()
 TEXT = "a photo of a (red:1.3) fox"
 
 
@@ -181,8 +184,8 @@ def mixed_files(dense, kind, chosen, native_layers):
 def load_clip(*state_dicts, kind="FLUX", dtype=torch.float32, **options):
     """What the CLIP loader nodes load, with every weight in float32 by default."""
     paths = []
-    for index, state_dict in enumerate(state_dicts):
-        paths.append(str(FOLDER / f"text-{index}.safetensors"))
+    for state_dict in state_dicts:
+        paths.append(str(FOLDER / f"text-{next(NUMBERS)}.safetensors"))
         save_file(
             {k: t.contiguous() for k, t in state_dict.items()},
             paths[-1],

@@ -125,6 +125,13 @@ def test_damaged_files_are_refused_by_name(case):
     assert all("quantize it again" in text for text in refused.values())
 
 
+def test_operations_of_others_read_the_file_themselves(case):
+    """A loader that brings its own operations, as for GGUF, gets codes and scales."""
+    found = case["own operations"]
+    assert found["scales"] == found["expected"] > 10
+    assert found["quantized"] == 0
+
+
 def test_plain_files_are_not_touched(case):
     """Plain text encoders and VAEs give the same bits with hijack and without."""
     assert case["inert"] == {"same": [True] * 3, "classes": []}

@@ -32,8 +32,10 @@ def make_load_text_encoders(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load_text_encoder_state_dicts(*args: Any, **kwargs: Any) -> Any:
         # Before ComfyUI looks at shapes, at markers, and renames keys.
-        for state_dict in args[0] if args else kwargs.get("state_dicts", ()):
-            encode_claimed(state_dict)
+        options = kwargs.get("model_options", args[3] if len(args) > 3 else None)
+        if not _own_operations(options):
+            for state_dict in args[0] if args else kwargs.get("state_dicts", ()):
+                encode_claimed(state_dict)
         return original(*args, **kwargs)
 
     return load_text_encoder_state_dicts
@@ -44,7 +46,7 @@ def make_load_sd(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_sd(self: Any, sd: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if not encode_claimed(sd):
+        if not any(isinstance(tensor, Coded) for tensor in sd.values()):
             return original(self, sd, *args, **kwargs)
         with taking_codes(self.cond_stage_model):
             return original(self, sd, *args, **kwargs)
@@ -77,9 +79,11 @@ def make_load_controlnet(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         options = dict(model_options or {})
-        if any(key in state_dict for key in ARITHMETIC):
+        if _own_operations(options):
+            pass
+        elif any(key in state_dict for key in ARITHMETIC):
             decode_claimed(state_dict, "ControlNet")
-        elif encode_claimed(state_dict) and options.get("custom_operations") is None:
+        elif encode_claimed(state_dict):
             dtype = sys.modules["comfy.utils"].weight_dtype(state_dict)
             base = sys.modules["comfy.ops"].manual_cast
             options["custom_operations"] = make_operations(base, dtype or torch.float32)
@@ -101,6 +105,11 @@ def make_weight_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(sd, *args, **kwargs)
 
     return weight_dtype
+
+
+def _own_operations(options: Any) -> bool:
+    """Whether a loader brings operations of its own, which read the file as it is."""
+    return bool(options) and options.get("custom_operations") is not None
 
 
 @contextlib.contextmanager
