@@ -29,7 +29,7 @@ def classic() -> tuple[dict[str, type], dict[str, str]]:
 def _serve_scripts() -> None:
     """Put our scripts among those ComfyUI's server gives to the page."""
     served = getattr(sys.modules.get("nodes"), "EXTENSION_WEB_DIRS", None)
-    if isinstance(served, dict):
+    if isinstance(served, dict) and SCRIPTS.is_dir():  # or the server would not start
         served["hijack"] = str(SCRIPTS)
 
 
