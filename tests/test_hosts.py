@@ -391,7 +391,7 @@ def test_the_pack_arms_comfyui_and_shares_its_modules(tmp_path):
         """,
         tmp_path,
     )
-    assert "waiting for comfy.model_detection" in out
+    assert "waiting for comfy.sd" in out
     assert "blockwise_fp8" in out
 
 

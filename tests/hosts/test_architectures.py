@@ -24,15 +24,6 @@ DIFFUSERS = [
     for a in architectures.ARCHITECTURES
     if a.diffusers is not None
 ]
-#: Until hijack patches ComfyUI's ``convert_diffusers_mmdit``.
-NOT_YET = [
-    pytest.param(
-        *parameters.values,
-        id=parameters.id,
-        marks=pytest.mark.xfail(strict=True, reason="names are not converted yet"),
-    )
-    for parameters in DIFFUSERS
-]
 
 
 @pytest.fixture
@@ -46,7 +37,7 @@ def found(case, name, naming):
 
 
 @pytest.mark.comfyui
-@pytest.mark.parametrize(("name", "naming"), NATIVE + NOT_YET)
+@pytest.mark.parametrize(("name", "naming"), NATIVE + DIFFUSERS)
 def test_the_model_is_the_exact_one(found):
     """First output bit for bit, and a sampled latent, as of the decoded file."""
     assert "failed" not in found, found["failed"]
@@ -64,7 +55,7 @@ def test_without_hijack_it_would_be_another(found):
 
 
 @pytest.mark.comfyui
-@pytest.mark.parametrize(("name", "naming"), NATIVE + NOT_YET)
+@pytest.mark.parametrize(("name", "naming"), NATIVE + DIFFUSERS)
 def test_every_linear_stays_quantized(found):
     """Also one whose weight the file has in parts."""
     assert found.get("linears", 0) > 0, found.get("failed")

@@ -69,6 +69,8 @@ DOORS = (
         ("state_dict", "model", "model_options"),
     ),
     Probe("comfy.utils.weight_dtype", ("sd", "prefix")),
+    Probe("comfy.model_detection.convert_diffusers_mmdit", ("state_dict",)),
+    Probe("comfy.model_detection.model_config_from_diffusers_unet", ("state_dict",)),
 )
 
 log = logging.getLogger(__name__)
@@ -120,8 +122,10 @@ def _unloading() -> list[Patch]:
 
 
 def _other_doors() -> list[Patch]:
-    """The doors of other models than diffusion models, as far as they are there."""
+    """The doors of other models and other spellings, as far as they are there."""
     from hijack.hosts.comfyui import encoders
+    from hijack.hosts.comfyui.door import make_diffusers_door
+    from hijack.hosts.comfyui.rows import make_convert_diffusers_mmdit
 
     makers = (
         encoders.make_load_text_encoders,
@@ -129,6 +133,8 @@ def _other_doors() -> list[Patch]:
         encoders.make_vae_init,
         encoders.make_load_controlnet,
         encoders.make_weight_dtype,
+        make_convert_diffusers_mmdit,
+        make_diffusers_door,
     )
     found = []
     with contextlib.suppress(Exception):  # the probe says what is missing

@@ -108,7 +108,7 @@ def _encode_keys(
     if any(isinstance(tensor, Coded) for tensor in chosen.values()):
         return True  # the loader asks again, after renaming keys
     if any(isinstance(tensor, Lazy) for tensor in chosen.values()):
-        return any(getattr(t, "quantize", None) for t in chosen.values())
+        return any(getattr(t, "code", None) for t in chosen.values())
     unusual = _unusual(chosen)
     if not unusual:
         return False

@@ -63,6 +63,27 @@ def make_door(original: Callable[..., Any]) -> Callable[..., Any]:
     return model_config_from_unet
 
 
+def make_diffusers_door(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of ``model_config_from_diffusers_unet``.
+
+    ComfyUI asks it for a UNet in diffusers' names, when the other door knew nothing.
+    """
+
+    @functools.wraps(original)
+    def model_config_from_diffusers_unet(
+        state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
+    ) -> Any:
+        file = dict(state_dict)
+        coded = encode_claimed(state_dict)
+        config = original(state_dict, *args, **kwargs)
+        if coded and config is not None:
+            _check(config)
+            adopt(config, state_dict, "", file)
+        return config
+
+    return model_config_from_diffusers_unet
+
+
 def _name_arguments(original: Callable[..., Any]) -> Callable[..., dict[str, Any]]:
     """A function that gives the arguments of a call by name, if they can be known."""
     try:

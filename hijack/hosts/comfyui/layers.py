@@ -75,7 +75,7 @@ def _undecided(
             weight = state_dict.get(key)
             object.__setattr__(self, "__class__", dense_class)
             load = self._load_from_state_dict
-            coded = isinstance(weight, Coded) or getattr(weight, "quantize", None)
+            coded = isinstance(weight, Coded) or getattr(weight, "code", None)
             if (
                 coded
                 and become is not None

@@ -65,11 +65,11 @@ class Lazy(Tensor):
 
     Attributes:
         read: gives the tensor, a new one each time.
-        quantize: gives it quantized, or None if it is to stay dense.
+        code: quantizes it; None if it is to stay dense.
     """
 
     read: Callable[[], Tensor]
-    quantize: Callable[[], Coded] | None
+    code: Callable[[Tensor], Coded] | None
 
     @staticmethod
     def __new__(
@@ -77,7 +77,7 @@ class Lazy(Tensor):
         shape: tuple[int, ...],
         dtype: torch.dtype,
         read: Callable[[], Tensor],
-        quantize: Callable[[], Coded] | None = None,
+        code: Callable[[Tensor], Coded] | None = None,
     ) -> Lazy:
         with torch.inference_mode(False):
             self: Lazy = torch.Tensor._make_wrapper_subclass(
@@ -87,12 +87,12 @@ class Lazy(Tensor):
                 device=torch.device("cpu"),
                 requires_grad=False,
             )
-        self.read, self.quantize = read, quantize
+        self.read, self.code = read, code
         return self
 
     def taken(self) -> Tensor:
         """The tensor, quantized if it is to be."""
-        return self.read() if self.quantize is None else self.quantize()
+        return self.read() if self.code is None else self.code(self.read())
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Lazy({tuple(self.shape)}, {self.dtype})"
@@ -103,7 +103,7 @@ class Lazy(Tensor):
     ) -> Any:
         if func in _SAME:
             lazy = args[0]
-            return Lazy(tuple(lazy.shape), lazy.dtype, lazy.read, lazy.quantize)
+            return Lazy(tuple(lazy.shape), lazy.dtype, lazy.read, lazy.code)
         if func.overloadpacket is aten.to:  # reaches us whole in inference mode
             return func.decompose(*args, **(kwargs or {}))
         args, kwargs = tree_map_only(Lazy, lambda lazy: lazy.read(), (args, kwargs))

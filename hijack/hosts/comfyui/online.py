@@ -75,15 +75,15 @@ class Quantizer:
             return Lazy(shape, dtype, read)
         self.total += 1
 
-        def quantize() -> Coded:
+        def code(weight: Tensor) -> Coded:
             _check_interrupted()
-            coded = self.recipe.apply(read(), layer)
+            coded = self.recipe.apply(weight, layer)
             self.done += 1
             if self.progress is not None:
                 self.progress(self.done, self.total)
             return coded
 
-        return Lazy(shape, dtype, read, quantize)
+        return Lazy(shape, dtype, read, code)
 
     def check(self, where: str) -> None:
         """Refuse to go on if nothing was chosen.

@@ -19,6 +19,7 @@ from torch import Tensor
 from hijack.checkpoint.dialect import Dialect
 from hijack.errors import HijackError
 from hijack.hosts.comfyui.coded import Coded
+from hijack.hosts.comfyui.lazy import Lazy
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def make_convert_diffusers_mmdit(original: Callable[..., Any]) -> Callable[..., 
     def convert_diffusers_mmdit(
         state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
-        if not any(isinstance(tensor, Coded) for tensor in state_dict.values()):
+        if not any(isinstance(t, Coded | Lazy) for t in state_dict.values()):
             return original(state_dict, *args, **kwargs)
         return convert_rows(state_dict, lambda sd: original(sd, *args, **kwargs))
 
@@ -95,23 +96,26 @@ def convert_rows(
         del state_dict[key]
     joiner = Joiner()
     return {
-        key: joiner.join(_runs(rows.flatten().tolist(), starts, tensors), key)
+        key: joiner.join(_runs(rows.flatten(), starts, tensors), key)
         if rows.numel()
         else rows
         for key, rows in converted.items()
     }
 
 
-def _runs(numbers: list[int], starts: list[int], tensors: list[Tensor]) -> list[Run]:
+def _runs(numbers: Tensor, starts: list[int], tensors: list[Tensor]) -> list[Run]:
     """The rows that were given these numbers."""
+    jumps = (numbers.diff() != 1).nonzero().flatten() + 1
+    ends = [*jumps.tolist(), len(numbers)]
     runs: list[Run] = []
-    for number in numbers:
-        index = bisect.bisect_right(starts, number) - 1
-        tensor, row = tensors[index], number - starts[index]
-        if runs and runs[-1].tensor is tensor and runs[-1].stop == row:
-            runs[-1] = Run(tensor, runs[-1].start, row + 1)
-        else:
-            runs.append(Run(tensor, row, row + 1))
+    for begin, end in zip([0, *ends], ends, strict=False):
+        number, last = int(numbers[begin]), int(numbers[end - 1]) + 1
+        while number < last:  # numbers go on from one tensor to the next
+            index = bisect.bisect_right(starts, number) - 1
+            tensor, row = tensors[index], number - starts[index]
+            stop = min(_length(tensor), row + last - number)
+            runs.append(Run(tensor, row, stop))
+            number += stop - row
     return runs
 
 
@@ -131,10 +135,12 @@ class Joiner:
 
         Returns:
             The tensor itself if it is all of one; else coded if all are and their codes
-            can be joined; else dense, float32 if any was coded.
+            can be joined, or lazy if any is; else dense, float32 if any was coded.
         """
         if len(runs) == 1 and runs[0].whole():
             return runs[0].tensor
+        if any(isinstance(run.tensor, Lazy) for run in runs):
+            return _lazy(runs)
         if not any(isinstance(run.tensor, Coded) for run in runs):
             return torch.cat([run.rows(run.tensor) for run in runs])
         joined = self._coded(runs)
@@ -160,6 +166,22 @@ class Joiner:
         if known not in self._joinable:
             self._joinable[known] = joined is not None and _is_right(joined, runs)
         return joined if self._joinable[known] else None
+
+
+def _lazy(runs: list[Run]) -> Lazy:
+    """The rows, read when they are needed; quantized if all parts are to be."""
+    first = runs[0].tensor
+    codes = [getattr(run.tensor, "code", None) for run in runs]
+
+    def read() -> Tensor:
+        parts = []
+        for run in runs:
+            whole = run.tensor.read() if isinstance(run.tensor, Lazy) else run.tensor
+            parts.append(run.rows(whole))
+        return torch.cat(parts)
+
+    shape = (sum(run.stop - run.start for run in runs), *first.shape[1:])
+    return Lazy(shape, first.dtype, read, None if None in codes else codes[0])
 
 
 def _join_codes(runs: list[Run]) -> Coded | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import sys
 from typing import Any
 
@@ -89,7 +90,7 @@ def _distance(layer: str, reference: Tensor, actual: Tensor) -> Distance:
 def describe(distances: list[Distance]) -> str:
     """The worst layers, and the middle of all."""
     ordered = sorted(distances, key=lambda distance: distance.sqnr_db)
-    middle = ordered[len(ordered) // 2].sqnr_db
+    middle = statistics.median(distance.sqnr_db for distance in ordered)
     count = len(ordered)
     rows = [
         (d.layer, f"{d.sqnr_db:.1f}", f"{100 * d.largest:.2f}") for d in ordered[:WORST]
@@ -115,27 +116,22 @@ def plot(distances: list[Distance]) -> Tensor:
             f"Quantization Report: matplotlib is missing; run: {sys.executable} -m pip "
             "install matplotlib"
         ) from error
-    figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
     values = [min(distance.sqnr_db, 200.0) for distance in distances]
-    axes.bar(range(len(values)), values, width=0.85, color="#0072B2")
     worst = sorted(range(len(values)), key=values.__getitem__)[:WORST]
-    axes.bar(worst, [values[i] for i in worst], width=0.85, color="#D55E00")
-    names = "\n".join(f"{values[i]:5.1f}  {distances[i].layer}" for i in worst)
-    figure.text(
-        1.0,
-        0.99,
-        f"worst, dB\n{names}",
-        family="monospace",
-        size=7,
-        va="top",
-        ha="right",
-    )
+    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
+    axes, names = figure.subplots(1, 2, width_ratios=(7, 4))
+    axes.plot(values, ".", color="#0072B2")
+    axes.plot(worst, [values[i] for i in worst], "D", color="#D55E00", label="worst")
+    axes.axhline(statistics.median(values), color="black", lw=0.8, label="median")
+    axes.set_ylim(min(values) - 1, max(values) + 1)
     axes.set_xlabel("quantized layer, in the model's order")
     axes.set_ylabel("weight SQNR (dB), higher is better")
-    axes.set_title("Quantized weights against the original", loc="left")
-    axes.set_ylim(max(0.0, min(values) - 5), max(values) * 1.35)
+    axes.set_title("Quantized weights against the original")
     axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    names.axis("off")
+    listed = "\n".join(f"{values[i]:5.1f}  {distances[i].layer[-42:]}" for i in worst)
+    names.text(0, 1, f"   dB  worst layers\n\n{listed}", va="top", family="monospace")
     canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
