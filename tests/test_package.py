@@ -43,12 +43,13 @@ def test_wheel_installs_two_packages(wheel):
 
 
 def test_wheel_has_every_module(wheel):
-    """No module is left out, and both packages are typed."""
+    """No module and no script is left out, and both packages are typed."""
     packed = {name for name in wheel.namelist() if not name.startswith(INFO)}
     modules = {
         path.relative_to(ROOT).as_posix()
         for package in ("hijack", "schemes")
-        for path in (ROOT / package).rglob("*.py")
+        for pattern in ("*.py", "*.js")
+        for path in (ROOT / package).rglob(pattern)
     }
     assert packed == modules | {"hijack/py.typed", "schemes/py.typed"}
 

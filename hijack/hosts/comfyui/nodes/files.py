@@ -12,8 +12,10 @@ from hijack.checkpoint.identify import identify
 from hijack.checkpoint.reader import read_header
 from hijack.errors import HijackError
 from hijack.hosts.comfyui import saving
+from hijack.hosts.comfyui.linear import LIVE
 from hijack.hosts.comfyui.nodes.models import AUTO
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
+from hijack.hosts.control import status
 from hijack.registry import default_registry
 
 #: Folders of ComfyUI's that hold checkpoints.
@@ -68,6 +70,15 @@ def inspect_checkpoint(file: str) -> Result:
     rest = found.as_table().partition("\n")[2]
     size = os.path.getsize(path) / 1e6
     text = f"{file}: {found.tensors} tensors, {size:,.1f} MB\n\n{rest}"
+    return Result((text,), text)
+
+
+def show_status() -> Result:
+    """Run *hijack Status*."""
+    hosts = "\n".join(str(host) for host in status().values())
+    schemes = ", ".join(sorted(default_registry().schemes()))
+    count = len(LIVE)
+    text = f"{hosts}\n\nschemes: {schemes}\nquantized layers in memory: {count}"
     return Result((text,), text)
 
 
@@ -138,6 +149,17 @@ NODES = (
         ),
         (Output("STRING", "report", "The report as text."),),
         inspect_checkpoint,
+        terminal=True,
+    ),
+    Node(
+        "HijackStatus",
+        "hijack Status",
+        "Says whether ComfyUI is patched, who else has patched the same functions, and "
+        "which weight formats are known: what to put into a bug report.",
+        ("doctor", "hijack doctor", "patched", "conflict"),
+        (),
+        (Output("STRING", "status", "The status as text."),),
+        show_status,
         terminal=True,
     ),
 )
