@@ -23,6 +23,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests" / "comfyui")]
 
 import launch
 
+TOKENS = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
 launch.prepare(sys.argv[1])
 
 import comfy.model_management
@@ -73,8 +74,7 @@ def make_lora(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def main() -> None:
     """Print the median step of each and their ratio."""
-    tokens = int(sys.argv[2]) if len(sys.argv) > 2 else 1024
-    side = int(tokens**0.5) * 2
+    side = int(TOKENS**0.5) * 2
     weights = make_model()
     scheme = default_registry().get("blockwise_fp8")
     recipe = Recipe(scheme, {"block_size": (1, 64)})
@@ -97,7 +97,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in times.items()}
     dtype = plain.model.get_dtype_inference()
     print(
-        f"{tokens} tokens, {str(dtype)[6:]}: {medians['without']:.2f} s without, "
+        f"{TOKENS} tokens, {str(dtype)[6:]}: {medians['without']:.2f} s without, "
         f"{medians['with']:.2f} s with a rank-{RANK} LoRA, ratio "
         f"{ratio(times['with'], times['without']):.3f}; {machine()}"
     )

@@ -78,7 +78,10 @@ PEERS = _peers()
 SITE = PEERS.get("site-packages", Path("~/peers/site-packages").expanduser())
 RELEASES = _releases()
 WHY_NOT = _why_not()
-pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(WHY_NOT is not None, reason=f"{WHY_NOT}"),
+]
 
 
 # -- files and servers -----------------------------------------------------------------

@@ -15,6 +15,8 @@ from PIL import Image
 
 from hijack.hosts.comfyui import nodes
 
+pytestmark = pytest.mark.thorough
+
 NODES = {node.id: node for node in nodes.NODES}
 #: Where how a node is described is looked at: the oldest release and the newest.
 ENDS = [name for n, name in enumerate(comfy_harness.releases()) if n == 0]

@@ -7,6 +7,8 @@ import page as pages
 import pytest
 from comfy_harness import PromptError
 
+pytestmark = pytest.mark.thorough
+
 EXAMPLES = sorted(path.stem for path in pages.WORKFLOWS.glob("*.json"))
 #: Examples that need a text encoder and a VAE, which are too large for tests.
 WHOLE = ("load-block-fp8", "quantize-online")

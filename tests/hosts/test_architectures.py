@@ -37,6 +37,7 @@ def found(case, name, naming):
 
 
 @pytest.mark.comfyui
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "naming"), NATIVE + DIFFUSERS)
 def test_the_model_is_the_exact_one(found):
     """First output bit for bit, and a sampled latent, as of the decoded file."""
@@ -47,6 +48,7 @@ def test_the_model_is_the_exact_one(found):
 
 
 @pytest.mark.comfyui
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "naming"), NATIVE + DIFFUSERS)
 def test_without_hijack_it_would_be_another(found):
     """ComfyUI alone refuses the file, or gives something far off or not finite."""
@@ -55,6 +57,7 @@ def test_without_hijack_it_would_be_another(found):
 
 
 @pytest.mark.comfyui
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "naming"), NATIVE + DIFFUSERS)
 def test_every_linear_stays_quantized(found):
     """Also one whose weight the file has in parts."""
@@ -63,6 +66,7 @@ def test_every_linear_stays_quantized(found):
 
 
 @pytest.mark.comfyui
+@pytest.mark.thorough
 def test_every_kind_of_scale_is_among_them(case):
     """Blocks, rows where 64 does not divide the width, and one scale for the rest."""
     assert case["wan-odd"]["native"]["scales"]["2-D by 2-D"] > 0

@@ -24,6 +24,7 @@ ROUNDING = 1e-5
 
 pytestmark = [
     pytest.mark.comfyui,
+    pytest.mark.thorough,
     pytest.mark.skipif(not RELEASES, reason="no ComfyUI: set HIJACK_TEST_COMFYUI"),
     pytest.mark.skipif(not HAS_DEPENDENCIES, reason="ComfyUI's dependencies missing"),
 ]

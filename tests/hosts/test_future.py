@@ -26,6 +26,7 @@ HAS_DEPENDENCIES = importlib.util.find_spec("aiohttp") is not None
 
 pytestmark = [
     pytest.mark.comfyui,
+    pytest.mark.thorough,
     pytest.mark.skipif(not RELEASES, reason="no ComfyUI: set HIJACK_TEST_COMFYUI"),
     pytest.mark.skipif(not HAS_DEPENDENCIES, reason="ComfyUI's dependencies missing"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="forks a process per change"),
