@@ -64,8 +64,8 @@ LoRA's change relative to the right one: 1 is right, 0 means that the LoRA is lo
   weight's norm. *LoRA removed* compares weights and result with those of before.
 - ComfyUI-musubi keeps every Linear in FP8, also those that the file has in bfloat16,
   and biases; they have no scales there, which is probably its error where nothing
-  else goes wrong. Its README promises neither saving, nor prefixed files, nor the last row; they
-  are here because users of the stock nodes meet them.
+  else goes wrong. Its README promises neither saving, nor prefixed files, nor the last
+  row; they are here because users of the stock nodes meet them.
 """
 
 
