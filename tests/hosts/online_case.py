@@ -1,0 +1,153 @@
+"""Run by tests in a fresh process: models that are quantized inside ComfyUI.
+
+Usage: online_case.py COMFYUI FOLDER
+
+Prints one JSON object: the name of each check, and what was found.
+"""
+
+# ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
+from __future__ import annotations
+
+import json
+
+import comfy_case  # prepares ComfyUI, so it comes first  # isort: skip
+import comfy.lora
+import comfy.sd
+import comfy_models
+import torch
+from comfy_case import (
+    codes,
+    error,
+    first_output,
+    layer,
+    load,
+    lora,
+    same,
+    with_lora,
+)
+
+found = {}
+
+
+def merged(patcher, tensors):
+    """The tensors with a patcher's LoRAs added, in float32, by ComfyUI's own code."""
+    made = {}
+    for key, tensor in tensors.items():
+        patches = patcher.patches.get(f"diffusion_model.{key}", [])
+        dense = tensor.float()
+        made[key] = comfy.lora.calculate_weight(patches, dense.clone(), key)
+    return made
+
+
+def quantized(tensors, recipe):
+    """What the chosen layers stand for once they are quantized."""
+    from hijack.hosts.comfyui import selection
+
+    chosen = selection.choose("QwenImage")
+    return {
+        key: recipe.apply(tensor, key).dense(torch.float32)
+        if tensor.ndim == 2 and key.endswith(".weight") and chosen(key[:-7])
+        else tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def check_loras(dense, tensors, recipe, online):
+    """LoRA then quantize, quantize then LoRA, and one of each."""
+    first, second = lora(tensors, 0.5), lora(tensors, 5.0)
+    changed = with_lora(dense, first)
+    meant = quantized(merged(changed, tensors), recipe)
+    plain = quantized({k: t.float() for k, t in tensors.items()}, recipe)
+    made = online.quantize_model(changed, recipe)
+    exact = load(meant)
+    found["lora then quantize"] = error(first_output(made), first_output(exact))
+    found["patches gone"] = not made.patches
+    ours = first_output(with_lora(made, second))
+    found["and another"] = error(ours, first_output(with_lora(exact, second)))
+    after = with_lora(online.quantize_model(dense, recipe), first)
+    expected = first_output(with_lora(load(plain), first))
+    found["quantize then lora"] = error(first_output(after), expected)
+
+
+def check_patcher(dense, made):
+    """The result is a ModelPatcher like one loaded from a file."""
+    found["dtypes"] = [
+        str(made.model.get_dtype()) == str(dense.model.get_dtype()),
+        str(made.model.manual_cast_dtype) == str(dense.model.manual_cast_dtype),
+    ]
+    found["sizes"] = [made.model_size(), dense.model_size()]
+    found["devices"] = [
+        made.load_device == dense.load_device,
+        made.offload_device == dense.offload_device,
+    ]
+    clone = made.clone()
+    found["clone"] = clone.is_clone(made) and not made.is_clone(dense)
+    found["options kept"] = made.model_options.get("hijack_test") == [1]
+    found["object patches"] = [
+        made.get_model_object("model_sampling") == "another sampling",
+        "diffusion_model.forward" not in made.object_patches,
+    ]
+    layers = [m for m in made.model.modules() if type(m).__name__ == "QuantizedLinear"]
+    found["layers"] = len(layers)
+
+
+def check_again(made, recipe, online):
+    """Quantizing a quantized model again changes nothing; saved, it loads."""
+    twice = online.quantize_model(made, recipe)
+    found["again"] = error(first_output(twice), first_output(made))
+    path = str(comfy_case.FOLDER / "online.safetensors")
+    comfy.sd.save_checkpoint(path, made)
+    back = comfy.sd.load_diffusion_model(path)
+    found["saved"] = error(first_output(back), first_output(made))
+    found["saved codes"] = same(codes(back), codes(made))
+
+
+def check_progress(dense, recipe, online):
+    """Progress counts every layer once; an interruption leaves the original alone."""
+    steps = []
+    online.quantize_model(dense, recipe, progress=lambda *done: steps.append(done))
+    found["progress"] = steps == [(n + 1, len(steps)) for n in range(len(steps))]
+    before = codes(dense)
+
+    def interrupt(done, total):
+        raise KeyboardInterrupt
+
+    try:
+        online.quantize_model(dense, recipe, progress=interrupt)
+    except KeyboardInterrupt:
+        found["interrupted"] = same(codes(dense), before)
+    try:
+        online.quantize_model(dense, recipe, include="no.such.layer")
+    except Exception as caught:
+        found["nothing chosen"] = f"{type(caught).__name__}: {caught}"
+
+
+def main():
+    """All checks; what they found is printed as the last line."""
+    import hijack
+    import schemes.blockwise_fp8  # noqa: F401
+    from hijack.hosts.comfyui import online
+    from hijack.hosts.comfyui.lazy import Recipe
+
+    recipe = Recipe(hijack.schemes()["blockwise_fp8"], {"block_size": (1, 64)})
+    tensors = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
+    dense = load(tensors)
+    before = first_output(dense)
+    check_loras(dense, tensors, recipe, online)
+    check_progress(dense, recipe, online)
+    found["original untouched"] = torch.equal(first_output(dense), before)
+    plain = online.quantize_model(dense, recipe)
+    found["class"] = type(layer(plain)).__name__
+    check_again(plain, recipe, online)
+    changed = dense.clone()
+    changed.model_options["hijack_test"] = [1]
+    changed.add_object_patch("model_sampling", "another sampling")
+    changed.add_object_patch("diffusion_model.forward", "of the other model")
+    check_patcher(dense, online.quantize_model(changed, recipe))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)  # for tensors this small, others would only wait
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        main()
+    print(json.dumps(found))

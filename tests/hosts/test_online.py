@@ -1,0 +1,53 @@
+"""Models that are quantized inside ComfyUI: see ``online_case.py``."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = [pytest.mark.comfyui, pytest.mark.thorough]
+
+CASE = "online_case.py"
+ROUNDING = 1e-6
+
+
+def test_loras_before_and_after(case):
+    """Merged in float32 before, kept beside the weights after: both as they should."""
+    assert case["lora then quantize"] == 0.0
+    assert case["patches gone"]
+    assert case["and another"] < ROUNDING
+    assert case["quantize then lora"] < ROUNDING
+
+
+def test_the_result_is_a_patcher_like_any_other(case):
+    """Dtypes, devices, options and object patches are those of the original."""
+    assert all(case["dtypes"])
+    assert all(case["devices"])
+    assert case["clone"]
+    assert case["options kept"]
+    assert all(case["object patches"])
+    assert case["class"] == "QuantizedLinear"
+    assert case["layers"] > 20
+    assert case["sizes"][0] < 0.5 * case["sizes"][1]
+
+
+def test_the_original_is_left_alone(case):
+    """Also when it is interrupted half way."""
+    assert case["original untouched"]
+    assert case["interrupted"]
+
+
+def test_progress_counts_layers(case):
+    """One step for each layer, up to the number of layers."""
+    assert case["progress"]
+
+
+def test_quantizing_again_and_saving(case):
+    """The codes of a quantized model are found again, and written as they are."""
+    assert case["again"] == 0.0
+    assert case["saved"] == 0.0
+    assert case["saved codes"]
+
+
+def test_choosing_no_layer_is_an_error(case):
+    """It says what to change."""
+    assert case["nothing chosen"].startswith("HijackError: QwenImage: no layer is left")
