@@ -154,6 +154,8 @@ class QuantizedLinear:
         """What the layer stands for now: as it is, or quantized with its LoRAs."""
         coded: Coded = self.carrier.unwrap(self.weight)
         patches, _ = self._additions()
+        if self._shown is not None:  # merged at most into a copy that ComfyUI keeps
+            patches.append(self._patches_of(self._shown))
         if not patches:
             return coded
         dense = coded.coding.scheme.dequantize(
@@ -210,23 +212,18 @@ class QuantizedLinear:
         functions: list[Callable[..., Tensor]],
     ) -> Tensor:
         dtype = input.dtype
-        if functions:  # they take the weight with all LoRAs in it
-            dense = self.carrier.dense(weight, torch.float32)
-            dense = dense.to(torch.float32, copy=dense is weight)
-            for patch in patches:
-                dense = patch.apply(dense)
-            dense = dense.to(dtype)
-            for function in functions:
-                dense = function(dense)
-            return F.linear(input, dense, bias)
-        if any(patch.dense_entries for patch in patches):
-            dense = self.carrier.dense(weight, torch.float32)
-            dense = dense.to(torch.float32, copy=dense is weight)
-            for patch in patches:
-                dense = patch.apply_dense(dense)
-            return add_low_rank(F.linear(input, dense.to(dtype), bias), input, patches)
-        dense = self.carrier.dense(weight, dtype)
-        return add_low_rank(F.linear(input, dense.to(dtype), bias), input, patches)
+        if not functions and not any(patch.dense_entries for patch in patches):
+            dense = self.carrier.dense(weight, dtype).to(dtype)
+            return add_low_rank(F.linear(input, dense, bias), input, patches)
+        dense = self.carrier.dense(weight, torch.float32)
+        dense = dense.to(torch.float32, copy=dense is weight)
+        for patch in patches:  # functions take the weight with all LoRAs in it
+            dense = patch.apply(dense) if functions else patch.apply_dense(dense)
+        dense = dense.to(dtype)
+        for function in functions:
+            dense = function(dense)
+        output = F.linear(input, dense, bias)
+        return output if functions else add_low_rank(output, input, patches)
 
     def __getattr__(self: Any, name: str) -> Any:
         if name != "weight" and name in self.__dict__.get("file_names", ()):
