@@ -22,6 +22,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "comfyui"), str(HERE)]
 
 import comfy_models
 import launch
+from safetensors.torch import save_file
 
 ROOT, FOLDER = sys.argv[1], Path(sys.argv[2])
 launch.prepare(ROOT)
@@ -197,15 +198,19 @@ def check_schemes(dense):
         hijack.default_registry().register(scheme)
         coded, meant, marked = with_scheme(dense, scheme)
         metadata = {"hijack": hijack.checkpoint.dialect.write_marker(marked)}
-        loader = comfy.sd.load_diffusion_model_state_dict
-        options = {}
-        if "metadata" in inspect.signature(loader).parameters:
-            options["metadata"] = metadata
-        elif scheme.name == "door_nibbles":
-            continue  # this release does not hand on what the file says of itself
         reference = first_output(load(meant))
-        output = first_output(loader(coded, **options))
-        found["schemes"][scheme.name] = error(output, reference)
+        for prefix in ("", PREFIX):
+            path = FOLDER / f"{scheme.name}-{len(prefix)}.safetensors"
+            named = {prefix + key: t.contiguous() for key, t in coded.items()}
+            layers = {prefix + layer: entry for layer, entry in marked.items()}
+            marker = hijack.checkpoint.dialect.write_marker(layers)
+            save_file(named, path, {"hijack": marker})
+            output = first_output(comfy.sd.load_diffusion_model(str(path)))
+            found["schemes"][f"{scheme.name} {prefix}"] = error(output, reference)
+        loader = comfy.sd.load_diffusion_model_state_dict
+        if "metadata" in inspect.signature(loader).parameters:
+            output = first_output(loader(coded, metadata=metadata))
+            found["schemes"][f"{scheme.name} from memory"] = error(output, reference)
 
 
 def check_lora(patcher, coded, dense, reference):

@@ -71,6 +71,7 @@ DOORS = (
     Probe("comfy.utils.weight_dtype", ("sd", "prefix")),
     Probe("comfy.model_detection.convert_diffusers_mmdit", ("state_dict",)),
     Probe("comfy.model_detection.model_config_from_diffusers_unet", ("state_dict",)),
+    Probe("comfy.utils.load_torch_file", ("ckpt",)),
 )
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def _other_doors() -> list[Patch]:
     from hijack.hosts.comfyui import encoders
     from hijack.hosts.comfyui.door import make_diffusers_door
     from hijack.hosts.comfyui.rows import make_convert_diffusers_mmdit
+    from hijack.hosts.comfyui.tags import make_load_torch_file
 
     makers = (
         encoders.make_load_text_encoders,
@@ -135,6 +137,7 @@ def _other_doors() -> list[Patch]:
         encoders.make_weight_dtype,
         make_convert_diffusers_mmdit,
         make_diffusers_door,
+        make_load_torch_file,
     )
     found = []
     with contextlib.suppress(Exception):  # the probe says what is missing

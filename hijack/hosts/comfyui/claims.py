@@ -17,7 +17,7 @@ from hijack.checkpoint.dialect import METADATA_KEY, Claim, write_marker
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.identify import SCALE_NAMES, Identification, identify
 from hijack.errors import HijackError, UnconsumedScaleError
-from hijack.hosts.comfyui import markers
+from hijack.hosts.comfyui import markers, tags
 from hijack.hosts.comfyui.coded import PLAIN, Coded, Coding
 from hijack.hosts.comfyui.lazy import Lazy
 from hijack.registry import Registry, default_registry
@@ -133,7 +133,7 @@ def _claims(
     registry: Registry,
 ) -> dict[str, Claim]:
     """The claim to each layer that is not ComfyUI's own."""
-    metadata = _renamed(metadata, tensors)
+    metadata = {**(_renamed(metadata, tensors) or {}), **tags.metadata_of(tensors)}
     found = identify(Header.from_state_dict(tensors, metadata), registry)
     claims = {
         layer: claim
