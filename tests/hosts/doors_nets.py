@@ -144,7 +144,7 @@ def check_mixed(bf16, dense_t5):
     """Native layers are ComfyUI's, ours are ours, and both are exact."""
     result = found["mixed"] = {}
     bf16 = {k: t for k, t in bf16.items() if "transformer_blocks.1." not in k}
-    if not hasattr(comfy.ops, "mixed_precision_ops"):
+    if not hasattr(comfy.utils, "convert_old_quants"):
         check_mixed_refused(bf16)
         return
     chosen = comfy_models.is_quantized
@@ -184,7 +184,7 @@ def check_mixed_refused(bf16):
 
 def check_native_only(bf16):
     """A file of native layers alone is loaded as if hijack were not there."""
-    if not hasattr(comfy.ops, "mixed_precision_ops"):
+    if not hasattr(comfy.utils, "convert_old_quants"):
         return
     import hijack.hosts
 

@@ -213,8 +213,8 @@ def _unusual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _check_native(found: Identification) -> None:
     """Refuse layers of ComfyUI's own format beside ours where it cannot read them."""
-    ops = sys.modules.get("comfy.ops")
-    if found.native and ops is not None and not hasattr(ops, "mixed_precision_ops"):
+    utils = sys.modules.get("comfy.utils")  # the two came in one release
+    if found.native and utils is not None and not hasattr(utils, "convert_old_quants"):
         raise HijackError(
             f"{found.native[0]}: is marked for ComfyUI's own reader, as "
             f"{len(found.native)} layers are, and {len(found.layers)} are read by "

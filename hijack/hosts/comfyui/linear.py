@@ -87,8 +87,10 @@ class QuantizedLinear:
             self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
             return
         bias = state_dict.get(f"{prefix}bias")
-        if self.bias is None and bias is not None:  # ComfyUI left it for later
-            self.bias = nn.Parameter(torch.empty_like(bias), requires_grad=False)
+        if self._parameters.get("bias") is None:  # ComfyUI left it for later, if any
+            empty = None if bias is None else torch.empty_like(bias)
+            made = None if empty is None else nn.Parameter(empty, requires_grad=False)
+            self.register_parameter("bias", made)
         rest = {name: tensor for name, tensor in state_dict.items() if name != key}
         local_metadata, strict, missing, unexpected, errors = args
         nn.Module._load_from_state_dict(
