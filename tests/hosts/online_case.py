@@ -8,10 +8,13 @@ Prints one JSON object: the name of each check, and what was found.
 # ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 
 import comfy_case  # prepares ComfyUI, so it comes first  # isort: skip
 import comfy.lora
+import comfy.model_management
 import comfy.sd
 import comfy_models
 import torch
@@ -122,6 +125,19 @@ def check_progress(dense, recipe, online):
         found["nothing chosen"] = f"{type(caught).__name__}: {caught}"
 
 
+def check_memory(tensors, recipe, online):
+    """The original model goes when nothing but the quantized one is left."""
+    dense = load(tensors)
+    original = weakref.ref(dense.model)
+    made = online.quantize_model(with_lora(dense, lora(tensors, 0.5)), recipe)
+    first_output(made)
+    del dense
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    found["original gone"] = original() is None
+    found["still works"] = bool(first_output(made).isfinite().all())
+
+
 def main():
     """All checks; what they found is printed as the last line."""
     import hijack
@@ -144,6 +160,7 @@ def main():
     changed.add_object_patch("model_sampling", "another sampling")
     changed.add_object_patch("diffusion_model.forward", "of the other model")
     check_patcher(dense, online.quantize_model(changed, recipe))
+    check_memory(tensors, recipe, online)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,12 @@ def test_the_original_is_left_alone(case):
     assert case["interrupted"]
 
 
+def test_the_original_is_not_kept_in_memory(case):
+    """A quantized model holds nothing of the one it was made from."""
+    assert case["original gone"]
+    assert case["still works"]
+
+
 def test_progress_counts_layers(case):
     """One step for each layer, up to the number of layers."""
     assert case["progress"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,28 @@ def quantize_model(
     )
     _hand_on(patcher.clone(), result)
     if hasattr(result, "cached_patcher_init"):
-        arguments = (patcher, recipe, include, exclude, None)
-        result.cached_patcher_init = (quantize_model, arguments)
+        arguments = (weakref.ref(patcher), recipe, include, exclude)
+        result.cached_patcher_init = (_quantize_again, arguments)
     return result
+
+
+def _quantize_again(
+    original: Callable[[], Any],
+    recipe: Recipe,
+    include: str,
+    exclude: str,
+    disable_dynamic: bool = False,
+) -> Any:
+    """Make the model once more, for ComfyUI's copies on other devices."""
+    patcher = original()
+    if patcher is None:
+        raise HijackError(
+            "Quantize Model: the original model is gone, and ComfyUI needs another "
+            "copy; run the workflow again"
+        )
+    return quantize_model(
+        patcher, recipe, include, exclude, disable_dynamic=disable_dynamic
+    )
 
 
 def load_quantized(
@@ -301,7 +321,8 @@ def _rebuild(model: Any, state_dict: dict[str, Tensor], device: Any) -> Any:
     base = core_operations(config)
     compute = config.manual_cast_dtype or dtype or torch.float32
     config.custom_operations = make_operations(base, compute)
-    config.model_type = lambda *_, **__: model.model_type
+    kind = model.model_type  # and not the model, which would stay in memory
+    config.model_type = lambda *_, **__: kind
     prefix = "model.diffusion_model."
     given = {f"{prefix}{name}": tensor for name, tensor in state_dict.items()}
     new = config.get_model(given, prefix, device=device)
