@@ -90,6 +90,7 @@ class QuantizedLinear:
         if self._parameters.get("bias") is None:  # ComfyUI left it for later, if any
             empty = None if bias is None else torch.empty_like(bias)
             made = None if empty is None else nn.Parameter(empty, requires_grad=False)
+            self.__dict__.pop("bias", None)  # None is there an ordinary attribute
             self.register_parameter("bias", made)
         rest = {name: tensor for name, tensor in state_dict.items() if name != key}
         local_metadata, strict, missing, unexpected, errors = args

@@ -204,7 +204,10 @@ def make_calculate_weight(original: Callable[..., Any]) -> Callable[..., Any]:
             weight = weight.quantize_again(dense, seed_of(key))
         if not kept:
             return weight
-        extra = {k: v for k, v in kwargs.items() if k == "original_weights"}
+        # ComfyUI takes each weight out of it once it has gone through here, but these
+        # patches are applied in every forward.
+        found = kwargs.get("original_weights") or {}
+        extra = {"original_weights": {key: found[key]}} if key in found else {}
         return weight.patched(Patches(kept, key, weight.shape, extra))
 
     return calculate_weight

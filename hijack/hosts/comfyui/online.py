@@ -134,7 +134,7 @@ def quantize_model(
         dtype = _dense_dtype(tensor, model)
         state_dict[name] = quantizer.lazy(name, tuple(tensor.shape), dtype, read)
     quantizer.check(type(model).__name__)
-    new = _rebuild(model, state_dict, patcher.offload_device)
+    new = _rebuild(patcher, state_dict)
     result = _patcher_class(disable_dynamic)(
         new, load_device=patcher.load_device, offload_device=patcher.offload_device
     )
@@ -307,8 +307,9 @@ def _refuse_quantized(header: Header) -> None:
 # -- what is built ---------------------------------------------------------------------
 
 
-def _rebuild(model: Any, state_dict: dict[str, Tensor], device: Any) -> Any:
-    """A model like another one, with the tensors of a state dict."""
+def _rebuild(patcher: Any, state_dict: dict[str, Tensor]) -> Any:
+    """A model like a patcher's, with the tensors of a state dict."""
+    model, device = patcher.model, patcher.offload_device
     config = object.__new__(type(model.model_config))  # it cannot be copied
     vars(config).update(vars(model.model_config))
     for name in SHADOWED:  # by functions that know the other model's config
@@ -335,8 +336,9 @@ def _rebuild(model: Any, state_dict: dict[str, Tensor], device: Any) -> Any:
             f"no place, such as {lost[0]}; quantize the file instead"
         )
     for name, child in model.named_children():
-        if name != NETWORK:
-            getattr(new, name).load_state_dict(child.state_dict())
+        if name != NETWORK:  # as it is without what another patcher has put there
+            own = patcher.object_patches_backup.get(name, child)
+            getattr(new, name).load_state_dict(own.state_dict())
     _settle(network)
     return new
 
