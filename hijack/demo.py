@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import hijack
 from hijack.checkpoint.text import table
 from hijack.checkpoint.writer import write_checkpoint
-from hijack.cli import progress_bar
+from hijack.commands.progress import progress_bar
 from hijack.hooks import Wrapped, dense_weight
 
 WIDTH, HEADS, BLOCKS, TOKENS = 512, 8, 3, 64
