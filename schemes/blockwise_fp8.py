@@ -39,11 +39,10 @@ from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.errors import (
     CheckpointError,
     DTypeError,
-    NonFiniteError,
     SchemeError,
     ShapeError,
 )
-from schemes import _fp8_decode
+from schemes import _fp8_decode, _fp8_quantize
 from schemes._fp8_files import (
     FP8_DTYPES,
     POWER_DTYPES,
@@ -57,12 +56,6 @@ from schemes._fp8_files import (
     matrix_shape,
     parse_block_size,
 )
-
-#: musubi-tuner's floor of the scale.
-MIN_SCALE = 1e-8
-#: Elements quantized at a time, so that temporaries stay in the cache.
-CHUNK = 1 << 18
-
 
 # -- the scheme ----------------------------------------------------------------------
 
@@ -111,22 +104,14 @@ class BlockwiseFP8(hijack.Scheme):
         qdata = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         if weight.is_meta or not weight.numel():
             return qdata, params
-        step = max(CHUNK // k, 1)  # rows at a time
-        parts = torch.split(weight.detach().reshape(n, k), step)
-        amax = torch.cat([_blocks(part, cols).abs().amax(2) for part in parts])
-        _check_finite(amax, weight)  # (N, ceil(K/C))
-        amax = F.pad(amax.float(), (0, 0, 0, -n % rows)).view(-1, rows, amax.shape[1])
-        scale = (amax.amax(1) / torch.finfo(dtype).max).to(scale_dtype)
-        scale = scale.clamp(MIN_SCALE, torch.finfo(scale_dtype).max)
+        weight = weight.detach()
+        scale = _fp8_quantize.absmax_scale(weight, (rows, cols), dtype, scale_dtype)
         params["weight_scale"].copy_(scale)
         random = (
             torch.Generator(weight.device).manual_seed(seed) if stochastic else None
         )
-        row = torch.arange(n, device=weight.device) // rows
-        targets = torch.split(qdata.view(n, k), step)
-        scales = torch.split(scale.float()[row], step)
-        for part, factor, target in zip(parts, scales, targets, strict=True):
-            target.copy_(_codes(part, factor, cols, dtype, random))
+        matrix = weight.reshape(n, k)
+        _fp8_quantize.encode(matrix, scale, (rows, cols), qdata.view(n, k), random)
         return qdata, params
 
     def dequantize(
@@ -269,40 +254,6 @@ def _empty_params(
     return params
 
 
-def _check_finite(amax: Tensor, weight: Tensor) -> None:
-    if not amax.isfinite().all():  # the largest of anything with a NaN is NaN
-        nans, infs = int(weight.isnan().sum()), int(weight.isinf().sum())
-        raise NonFiniteError(
-            f"weight of shape {tuple(weight.shape)} holds {nans} NaN and {infs} "
-            "infinite values, expected finite ones; repair the checkpoint or exclude it"
-        )
-
-
-def _blocks(weight: Tensor, cols: int) -> Tensor:
-    """(n, K) as (n, ceil(K/C), C); a short block is filled up with zeros."""
-    short = -weight.shape[1] % cols
-    if short:
-        weight = F.pad(weight, (0, short))
-    return weight.view(weight.shape[0], -1, cols)
-
-
-def _codes(
-    weight: Tensor,
-    scale: Tensor,
-    cols: int,
-    dtype: torch.dtype,
-    random: torch.Generator | None,
-) -> Tensor:
-    """FP8 codes (n, K) of a few rows, scaled by (n, ceil(K/C)) float32."""
-    largest = torch.finfo(dtype).max
-    codes = _blocks(weight, cols).float() / scale[:, :, None]  # (n, ceil(K/C), C)
-    # a float16 scale may have become 0: then 0/0 is code 0, x/0 the largest
-    codes = codes.nan_to_num_(0.0).clamp_(-largest, largest)
-    if random is not None:
-        codes = _round_stochastic(codes, dtype, random)
-    return codes.flatten(1)[:, : weight.shape[1]].to(dtype)
-
-
 def _multiply(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
     """(N, K) times (ceil(N/R), ceil(K/C)), each scale over its block."""
     (n, k), (rows, cols) = codes.shape, size
@@ -313,25 +264,6 @@ def _multiply(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
     row = torch.arange(n, device=codes.device) // rows
     col = torch.arange(k, device=codes.device) // cols
     return codes * scale[row][:, col]
-
-
-def _round_stochastic(x: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
-    """Round to a neighbouring FP8 number, the nearer the likelier, without bias.
-
-    Args:
-        x: float32, within the range of ``dtype``.
-        dtype: the FP8 dtype.
-        random: where the random numbers come from.
-    """
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(x).exponent - 1
-    lowest = torch.frexp(torch.tensor(info.smallest_normal)).exponent - 1
-    # the distance of neighbours: eps at 1, doubled or halved with every binade
-    step = torch.ldexp(torch.full_like(x, info.eps), exponent.clamp_min(int(lowest)))
-    steps = x / step  # exact: the step is a power of two
-    below = steps.floor()
-    up = torch.rand(x.shape, generator=random, device=x.device) < steps - below
-    return (below + up) * step
 
 
 # -- forwards --------------------------------------------------------------------------
