@@ -1,6 +1,7 @@
 """Give any torch module a weight format its host never heard of."""
 
-from hijack.checkpoint.dialect import Certainty, Claim, Dialect
+from hijack.checkpoint.claim import Certainty, Claim
+from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, TensorInfo
 from hijack.checkpoint.identify import Identification, identify
 from hijack.checkpoint.quantize import QuantizeReport, quantize_file

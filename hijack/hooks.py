@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hijack.checkpoint.dialect import Claim
+    from hijack.checkpoint.claim import Claim
     from hijack.checkpoint.header import Header
     from hijack.registry import Registry
     from hijack.scheme import Scheme

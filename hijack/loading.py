@@ -8,14 +8,11 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from hijack.checkpoint.dialect import (
-    METADATA_KEY,
-    Claim,
-    Dialect,
-    write_marker,
-)
+from hijack.checkpoint.claim import Claim
+from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.identify import identify
+from hijack.checkpoint.marker import METADATA_KEY, write_marker
 from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import CheckpointError, ModuleError, ShapeError, UnconsumedScaleError

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pluggy
 from torch import Tensor, nn
 
-from hijack.checkpoint.dialect import Claim
+from hijack.checkpoint.claim import Claim
 from hijack.checkpoint.header import Header
 from hijack.errors import (
     DuplicateSchemeError,

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hijack.checkpoint.dialect import Claim, Dialect
+from hijack.checkpoint.claim import Claim
+from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.errors import CheckpointError, HijackError, SchemeError
 from hijack.hooks import hookimpl

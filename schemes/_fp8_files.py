@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.dialect import Certainty, Claim, Dialect
+from hijack.checkpoint.claim import Certainty, Claim
+from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, join
 from hijack.errors import CheckpointError, SchemeError, ShapeError
 from hijack.scheme import Scheme

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import hijack
 import hijack.hosts
-from hijack.checkpoint.dialect import Claim
+from hijack.checkpoint.claim import Claim
 from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.errors import (
     CheckpointError,

@@ -8,57 +8,80 @@ the scheme's own names, and header metadata says which scheme wrote each layer.
 from __future__ import annotations
 
 import dataclasses
-import enum
-import functools
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.header import Header, join
+from hijack.checkpoint.claim import Certainty, Claim
+from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.marker import (
+    METADATA_KEY,
+    native_marker,
+    without_layers,
+    write_marker,
+)
 from hijack.errors import HijackError
 
 if TYPE_CHECKING:
     from hijack.scheme import Scheme
 
-#: Header metadata key under which hijack writes which scheme each layer has.
-METADATA_KEY = "hijack"
 
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What ``docs/formats.md`` says of a format, in a few words each.
 
-class Certainty(enum.IntEnum):
-    """How well a claim is founded; a higher one wins."""
+    Attributes:
+        writers: who writes it.
+        keys: names of its tensors; X is the layer.
+        scale: dtype and shape of the scale, for a weight of (N, K).
+        blocks: which blocks share a scale, and what becomes of those that are short.
+        marker: how the file says what it is.
+        written: what hijack writes of it; "no" if it only reads it.
+    """
 
-    #: dtypes and shapes are what the scheme would write, but others write the same.
-    FITS = 1
-    #: key names, dtypes and shapes that only this dialect uses.
-    UNIQUE = 2
-    #: an explicit marker names the scheme, and the shapes agree.
-    MARKED = 3
+    writers: str
+    keys: str
+    scale: str
+    blocks: str
+    marker: str
+    written: str = "no"
 
 
 @dataclasses.dataclass(frozen=True)
-class Claim:
-    """A scheme's claim to one layer of a checkpoint.
+class Spelled:
+    """One layer in the tensors of a dialect.
 
     Attributes:
-        layer: module name without a trailing dot; "" is the root.
         scheme: name of the scheme.
-        dialect: name of the dialect that recognised it.
-        keys: role to full key: ``"weight"`` and the dialect's other tensors.
-        block_size: (rows, cols) in elements, or None if the scheme has no blocks.
-        certainty: how well founded the claim is.
-        evidence: what was seen, for people to read.
+        params: names of the scheme's tensors beside the codes.
+        shape: shape of the dense weight.
+        block_size: (rows, cols), or None if the scheme has no blocks.
+        tensors: suffix to dtype and shape, as `Dialect.encode` gave them.
     """
 
-    layer: str
     scheme: str
-    dialect: str
-    keys: Mapping[str, str]
-    block_size: tuple[int, int] | None = None
-    certainty: Certainty = Certainty.FITS
-    evidence: tuple[str, ...] = ()
+    params: tuple[str, ...]
+    shape: tuple[int, ...]
+    block_size: tuple[int, int] | None
+    tensors: Mapping[str, TensorInfo]
+
+
+@dataclasses.dataclass(frozen=True)
+class FileMarks:
+    """What a file says of itself as a whole in a dialect.
+
+    Attributes:
+        metadata: strings for the header.
+        tensors: key to tensor, for markers that are tensors.
+        config: ``quantization_config`` of the ``config.json`` that readers of the
+            dialect expect beside the file.
+    """
+
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+    config: Mapping[str, object] | None = None
 
 
 class Dialect:
@@ -70,6 +93,29 @@ class Dialect:
     """
 
     name = "hijack"
+    row = Row(
+        "hijack",
+        "X.weight, and the scheme's own names",
+        "as the scheme has it; FP8: (ceil(N/R), ceil(K/C))",
+        "any; FP8: an empty X.weight_block_size of shape (R, C, 0) where one is short",
+        "header metadata `hijack`",
+        "everything, of every scheme",
+    )
+
+    # -- reading -----------------------------------------------------------------------
+
+    def layers(self, header: Header) -> Iterable[str]:
+        """Names of the layers the dialect may have something to say about."""
+        return header.layers()
+
+    def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
+        """Every way to read ``layer``; several only where the file does not tell.
+
+        Those of which one must be assumed have the certainty GUESS.
+        """
+        claim = self.recognise(scheme, header, layer)
+        if claim is not None:
+            yield claim
 
     def recognise(self, scheme: Scheme, header: Header, layer: str) -> Claim | None:
         """Claim ``layer`` for ``scheme``, or None.
@@ -78,9 +124,11 @@ class Dialect:
         ``scheme.quantize`` gives for a weight of that shape, or the header's metadata
         names the scheme.
         """
+        weight = header.tensors.get(join(layer, "weight"))
+        if weight is None:
+            return None
         marker = native_marker(header, layer)
         if marker is None:
-            weight = header.tensors[join(layer, "weight")]
             names = scheme.fitting_params(header, layer, weight)
             return None if names is None else native_claim(layer, scheme.name, names)
         if marker.get("scheme") != scheme.name or check_marker(scheme, header, layer):
@@ -99,6 +147,23 @@ class Dialect:
         params = {role: t for role, t in tensors.items() if role != "weight"}
         return tensors["weight"], params
 
+    def unmark(
+        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
+    ) -> tuple[dict[str, str], set[str]]:
+        """Take back what a file says as a whole, for layers that leave the dialect.
+
+        Args:
+            metadata: the header's metadata.
+            keys: keys of all tensors.
+            layers: the layers that are spelled otherwise from now on.
+
+        Returns:
+            The metadata that still holds, and the keys of markers to leave out.
+        """
+        return without_layers(metadata, layers), set()
+
+    # -- writing -----------------------------------------------------------------------
+
     def encode(
         self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
     ) -> dict[str, Tensor]:
@@ -108,6 +173,9 @@ class Dialect:
             qdata: the codes.
             params: the scheme's other tensors.
             options: the options the layer was quantized with (such as ``block_size``).
+
+        Raises:
+            CheckpointError: if the dialect cannot spell it.
         """
         return {"weight": qdata, **params}
 
@@ -121,6 +189,46 @@ class Dialect:
             options: the options asked for.
         """
         return dict(options)
+
+    def settle(
+        self, layers: Mapping[str, tuple[tuple[int, ...], tuple[int, int] | None]]
+    ) -> dict[str, Any]:
+        """Options that all layers of a file must share, to convert it.
+
+        Args:
+            layers: layer to shape and block size of what is there.
+        """
+        return {}
+
+    def blocks(
+        self,
+        shape: tuple[int, ...],
+        block_size: tuple[int, int],
+        options: Mapping[str, Any],
+    ) -> Sequence[tuple[int, int]]:
+        """Block sizes the dialect can spell a quantized weight in, the best first.
+
+        Args:
+            shape: (N, ...) of the weight.
+            block_size: the blocks it has.
+            options: what `settle` gave.
+        """
+        return [block_size]
+
+    def finish(
+        self, layers: Mapping[str, Spelled], others: Collection[str]
+    ) -> FileMarks:
+        """What a file has to say as a whole.
+
+        Args:
+            layers: layer to what was encoded of it.
+            others: keys of all other tensors of the file.
+        """
+        marked = {
+            layer: {"scheme": spelled.scheme, "params": list(spelled.params)}
+            for layer, spelled in layers.items()
+        }
+        return FileMarks({METADATA_KEY: write_marker(marked)} if marked else {})
 
 
 def native_claim(
@@ -196,35 +304,3 @@ def _marked_claim(scheme: Scheme, layer: str, marker: Mapping[str, Any]) -> Clai
         marker.get("block_size"),
         marked=True,
     )
-
-
-def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
-    """Text for header metadata `METADATA_KEY`; `native_marker` reads it.
-
-    Args:
-        layers: layer to ``{"scheme": name, "params": names}``, and ``"block_size"`` if
-            there is one.
-    """
-    return json.dumps({"version": 1, "layers": layers}, sort_keys=True)
-
-
-def native_marker(header: Header, layer: str) -> Mapping[str, Any] | None:
-    """What hijack's own metadata says of a layer, or None."""
-    return marked_layers(header).get(layer)
-
-
-def marked_layers(header: Header) -> Mapping[str, Mapping[str, Any]]:
-    """What hijack's own metadata says, by layer."""
-    text = header.metadata.get(METADATA_KEY)
-    return _parse_marker(text) if text else {}
-
-
-@functools.lru_cache(maxsize=4)
-def _parse_marker(text: str) -> Mapping[str, Mapping[str, Any]]:
-    try:
-        layers = json.loads(text)["layers"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    if not isinstance(layers, dict):
-        return {}
-    return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +41,10 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {
 }
 #: Bits of one element, for dtypes that torch lacks, or packs two to an element.
 _BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
+#: Where configs and headers say how a model was quantized.
+CONFIG_KEY = "quantization_config"
+#: Bytes of the largest tensor that may be a marker.
+MAX_MARKER = 1 << 16
 #: What fits into the sizes of tensors, and of the file formats themselves.
 _MAX_BYTES = 2**63 - 1
 
@@ -128,7 +135,7 @@ class _TensorView(Mapping[str, TensorInfo]):
         return len(self._state_dict)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class Header:
     """Everything known of a checkpoint from its header alone.
 
@@ -137,19 +144,48 @@ class Header:
         metadata: the ``__metadata__`` table; strings to strings.
         config: the ``config.json`` beside the file, if there is one.
         source: what to call the checkpoint in messages.
+        reader: gives the bytes of a tensor, or None; only for `marker`.
     """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     config: Mapping[str, object] | None = None
     source: str = "state dict"
+    reader: Callable[[str], bytes | None] | None = None
+
+    @functools.cached_property
+    def quantization(self) -> Mapping[str, Any]:
+        """The ``quantization_config``: of the header's metadata, else of the config."""
+        given: object = parse_table(self.metadata.get(CONFIG_KEY, ""))
+        if not given and self.config is not None:
+            given = self.config.get(CONFIG_KEY)
+        return given if isinstance(given, dict) else {}
+
+    def marker(self, key: str) -> Mapping[str, Any] | None:
+        """The JSON table in a small tensor of bytes, as ComfyUI marks layers with.
+
+        Returns:
+            The table, empty if it cannot be read; None if there is no such tensor.
+        """
+        info = self.tensors.get(key)
+        if info is None:
+            return None
+        if info.dtype not in ("U8", "I8") or info.nbytes > MAX_MARKER:
+            return {}
+        text = None if self.reader is None else self.reader(key)
+        return parse_table(text or b"")
 
     @classmethod
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> Header:
         """View a state dict as a header; tensors are looked at only when asked for."""
-        return cls(_TensorView(state_dict), dict(metadata or {}))
+
+        def read(key: str) -> bytes | None:
+            tensor = state_dict[key]
+            return None if tensor.is_meta else bytes(tensor.detach().flatten().tolist())
+
+        return cls(_TensorView(state_dict), dict(metadata or {}), reader=read)
 
     def layers(self) -> Iterator[str]:
         """Names of the layers that own a ``weight``, in file order; "" is the root."""
@@ -163,3 +199,12 @@ class Header:
 def join(layer: str, suffix: str) -> str:
     """Key of a layer's tensor: ``join("a.b", "weight")`` is ``"a.b.weight"``."""
     return f"{layer}.{suffix}" if layer else suffix
+
+
+def parse_table(text: str | bytes) -> dict[str, Any]:
+    """A JSON object, or an empty table where there is none."""
+    try:
+        table = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return table if isinstance(table, dict) else {}

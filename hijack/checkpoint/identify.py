@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from hijack.checkpoint.dialect import Certainty, Claim, check_marker, marked_layers
+from hijack.checkpoint.claim import Certainty, Claim
+from hijack.checkpoint.dialect import check_marker
 from hijack.checkpoint.header import Header, join
+from hijack.checkpoint.marker import marked_layers
 from hijack.checkpoint.reader import Paths, read_header
 from hijack.checkpoint.text import block_text, table
 from hijack.errors import AmbiguousError, CheckpointError
@@ -235,7 +237,7 @@ def _doubt(
     schemes = registry.schemes()
     contradictions: dict[str, str] = {}
     unknown: dict[str, str] = {}
-    for layer, marker in marked_layers(header).items():
+    for layer, marker in marked_layers(header.metadata).items():
         claim = layers.get(layer)
         settled = claim is not None and claim.certainty > Certainty.FITS
         if settled or not _holds_codes(header, layer, marker):

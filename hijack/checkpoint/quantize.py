@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.dialect import METADATA_KEY, Dialect, write_marker
+from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.checkpoint.identify import identify
+from hijack.checkpoint.marker import METADATA_KEY, write_marker
 from hijack.checkpoint.reader import Paths, data_start, open_tensors, read_header
 from hijack.checkpoint.writer import CheckpointWriter, open_writer
 from hijack.errors import CheckpointError, HijackError

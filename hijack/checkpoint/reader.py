@@ -66,7 +66,8 @@ def read_header(source: Paths) -> Header:
             f"{source}: names {absent[0]!r} and {len(absent) - 1} other tensors that "
             "no shard holds; the shards are of another checkpoint, or incomplete"
         )
-    return Header(tensors, metadata, _config(paths[0].parent), names)
+    config = _config(paths[0].parent)
+    return Header(tensors, metadata, config, names, _SmallTensors(tensors))
 
 
 def open_tensors(header: Header) -> Mapping[str, Tensor]:
@@ -80,6 +81,26 @@ def open_tensors(header: Header) -> Mapping[str, Tensor]:
         before it is used, and writing to one does not change the file.
     """
     return _MappedTensors(header)
+
+
+class _SmallTensors:
+    """Reads the bytes of a few small tensors, without a mapping for each."""
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._tensors = tensors
+        self._data: dict[Path, tuple[mmap.mmap, int]] = {}
+
+    def __call__(self, key: str) -> bytes | None:
+        info = self._tensors[key]
+        if info.file is None:
+            return None
+        if info.file not in self._data:
+            with _open(info.file) as file:
+                start = 8 + int.from_bytes(file.read(8), "little")
+                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._data[info.file] = pages, start
+        pages, start = self._data[info.file]
+        return pages[start + info.begin : start + info.end]
 
 
 class _MappedTensors(Mapping[str, Tensor]):

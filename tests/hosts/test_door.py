@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import hijack
-from hijack.checkpoint.dialect import write_marker
+from hijack.checkpoint.marker import write_marker
 from hijack.errors import DTypeError, HijackError, UnconsumedScaleError
 from hijack.hosts.comfyui import markers
 from hijack.hosts.comfyui.claims import (

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.dialect import METADATA_KEY, Claim, write_marker
+from hijack.checkpoint.claim import Claim
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.identify import SCALE_NAMES, Identification, identify
+from hijack.checkpoint.marker import METADATA_KEY, write_marker
 from hijack.errors import HijackError, UnconsumedScaleError
 from hijack.hosts.comfyui import markers, tags
 from hijack.hosts.comfyui.coded import PLAIN, Coded, Coding

@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from hijack.checkpoint.dialect import METADATA_KEY, Dialect, write_marker
+from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import join
+from hijack.checkpoint.marker import METADATA_KEY, write_marker
 from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import HijackError
 from hijack.hosts.comfyui.linear import LIVE, Source

@@ -13,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hijack.checkpoint.dialect import METADATA_KEY, marked_layers, write_marker
 from hijack.checkpoint.header import join
+from hijack.checkpoint.marker import METADATA_KEY, marked_layers, write_marker
 from hijack.checkpoint.reader import read_header
 from hijack.errors import HijackError
 
@@ -59,6 +59,6 @@ def _marked(path: str) -> Mapping[str, Mapping[str, Any]]:
             size = int.from_bytes(file.read(8), "little")
             if size > LONGEST or b'"hijack"' not in file.read(size):
                 return {}
-        return marked_layers(read_header(path))
+        return marked_layers(read_header(path).metadata)
     except (OSError, HijackError):  # ComfyUI has read it, and that is what counts
         return {}

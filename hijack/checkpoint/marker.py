@@ -1,0 +1,60 @@
+"""hijack's own marker: header metadata that says which scheme wrote which layer."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from hijack.checkpoint.header import Header
+
+#: Header metadata key under which hijack writes which scheme each layer has.
+METADATA_KEY = "hijack"
+
+
+def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
+    """Text for header metadata `METADATA_KEY`; `native_marker` reads it.
+
+    Args:
+        layers: layer to ``{"scheme": name, "params": names}``, and ``"block_size"`` if
+            there is one.
+    """
+    return json.dumps({"version": 1, "layers": layers}, sort_keys=True)
+
+
+def native_marker(header: Header, layer: str) -> Mapping[str, Any] | None:
+    """What hijack's own metadata says of a layer, or None."""
+    return marked_layers(header.metadata).get(layer)
+
+
+def marked_layers(metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
+    """What hijack's own metadata says, by layer."""
+    text = metadata.get(METADATA_KEY)
+    return _parse_marker(text) if text else {}
+
+
+def without_layers(
+    metadata: Mapping[str, str], layers: Iterable[str]
+) -> dict[str, str]:
+    """Metadata whose marker says nothing of some layers any more."""
+    rest = dict(metadata)
+    marked = dict(marked_layers(metadata))
+    for layer in layers:
+        marked.pop(layer, None)
+    if marked:
+        rest[METADATA_KEY] = write_marker(marked)
+    else:
+        rest.pop(METADATA_KEY, None)
+    return rest
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_marker(text: str) -> Mapping[str, Mapping[str, Any]]:
+    try:
+        layers = json.loads(text)["layers"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    if not isinstance(layers, dict):
+        return {}
+    return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
