@@ -3,7 +3,8 @@
 from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, TensorInfo
-from hijack.checkpoint.identify import Identification, identify
+from hijack.checkpoint.identification import Identification
+from hijack.checkpoint.identify import identify
 from hijack.checkpoint.quantize import QuantizeReport, quantize_file
 from hijack.errors import HijackError
 from hijack.hooks import hookimpl

@@ -250,14 +250,12 @@ class Wrapped(nn.Module):
         """Take quantized tensors in any of the scheme's dialects, or a dense weight."""
         from hijack.layers import take_tensors
 
-        given: dict[str, Any] = state_dict
-        if prefix + "weight" in state_dict:
-            assign = bool(local_metadata.get("assign_to_params_buffers", False))
-            try:
-                given = take_tensors(self, state_dict, prefix, assign)
-            except HijackError as error:
-                error_msgs.append(str(error))
-                return
+        assign = bool(local_metadata.get("assign_to_params_buffers", False))
+        try:
+            given: dict[str, Any] = take_tensors(self, state_dict, prefix, assign)
+        except HijackError as error:
+            error_msgs.append(str(error))
+            return
         super()._load_from_state_dict(
             given,
             prefix,

@@ -116,7 +116,7 @@ def take_tensors(
 
     Args:
         module: the module; gets room for tensors of another shape or dtype.
-        state_dict: full keys; the weight in any dialect of the scheme, or dense.
+        state_dict: full keys; the weight in any dialect of the scheme, dense, or none.
         prefix: the module's prefix, ending with a dot; "" for a root.
         assign: whether the tensors will be taken as they are instead of copied.
 
@@ -130,12 +130,16 @@ def take_tensors(
         prefix + name in state_dict for name in module._hijack.names
     ):
         claim = native_claim(prefix[:-1], scheme.name, module._hijack.names)
-    weight = state_dict[prefix + "weight"]
+    key = prefix + "weight" if claim is None else claim.keys["weight"]
+    weight = state_dict.get(key)
+    if weight is None:
+        return dict(state_dict)
     dense = weight.dtype in DENSE_DTYPES and weight.dtype != module.weight.dtype
     if claim is None or dense:
-        used = {prefix + "weight"}
+        used = {key}
         made = quantize_weight(scheme, weight, module._hijack.options, where)
     else:
+        claim = claim.cropped(module._hijack.shape)
         used = set(claim.keys.values())
         answer = default_registry().create_params(module, scheme, prefix, state_dict)
         made = answer or scheme.decode(claim, state_dict)

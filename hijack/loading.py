@@ -51,7 +51,13 @@ class LoadReport:
         )
 
 
-def load(model: nn.Module, source: Source, strict: bool = True) -> LoadReport:
+def load(
+    model: nn.Module,
+    source: Source,
+    strict: bool = True,
+    *,
+    assume: Sequence[str] = (),
+) -> LoadReport:
     """Load a checkpoint, wrapping the layers that are quantized in it.
 
     Tensors are taken as they are in the file (mapped, not copied), keep their dtypes,
@@ -62,20 +68,27 @@ def load(model: nn.Module, source: Source, strict: bool = True) -> LoadReport:
         model: any module, dense, wrapped or on the meta device.
         source: a safetensors file, an index file, a list of shards, or a state dict.
         strict: whether missing and unexpected keys are errors.
+        assume: how to read what the file does not tell, as for `identify`.
 
     Returns:
         Which layer was read by which scheme, and what was left over.
 
     Raises:
         HeaderError: if a file is malformed.
-        AmbiguousError: if several schemes claim a layer equally.
+        AmbiguousError: if a layer may be read in several ways.
         UnconsumedScaleError: if a scale belongs to no claimed layer.
         ShapeError: if tensors do not fit the model or each other.
         CheckpointError: if keys are missing or unexpected, and ``strict``.
     """
     header, tensors = _open(source)
-    found = identify(header)
+    found = identify(header, assume=assume)
     claims = found.claims()
+    for layer, other in found.foreign.items():
+        raise CheckpointError(
+            f"{header.source}: {layer}: is in the format {other.format}, expected one "
+            "that a registered scheme reads; install a plugin for it, or see "
+            "`hijack identify`"
+        )
     if found.orphans:
         raise UnconsumedScaleError(
             f"{header.source}: no scheme reads {', '.join(found.orphans[:3])}"
@@ -173,8 +186,9 @@ class _Plan:
                 continue  # among the unexpected keys, which strict refuses
             scheme = registry.get(claim.scheme)
             _check_target(module, scheme, name)
-            made = scheme.decode(claim, self.tensors)
-            check_shape(scheme, made, _weight_shape(module), name)
+            shape = _weight_shape(module)
+            made = scheme.decode(claim.cropped(shape), self.tensors)
+            check_shape(scheme, made, shape, name)
             self.made[name] = made
 
     def _check_keys(self, strict: bool) -> None:

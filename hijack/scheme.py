@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hijack.checkpoint.claim import Claim
+from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.errors import CheckpointError, HijackError, SchemeError
@@ -32,12 +32,14 @@ class Scheme(abc.ABC):
         name: unique among registered schemes; letters, digits and underscores.
         targets: module types whose ``weight`` this scheme may quantize.
         dialects: spellings of the scheme in files; the first one is written by default.
+        native: the dialect whose keys are the scheme's own names.
         origin: where the scheme was registered from; set by the registry.
     """
 
     name: ClassVar[str]
     targets: tuple[type[nn.Module], ...] = (nn.Linear,)
     dialects: tuple[Dialect, ...] = ()
+    native: Dialect = NATIVE
     origin: str = ""
 
     @abc.abstractmethod
@@ -135,28 +137,42 @@ class Scheme(abc.ABC):
         return None
 
     def match(self, header: Header) -> Iterable[Claim]:
-        """Claim the layers of a checkpoint that this scheme can read."""
-        for layer in header.layers():
-            claim = self.recognise(header, layer)
-            if claim is not None:
-                yield claim
+        """Claim the layers of a checkpoint that this scheme can read.
+
+        Of a layer that may be read in several ways, all of which are guesses, every
+        one is claimed.
+        """
+        dialects: dict[str, dict[Dialect, None]] = {}
+        for dialect in self.all_dialects():
+            for layer in dialect.layers(header):
+                dialects.setdefault(layer, {})[dialect] = None
+        for layer, asked in dialects.items():
+            yield from self._best_claims(header, layer, asked)
 
     # -- services ----------------------------------------------------------------------
 
     def recognise(self, header: Header, layer: str) -> Claim | None:
-        """The best founded claim of any of the scheme's dialects to one layer."""
-        if join(layer, "weight") not in header.tensors:
+        """The best founded claim of any of the scheme's dialects to one layer.
+
+        A layer that can only be guessed at is not claimed.
+        """
+        claims = self._best_claims(header, layer, self.all_dialects())
+        if not claims or claims[0].certainty is Certainty.GUESS:
             return None
-        claims = (d.recognise(self, header, layer) for d in self.all_dialects())
-        return max(
-            (claim for claim in claims if claim is not None),
-            key=lambda claim: claim.certainty,
-            default=None,
-        )
+        return claims[0]
+
+    def _best_claims(
+        self, header: Header, layer: str, dialects: Iterable[Dialect]
+    ) -> list[Claim]:
+        """The best founded claim; all there are if they are guesses."""
+        claims = [c for d in dialects for c in d.readings(self, header, layer)]
+        best = max(claims, key=lambda claim: claim.certainty, default=None)
+        guessed = best is not None and best.certainty is Certainty.GUESS
+        return claims if guessed or best is None else [best]
 
     def all_dialects(self) -> tuple[Dialect, ...]:
         """The declared dialects, and the native one last."""
-        return (*self.dialects, NATIVE)
+        return (*self.dialects, self.native)
 
     def dialect(self, name: str | None = None) -> Dialect:
         """The dialect of that name; without a name, the one written by default."""

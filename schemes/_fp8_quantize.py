@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hijack.errors import NonFiniteError
-from schemes._fp8_files import matrix_shape
+from schemes._fp8_blocks import matrix_shape
 
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8

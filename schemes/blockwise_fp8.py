@@ -24,7 +24,6 @@ References: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3; musubi
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,8 +33,6 @@ from torch import Tensor, nn
 
 import hijack
 import hijack.hosts
-from hijack.checkpoint.claim import Claim
-from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.errors import (
     CheckpointError,
     DTypeError,
@@ -43,19 +40,19 @@ from hijack.errors import (
     ShapeError,
 )
 from schemes import _fp8_decode, _fp8_quantize
-from schemes._fp8_files import (
+from schemes._fp8_blocks import (
     FP8_DTYPES,
     POWER_DTYPES,
     SCALE_DTYPES,
     BlockSize,
-    MusubiDialect,
     as_grid,
     block_size_of,
+    check_scales,
     decode_scale,
-    infer_block_size,
     matrix_shape,
     parse_block_size,
 )
+from schemes._fp8_dialects import DIALECTS, NATIVE
 
 # -- the scheme ----------------------------------------------------------------------
 
@@ -65,7 +62,8 @@ class BlockwiseFP8(hijack.Scheme):
 
     name = "blockwise_fp8"
     targets = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
-    dialects = (MusubiDialect(),)
+    dialects = DIALECTS
+    native = NATIVE
 
     def quantize(  # type: ignore[override]
         self,
@@ -154,7 +152,11 @@ class BlockwiseFP8(hijack.Scheme):
         return None
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
-        """Refuse dtypes the scheme has not, and scales that do not cover the weight."""
+        """Refuse dtypes the scheme has not, and scales that cannot be.
+
+        A scale must cover the weight and be positive and finite; zero is allowed where
+        all codes of the block are.
+        """
         if qdata.dtype not in FP8_DTYPES:
             raise DTypeError(
                 f"{where}: weight is {qdata.dtype}, expected {_names(FP8_DTYPES)}"
@@ -168,51 +170,11 @@ class BlockwiseFP8(hijack.Scheme):
                 f"{_names((*SCALE_DTYPES, *POWER_DTYPES))}"
             )
         try:
-            block_size_of(qdata, params)
+            size = block_size_of(qdata, params)
         except ShapeError as error:
             raise ShapeError(f"{where}: {error}") from error
-
-    # -- checkpoints ------------------------------------------------------------------
-
-    def fitting_params(
-        self, header: Header, layer: str, weight: TensorInfo
-    ) -> tuple[str, ...] | None:
-        """FP8 with a ``weight_scale`` that covers it, of any block size.
-
-        Layers that ComfyUI's own ``comfy_quant`` marks are left to their owner, and
-        power-of-two scales to a marker: their order in the file is not known without.
-        """
-        scale = header.tensors.get(join(layer, "weight_scale"))
-        if weight.torch_dtype not in FP8_DTYPES or scale is None:
-            return None
-        if join(layer, "comfy_quant") in header.tensors:
-            return None
-        marker = header.tensors.get(join(layer, "weight_block_size"))
-        try:
-            infer_block_size(
-                weight.shape, scale.shape, marker.shape if marker else None
-            )
-        except ShapeError:
-            return None
-        if scale.torch_dtype not in SCALE_DTYPES:
-            return None
-        return ("weight_scale", "weight_block_size")[: 1 if marker is None else 2]
-
-    def recognise(self, header: Header, layer: str) -> Claim | None:
-        """The best claim to one layer, with its block size."""
-        claim = super().recognise(header, layer)
-        if claim is None or claim.block_size is not None:
-            return claim
-        weight = header.tensors[claim.keys["weight"]]
-        scale = header.tensors[claim.keys["weight_scale"]]
-        marker = header.tensors.get(claim.keys.get("weight_block_size", ""))
-        try:
-            size = infer_block_size(
-                weight.shape, scale.shape, marker.shape if marker else None
-            )
-        except ShapeError:
-            return claim
-        return dataclasses.replace(claim, block_size=size)
+        if not scale.is_meta and not qdata.is_meta:
+            check_scales(qdata, scale, size, where)
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -313,9 +313,10 @@ class ForgetsItself(Good):
 class ClaimsAll(Good):
     """Claims every layer there is."""
 
-    def recognise(self, header, layer):
-        claim = super().recognise(header, layer)
-        return claim or native_claim(layer, self.name, ())
+    def match(self, header):
+        for layer in header.layers():
+            claim = self.recognise(header, layer)
+            yield claim or native_claim(layer, self.name, ())
 
 
 class ClaimsNone(Good):

@@ -115,20 +115,21 @@ def test_a_grid_that_does_not_divide_is_not_claimed():
     assert found.unscaled == ("x",)
 
 
-def test_layers_of_comfyui_are_named_and_left_alone():
-    """A comfy_quant marker belongs to ComfyUI, and its scales are no orphans."""
-    marker = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+def test_layers_in_formats_without_a_scheme_are_named():
+    """ComfyUI's int8 is none of ours; its scales are no orphans, nor is it clear."""
+    marker = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
     found = identify(
         header(
-            n__weight=torch.ones(4, 4).to(FP8),
+            n__weight=torch.ones(4, 4, dtype=torch.int8),
             n__weight_scale=torch.tensor(1.0),
             n__input_scale=torch.tensor(1.0),
             n__comfy_quant=marker,
         )
     )
-    assert found.native == ("n",)
-    assert found.layers == {}
-    assert found.orphans == ()
+    assert found.foreign["n"].format == "comfy_quant int8_tensorwise"
+    assert (found.layers, found.orphans, found.clear) == ({}, (), False)
+    assert "comfy_quant int8_tensorwise" in found.as_table()
+    assert "n.weight" in json.loads(found.to_json())["foreign"]["n"]["keys"]
 
 
 def test_scales_of_nobody_are_orphans_and_plain_casts_are_not():

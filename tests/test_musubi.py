@@ -179,13 +179,15 @@ def test_weights_that_are_not_fp8_are_not_claimed():
 
 @pytest.mark.parametrize("marker", ["scaled_fp8", "a.scaled_fp8", "a.b.comfy_quant"])
 def test_comfyuis_own_scalars_are_left_to_it(marker):
-    """With ComfyUI's marker, only blocks are claimed, which it cannot read."""
-    extra = {marker: torch.zeros(0, dtype=torch.uint8)}
-    assert claim_of({**tensors(torch.rand(())), **extra}) is None
-    assert claim_of({**tensors(torch.rand(6, 1)), **extra}) is None
-    assert claim_of({**tensors(torch.rand(6, 2, 1)), **extra}) is not None
+    """With ComfyUI's marker, only blocks are musubi's, which ComfyUI cannot read."""
+    extra = {marker: torch.zeros(0, dtype=E4M3 if "scaled" in marker else torch.uint8)}
+    for scale in (torch.rand(()), torch.rand(6, 1)):
+        claim = claim_of({**tensors(scale), **extra})
+        assert claim is None or claim.dialect == "scaled_fp8"
+    claim = claim_of({**tensors(torch.rand(6, 2, 1)), **extra})
+    assert claim is not None
     elsewhere = {"z.scaled_fp8": torch.zeros(0)}
-    assert claim_of({**tensors(torch.rand(())), **elsewhere}) is not None
+    assert claim_of({**tensors(torch.rand(())), **elsewhere}).dialect == "musubi"
 
 
 def test_the_key_that_is_replaced_twice():

@@ -53,6 +53,12 @@ class Claim:
     shape: tuple[int, int] | None = None
     unused: tuple[str, ...] = ()
 
+    def cropped(self, shape: tuple[int, ...]) -> Claim:
+        """The claim with the shape of the layer's own weight, if the file pads it."""
+        if self.padded is None or len(shape) != 2:
+            return self
+        return dataclasses.replace(self, shape=(shape[0], shape[1]))
+
     def reading(self) -> tuple[object, ...]:
         """What two claims must share to decode a layer to the same weight."""
         return self.scheme, self.dialect, self.block_size

@@ -237,13 +237,14 @@ def native_claim(
     names: Iterable[str],
     block_size: Sequence[int] | None = None,
     *,
-    marked: bool = False,
+    certainty: Certainty = Certainty.FITS,
 ) -> Claim:
     """A claim to a layer whose keys are the scheme's own names."""
     keys = {name: join(layer, name) for name in ("weight", *names)}
-    evidence = f"metadata names {scheme}" if marked else "dtypes and shapes fit"
+    evidence = "dtypes and shapes fit"
+    if certainty is Certainty.MARKED:
+        evidence = f"metadata names {scheme}"
     block = None if block_size is None else (int(block_size[0]), int(block_size[1]))
-    certainty = Certainty.MARKED if marked else Certainty.FITS
     return Claim(layer, scheme, Dialect.name, keys, block, certainty, (evidence,))
 
 
@@ -302,5 +303,5 @@ def _marked_claim(scheme: Scheme, layer: str, marker: Mapping[str, Any]) -> Clai
         scheme.name,
         marker.get("params", ()),
         marker.get("block_size"),
-        marked=True,
+        certainty=Certainty.MARKED,
     )

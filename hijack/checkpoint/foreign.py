@@ -1,17 +1,17 @@
 """Formats hijack can name and not read: told by keys, dtypes, shapes and markers.
 
-They are listed so that `identify` can say what a file is. A plugin with a scheme for one
-of them claims its layers before this table is asked.
+They are listed so that `identify` can say what a file is. A plugin with a scheme for
+one of them claims its layers before this table is asked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import functools
 from collections.abc import Callable, Collection, Mapping
 
 from hijack.checkpoint.dialect import Row
-from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
 
 #: ComfyUI's marker of one layer: JSON in a tensor of bytes.
 LAYER_MARKER = "comfy_quant"
@@ -68,12 +68,12 @@ def comfy_marker(header: Header, layer: str) -> Mapping[str, object] | None:
 def comfy_layers(header: Header) -> Mapping[str, Mapping[str, object]]:
     """What the header's metadata says in ComfyUI's manner, by layer."""
     text = header.metadata.get(FILE_MARKER)
-    if not text:
-        return {}
-    try:
-        layers = json.loads(text)["layers"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
+    return _parse_layers(text) if text else {}
+
+
+@functools.lru_cache(maxsize=4)
+def _parse_layers(text: str) -> Mapping[str, Mapping[str, object]]:
+    layers = parse_table(text).get("layers")
     if not isinstance(layers, dict):
         return {}
     return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
@@ -97,7 +97,7 @@ def find_foreign(header: Header, claimed: Collection[str]) -> dict[str, Foreign]
 
 
 def _groups(header: Header, claimed: Collection[str]) -> dict[str, Group]:
-    """Last parts of keys by layer; ``X.weight.absmax`` is the ``weight.absmax`` of X."""
+    """Last parts of keys by layer; ``X.weight.absmax`` is ``weight.absmax`` of X."""
     groups: dict[str, dict[str, TensorInfo]] = {}
     for key, info in header.tensors.items():
         layer, dot, rest = key.partition(".weight.")

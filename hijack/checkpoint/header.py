@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,15 @@ class Header:
         if not given and self.config is not None:
             given = self.config.get(CONFIG_KEY)
         return given if isinstance(given, dict) else {}
+
+    @functools.cached_property
+    def owners(self) -> Mapping[str, Sequence[str]]:
+        """Last part of a key to the layers with such a tensor, in file order."""
+        owners: dict[str, list[str]] = {}
+        for key in self.tensors:
+            layer, _, name = key.rpartition(".")
+            owners.setdefault(name, []).append(layer)
+        return owners
 
     def marker(self, key: str) -> Mapping[str, Any] | None:
         """The JSON table in a small tensor of bytes, as ComfyUI marks layers with.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import check_marker
+from hijack.checkpoint.foreign import Foreign, find_foreign
+from hijack.checkpoint.gguf import read_gguf
 from hijack.checkpoint.header import Header, join
+from hijack.checkpoint.identification import Identification, words
 from hijack.checkpoint.marker import marked_layers
 from hijack.checkpoint.reader import Paths, read_header
-from hijack.checkpoint.text import block_text, table
-from hijack.errors import AmbiguousError, CheckpointError
+from hijack.errors import CheckpointError
 
 if TYPE_CHECKING:
     from hijack.registry import Registry
@@ -30,6 +31,8 @@ SCALE_NAMES = frozenset(
         "qscale_weight",
         "scale_input",
         "input_scale",
+        "activation_scale",
+        "_weight_scale",
     }
 )
 #: Dtypes that are codes of something, whatever their layer holds.
@@ -38,173 +41,53 @@ CODE_DTYPES = frozenset(
 )
 #: Dtypes of weights that are what they say, whatever a marker says of them.
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
-#: Keys by which ComfyUI marks layers it reads itself.
-NATIVE_MARKER = "comfy_quant"
-
-
-@dataclasses.dataclass(frozen=True)
-class Identification:
-    """What `identify` found.
-
-    Attributes:
-        source: what the checkpoint is called.
-        tensors: number of tensors in it.
-        layers: layer to the best founded claim to it.
-        ambiguous: layer to the claims of different schemes that are founded equally.
-        native: layers that ComfyUI's own marker claims.
-        orphans: keys of scales that no claimed or native layer owns.
-        unscaled: layers whose weight is codes without any scale: plain casts, or codes
-            that nobody knows.
-        contradictions: layer to what its tensors have against the metadata.
-        unknown: layer to the scheme its metadata names, which is not registered.
-    """
-
-    source: str
-    tensors: int
-    layers: Mapping[str, Claim]
-    ambiguous: Mapping[str, tuple[Claim, ...]] = dataclasses.field(default_factory=dict)
-    native: tuple[str, ...] = ()
-    orphans: tuple[str, ...] = ()
-    unscaled: tuple[str, ...] = ()
-    contradictions: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
-
-    @property
-    def clear(self) -> bool:
-        """Whether nothing stands against reading the checkpoint."""
-        return not (
-            self.ambiguous or self.orphans or self.contradictions or self.unknown
-        )
-
-    def claims(self) -> dict[str, Claim]:
-        """The claim to each layer.
-
-        Raises:
-            AmbiguousError: naming a layer that several schemes claim equally.
-            CheckpointError: naming a layer whose tensors contradict its metadata.
-        """
-        for layer, reason in self.contradictions.items():
-            raise CheckpointError(
-                f"{self.source}: {layer}: metadata and tensors contradict each other; "
-                f"{reason}; get the file again, or quantize the original"
-            )
-        for layer, claims in self.ambiguous.items():
-            names = ", ".join(sorted({claim.scheme for claim in claims}))
-            raise AmbiguousError(
-                f"{self.source}: {layer}: claimed equally by {names}; expected one "
-                "scheme; disable the others with HIJACK_DISABLE"
-            )
-        return dict(self.layers)
-
-    def groups(self) -> list[tuple[str, str, str, int]]:
-        """Scheme, dialect, block size and number of layers of each kind."""
-        kinds = Counter(
-            (claim.scheme, claim.dialect, block_text(claim.block_size))
-            for claim in self.layers.values()
-        )
-        return [(*kind, count) for kind, count in sorted(kinds.items())]
-
-    def as_table(self, *, verbose: bool = False) -> str:
-        """Everything found, for people to read.
-
-        Args:
-            verbose: whether to name every layer, with the evidence.
-        """
-        lines = [f"{self.source}: {self.tensors} tensors"]
-        rows = [[s, d, b, str(n)] for s, d, b, n in self.groups()]
-        if rows:
-            lines.append(table(["scheme", "dialect", "block", "layers"], rows))
-        else:
-            lines.append("no layer is claimed by a scheme")
-        if verbose and rows:
-            rows = [
-                [name, c.scheme, block_text(c.block_size), "; ".join(c.evidence)]
-                for name, c in self.layers.items()
-            ]
-            lines.append(table(["layer", "scheme", "block", "evidence"], rows))
-        return "\n".join([*lines, *self._notes()])
-
-    def _notes(self) -> Iterator[str]:
-        """One line for each thing that is not a plain claim."""
-        if self.native:
-            yield f"{len(self.native)} layers are marked for ComfyUI's own reader"
-        if self.unscaled:
-            yield (
-                f"{len(self.unscaled)} layers hold codes that no scheme reads, such as "
-                f"{self.unscaled[0]}"
-            )
-        for layer, claims in self.ambiguous.items():
-            names = ", ".join(claim.scheme for claim in claims)
-            yield f"ambiguous: {layer}: claimed equally by {names}"
-        for layer, reason in self.contradictions.items():
-            yield f"contradiction: {layer}: {reason}"
-        for scheme, count in sorted(Counter(self.unknown.values()).items()):
-            yield f"unknown: {count} layers are {scheme}, which is not registered"
-        for key in self.orphans:
-            yield f"orphan: {key}: a scale that no scheme reads"
-
-    def to_json(self) -> str:
-        """Everything found, as JSON."""
-        return json.dumps(
-            {
-                "source": self.source,
-                "tensors": self.tensors,
-                "layers": {name: _claim_json(c) for name, c in self.layers.items()},
-                "ambiguous": {
-                    name: [_claim_json(c) for c in claims]
-                    for name, claims in self.ambiguous.items()
-                },
-                "native": list(self.native),
-                "orphans": list(self.orphans),
-                "unscaled": list(self.unscaled),
-                "contradictions": dict(self.contradictions),
-                "unknown": dict(self.unknown),
-            },
-            indent=1,
-        )
 
 
 def identify(
-    source: Paths | Header, registry: Registry | None = None
+    source: Paths | Header,
+    registry: Registry | None = None,
+    *,
+    assume: Sequence[str] = (),
 ) -> Identification:
     """Find out from the header alone which scheme reads which layer.
 
     Args:
         source: a path, a list of shards, or a header already read.
         registry: whose schemes are asked; default is the default registry.
+        assume: names of schemes or dialects, or block sizes such as ``"128x128"``, to
+            choose by where the file does not tell. They change nothing elsewhere.
 
     Returns:
         Claims with their evidence, and what nobody claims.
 
     Raises:
         HeaderError: if a file is malformed.
+        CheckpointError: if an assumption has nothing to choose.
     """
     from hijack.registry import default_registry
 
+    if isinstance(source, str | os.PathLike) and (gguf := read_gguf(source)):
+        return Identification(str(source), gguf.tensors, {}, container=str(gguf))
     header = source if isinstance(source, Header) else read_header(source)
     registry = default_registry() if registry is None else registry
     claims = registry.identify(header)
     layers, ambiguous = _weigh(claims)
-    weights = {layer: join(layer, "weight") for layer in header.layers()}
+    layers, ambiguous = _assume(header.source, layers, ambiguous, assume)
     contradictions, unknown = _doubt(header, registry, layers)
-    native = tuple(n for n in weights if join(n, NATIVE_MARKER) in header.tensors)
-    claimed = layers.keys() | ambiguous.keys()
+    known = {*layers, *ambiguous, *contradictions, *unknown}
+    foreign = find_foreign(header, known)
+    unscaled = _unscaled(header, known.union(foreign))
     return Identification(
         source=header.source,
         tensors=len(header.tensors),
         layers=layers,
         ambiguous=ambiguous,
-        native=native,
-        orphans=_orphans(header, claims, set(native)),
-        unscaled=tuple(
-            layer
-            for layer, key in weights.items()
-            if header.tensors[key].dtype in CODE_DTYPES
-            and layer not in claimed
-            and layer not in native
-        ),
+        foreign=foreign,
+        orphans=_orphans(header, claims, foreign, unscaled),
+        unscaled=unscaled,
         contradictions=contradictions,
         unknown=unknown,
+        infos=header.tensors,
     )
 
 
@@ -220,11 +103,51 @@ def _weigh(
     for layer, rivals in by_layer.items():
         best = max(claim.certainty for claim in rivals)
         top = [claim for claim in rivals if claim.certainty == best]
-        if len({claim.scheme for claim in top}) > 1:
+        if best is Certainty.GUESS or len({claim.scheme for claim in top}) > 1:
             ambiguous[layer] = tuple(top)
         else:
             layers[layer] = top[0]
     return layers, ambiguous
+
+
+def _assume(
+    source: str,
+    layers: dict[str, Claim],
+    ambiguous: dict[str, tuple[Claim, ...]],
+    assume: Sequence[str],
+) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
+    """Choose among the claims to a layer by what the user says of the file."""
+    given = [assume] if isinstance(assume, str) else list(assume)
+    useless = set(given)
+    left: dict[str, tuple[Claim, ...]] = {}
+    for layer, claims in ambiguous.items():
+        rest = claims
+        for word in given:
+            chosen = tuple(claim for claim in rest if word in words(claim))
+            if chosen:
+                useless.discard(word)
+                rest = chosen
+        if (
+            len({claim.reading() for claim in rest}) == 1
+            and given
+            and _said(rest, given)
+        ):
+            said = f"assumed: {', '.join(given)}"
+            evidence = (*rest[0].evidence, said)
+            layers[layer] = dataclasses.replace(rest[0], evidence=evidence)
+        else:
+            left[layer] = rest
+    if useless:
+        raise CheckpointError(
+            f"assume: {sorted(useless)[0]!r} chooses nothing in {source}; expected the "
+            "name of a scheme or dialect, or a block size, that a layer is ambiguous "
+            "about; see `hijack identify`"
+        )
+    return layers, left
+
+
+def _said(claims: Sequence[Claim], given: Iterable[str]) -> bool:
+    return any(word in words(claims[0]) for word in given)
 
 
 def _doubt(
@@ -260,29 +183,30 @@ def _holds_codes(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:
     )
 
 
+def _unscaled(header: Header, known: set[str]) -> tuple[str, ...]:
+    """Layers whose weight is codes that nobody has anything to say about."""
+    return tuple(
+        layer
+        for layer in header.owners.get("weight", ())
+        if header.tensors[join(layer, "weight")].dtype in CODE_DTYPES
+        and layer not in known
+    )
+
+
 def _orphans(
-    header: Header, claims: Iterable[Claim], native: set[str]
+    header: Header,
+    claims: Iterable[Claim],
+    foreign: Mapping[str, Foreign],
+    unscaled: Iterable[str],
 ) -> tuple[str, ...]:
-    """Scales of no layer that anybody reads; activations' scales may go unused."""
+    """Scales that nobody reads, also those of names nobody knows beside codes."""
     used = {key for claim in claims for key in claim.keys.values()}
-    claimed = {claim.layer for claim in claims}
+    used |= {key for found in foreign.values() for key in found.keys}
+    lone = set(unscaled)
     found = []
     for key in header.tensors:
         layer, _, name = key.rpartition(".")
-        if name not in SCALE_NAMES or key in used or layer in native:
-            continue
-        if layer in claimed and "input" in name:
-            continue
-        found.append(key)
+        odd = layer in lone and "scale" in name
+        if (odd or name in SCALE_NAMES) and key not in used:
+            found.append(key)
     return tuple(found)
-
-
-def _claim_json(claim: Claim) -> dict[str, Any]:
-    return {
-        "scheme": claim.scheme,
-        "dialect": claim.dialect,
-        "block_size": claim.block_size,
-        "certainty": claim.certainty.name.lower(),
-        "keys": dict(claim.keys),
-        "evidence": list(claim.evidence),
-    }

@@ -255,7 +255,7 @@ def _refuse_same_file(src: Paths, header: Header, dst: Path) -> None:
 
 def _refuse_quantized(header: Header) -> None:
     found = identify(header)
-    claimed = [*found.layers, *found.ambiguous, *found.native]
+    claimed = [*found.layers, *found.ambiguous, *found.foreign]
     if claimed or found.orphans:
         first = claimed[0] if claimed else found.orphans[0]
         raise CheckpointError(

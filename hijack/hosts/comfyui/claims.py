@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import logging
-import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from hijack.checkpoint.claim import Claim
 from hijack.checkpoint.header import Header, join
-from hijack.checkpoint.identify import SCALE_NAMES, Identification, identify
+from hijack.checkpoint.identification import Identification
+from hijack.checkpoint.identify import SCALE_NAMES, identify
 from hijack.checkpoint.marker import METADATA_KEY, write_marker
 from hijack.errors import HijackError, UnconsumedScaleError
 from hijack.hosts.comfyui import markers, tags
@@ -135,15 +135,15 @@ def _claims(
 ) -> dict[str, Claim]:
     """The claim to each layer that is not ComfyUI's own."""
     metadata = {**(_renamed(metadata, tensors) or {}), **tags.metadata_of(tensors)}
-    found = identify(Header.from_state_dict(tensors, metadata), registry)
-    claims = {
-        layer: claim
-        for layer, claim in found.claims().items()
-        if not markers.native(tensors, layer)
-    }
+    header = Header.from_state_dict(tensors, metadata)
+    found = identify(header, registry)
+    every = found.claims()
+    claims = {la: c for la, c in every.items() if not markers.native(header, la)}
+    if claims and not markers.reads_layers():
+        claims = every  # it cannot have layers of its own kind beside ours
     if claims:
-        _check_native(found)
-    orphans = _orphans(found, tensors)
+        _check_foreign(found, header)
+    orphans = _orphans(found, header)
     if orphans and not claims:
         log.warning(
             "hijack: no scheme reads %s and %d more scales; ComfyUI may ignore them "
@@ -212,32 +212,26 @@ def _unusual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found if coded else {}
 
 
-def _check_native(found: Identification) -> None:
-    """Refuse layers of ComfyUI's own format beside ours where it cannot read them."""
-    utils = sys.modules.get("comfy.utils")  # the two came in one release
-    if found.native and utils is not None and not hasattr(utils, "convert_old_quants"):
+def _check_foreign(found: Identification, header: Header) -> None:
+    """Refuse layers beside ours that neither a scheme nor this ComfyUI reads."""
+    for layer, other in found.foreign.items():
+        if markers.reads_layers() and markers.native(header, layer):
+            continue
         raise HijackError(
-            f"{found.native[0]}: is marked for ComfyUI's own reader, as "
-            f"{len(found.native)} layers are, and {len(found.layers)} are read by "
-            f"{next(iter(found.layers.values())).scheme}; this ComfyUI cannot read its "
-            "own kind; use 0.4 or later, or quantize the original with one scheme"
+            f"{layer}: is in the format {other.format}, as {len(found.foreign)} layers "
+            f"are, and {len(found.layers)} are read by "
+            f"{next(iter(found.layers.values())).scheme}; this ComfyUI cannot read "
+            "both; use a later one, or quantize the original with one scheme"
         )
 
 
-def _orphans(found: Identification, tensors: Mapping[str, Tensor]) -> list[str]:
-    """Scales that nobody consumes, also those of names nobody knows beside codes."""
-    unscaled = {layer for layer in found.unscaled if not markers.native(tensors, layer)}
-    strange = [
-        key
-        for key in tensors
-        if key.rpartition(".")[0] in unscaled and "scale" in key.rpartition(".")[2]
-    ]
-    orphans = [
+def _orphans(found: Identification, header: Header) -> list[str]:
+    """Scales that neither a scheme nor ComfyUI consumes."""
+    return sorted(
         key
         for key in found.orphans
-        if not markers.native(tensors, key.rpartition(".")[0])
-    ]
-    return sorted({*orphans, *strange})
+        if not markers.native(header, key.rpartition(".")[0])
+    )
 
 
 def _encode(registry: Registry, claim: Claim, tensors: Mapping[str, Tensor]) -> Coded:

@@ -1,24 +1,26 @@
 """ComfyUI's own markers of quantized layers, and where they cannot be true.
 
-ComfyUI reads one FP8 format: a Linear with one scale. A file in another format that
-carries its marker anyway (people add it to make a file load) is ours to read. From 0.4
+Of FP8, ComfyUI reads a Linear with one scale, and MXFP8 in later releases. A file in
+another format that carries its marker anyway (people add it to make a file load, and
+other programs have formats of their own) is ours to read. From 0.4
 on ComfyUI has by then rewritten all keys of such a file, which is undone here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.header import join
+from hijack.checkpoint.foreign import LAYER_MARKER, comfy_marker
+from hijack.checkpoint.header import Header, join
 
-#: The marker of a whole file, up to 0.3, and of one layer, from 0.4 on.
+#: The marker of a whole file, up to 0.3; from 0.4 on each layer has one.
 FILE_MARKER = "scaled_fp8"
-LAYER_MARKER = "comfy_quant"
 #: How files with the old marker spell scales, and what ComfyUI renames them to.
 RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FORMATS = {
@@ -55,12 +57,36 @@ def read_through(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def native(tensors: Mapping[str, Tensor], layer: str) -> bool:
-    """Whether one of ComfyUI's own markers says that it reads the layer."""
+def native(header: Header, layer: str) -> bool:
+    """Whether one of ComfyUI's own markers is there, and this release reads it.
+
+    Other programs mark layers the same way, with formats no release knows.
+    """
+    marker = comfy_marker(header, layer)
+    if marker is not None:
+        apart = join(layer, LAYER_MARKER) in header.tensors
+        readable = reads_layers() or not apart
+        return readable and marker.get("format") in _formats()
     parts = layer.split(".")
-    return join(layer, LAYER_MARKER) in tensors or any(
-        join(".".join(parts[:n]), FILE_MARKER) in tensors for n in range(len(parts))
+    return any(
+        join(".".join(parts[:n]), FILE_MARKER) in header.tensors
+        for n in range(len(parts))
     )
+
+
+def reads_layers() -> bool:
+    """Whether this release reads a marker in each layer, and leaves others to us."""
+    utils = sys.modules.get("comfy.utils")  # none in a test of this file alone
+    return utils is None or hasattr(utils, "convert_old_quants")
+
+
+def _formats() -> Collection[str]:
+    """The formats this release reads."""
+    if "comfy.utils" not in sys.modules:
+        return FORMATS
+    quant_ops = sys.modules.get("comfy.quant_ops")
+    known: Collection[str] = getattr(quant_ops, "QUANT_ALGOS", ())
+    return known
 
 
 def _contradicts(tensors: Mapping[str, Tensor], layer: str) -> bool:

@@ -297,7 +297,7 @@ def _file_tensor(header: Header, key: str) -> Lazy:
 
 def _refuse_quantized(header: Header) -> None:
     found = identify(header)
-    if found.layers or found.native or found.orphans or found.unscaled:
+    if found.layers or found.foreign or found.orphans or found.unscaled:
         raise CheckpointError(
             f"{header.source}: is quantized already; expected dense weights; load it "
             "with the Load Diffusion Model node, which hijack extends"

@@ -1,0 +1,221 @@
+"""What was found out about a checkpoint, for programs and for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from hijack.checkpoint.claim import Claim
+from hijack.checkpoint.foreign import Foreign
+from hijack.checkpoint.header import TensorInfo
+from hijack.checkpoint.text import block_text, table
+from hijack.errors import AmbiguousError, CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Identification:
+    """What `identify` found.
+
+    Attributes:
+        source: what the checkpoint is called.
+        tensors: number of tensors in it.
+        layers: layer to the best founded claim to it.
+        ambiguous: layer to the claims of which one must be assumed.
+        foreign: layer to the format it is in, which no registered scheme reads.
+        orphans: keys of scales that nobody reads.
+        unscaled: layers whose weight is codes without any scale: plain casts, or codes
+            that nobody knows.
+        contradictions: layer to what its tensors have against the metadata.
+        unknown: layer to the scheme its metadata names, which is not registered.
+        container: what the file is instead of safetensors, such as GGUF; else "".
+        infos: key to dtype and shape of every tensor.
+    """
+
+    source: str
+    tensors: int
+    layers: Mapping[str, Claim]
+    ambiguous: Mapping[str, tuple[Claim, ...]] = dataclasses.field(default_factory=dict)
+    foreign: Mapping[str, Foreign] = dataclasses.field(default_factory=dict)
+    orphans: tuple[str, ...] = ()
+    unscaled: tuple[str, ...] = ()
+    contradictions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    container: str = ""
+    infos: Mapping[str, TensorInfo] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    @property
+    def clear(self) -> bool:
+        """Whether nothing stands against reading the checkpoint."""
+        return not (
+            self.ambiguous
+            or self.foreign
+            or self.orphans
+            or self.contradictions
+            or self.unknown
+            or self.container
+        )
+
+    def claims(self) -> dict[str, Claim]:
+        """The claim to each layer.
+
+        Raises:
+            AmbiguousError: naming a layer that may be read in several ways, with them.
+            CheckpointError: naming a layer whose tensors contradict its metadata, or
+                what the file is if it holds none.
+        """
+        if self.container:
+            raise CheckpointError(
+                f"{self.source}: is {self.container}, expected safetensors"
+            )
+        for layer, reason in self.contradictions.items():
+            raise CheckpointError(
+                f"{self.source}: {layer}: metadata and tensors contradict each other; "
+                f"{reason}; get the file again, or quantize the original"
+            )
+        for layer, claims in self.ambiguous.items():
+            raise AmbiguousError(f"{self.source}: {layer}: {_choice(claims)}")
+        return dict(self.layers)
+
+    def groups(self) -> list[tuple[str, str, str, int]]:
+        """Scheme, dialect, block size and number of layers of each kind."""
+        kinds = Counter(
+            (claim.scheme, claim.dialect, block_text(claim.block_size))
+            for claim in self.layers.values()
+        )
+        return [(*kind, count) for kind, count in sorted(kinds.items())]
+
+    # -- for people --------------------------------------------------------------------
+
+    def as_table(self, *, verbose: bool = False) -> str:
+        """Everything found, for people to read.
+
+        Args:
+            verbose: whether to name every layer, with the evidence.
+        """
+        lines = [f"{self.source}: {self.tensors} tensors"]
+        rows = [[s, d, b, str(n)] for s, d, b, n in self.groups()]
+        formats = Counter(found.format for found in self.foreign.values())
+        rows += [["-", name, "-", str(n)] for name, n in sorted(formats.items())]
+        if rows:
+            lines.append(table(["scheme", "dialect", "block", "layers"], rows))
+        elif not self.container:
+            lines.append("no layer is claimed by a scheme")
+        if verbose and rows:
+            head = ["layer", "scheme", "dialect", "block", "evidence"]
+            lines.append(table(head, list(self._layer_rows())))
+        return "\n".join([*lines, *self._notes()])
+
+    def _layer_rows(self) -> Iterator[list[str]]:
+        for name, claim in self.layers.items():
+            block, seen = block_text(claim.block_size), "; ".join(claim.evidence)
+            yield [name, claim.scheme, claim.dialect, block, seen]
+        for name, found in self.foreign.items():
+            yield [name, "-", found.format, "-", found.evidence]
+
+    def _notes(self) -> Iterator[str]:
+        """One line for each thing that is not a plain claim."""
+        if self.container:
+            yield f"this is {self.container}"
+        if self.foreign:
+            first = next(iter(self.foreign))
+            yield f"unreadable: {len(self.foreign)} layers, such as {first}"
+        for layer, found in self.foreign.items():
+            if found.rivals:
+                yield f"ambiguous: {layer}: {' or '.join(found.rivals)}"
+        if self.unscaled:
+            yield (
+                f"{len(self.unscaled)} layers hold codes without a scale, plain casts "
+                f"or unknown, such as {self.unscaled[0]}"
+            )
+        for layer, claims in self.ambiguous.items():
+            yield f"ambiguous: {layer}: {_choice(claims)}"
+        for layer, reason in self.contradictions.items():
+            yield f"contradiction: {layer}: {reason}"
+        yield from self._misled()
+        for scheme, count in sorted(Counter(self.unknown.values()).items()):
+            yield f"unknown: {count} layers are {scheme}, which is not registered"
+        for key in self.orphans:
+            yield f"orphan: {key}: a scale that no scheme reads"
+
+    def _misled(self) -> Iterator[str]:
+        """Markers that the shapes prove wrong; layers are read by their shapes."""
+        wrong = [c for c in self.layers.values() if c.contradiction]
+        for claim in wrong[:3]:
+            block = block_text(claim.block_size)
+            yield f"wrong marker: {claim.contradiction}; read as {block}"
+        if len(wrong) > 3:
+            yield f"wrong marker: {len(wrong) - 3} more layers"
+
+    # -- for programs ------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """Everything found, as JSON."""
+        return json.dumps(
+            {
+                "source": self.source,
+                "container": self.container or "safetensors",
+                "clear": self.clear,
+                "tensors": self.tensors,
+                "layers": {name: self._claim(c) for name, c in self.layers.items()},
+                "ambiguous": {
+                    name: [self._claim(c) for c in claims]
+                    for name, claims in self.ambiguous.items()
+                },
+                "foreign": {
+                    name: dataclasses.asdict(found)
+                    for name, found in self.foreign.items()
+                },
+                "orphans": list(self.orphans),
+                "unscaled": list(self.unscaled),
+                "contradictions": dict(self.contradictions),
+                "unknown": dict(self.unknown),
+            },
+            indent=1,
+        )
+
+    def _claim(self, claim: Claim) -> dict[str, Any]:
+        infos = {role: self.infos.get(key) for role, key in claim.keys.items()}
+        return {
+            "scheme": claim.scheme,
+            "dialect": claim.dialect,
+            "block_size": claim.block_size,
+            "certainty": claim.certainty.name.lower(),
+            "keys": dict(claim.keys),
+            "tensors": {
+                role: {"dtype": info.dtype, "shape": list(info.shape)}
+                for role, info in infos.items()
+                if info is not None
+            },
+            "evidence": list(claim.evidence),
+            "contradiction": claim.contradiction,
+            "unused": list(claim.unused),
+        }
+
+
+def words(claim: Claim) -> tuple[str, ...]:
+    """What an assumption may call a claim: its scheme, dialect or block size."""
+    return claim.scheme, claim.dialect, block_text(claim.block_size)
+
+
+def _choice(claims: Iterable[Claim]) -> str:
+    """The ways to read a layer, and how to choose one."""
+    claims = list(claims)
+    if len({claim.scheme for claim in claims}) > 1:
+        names = ", ".join(sorted({claim.scheme for claim in claims}))
+        return (
+            f"claimed equally by {names}; expected one scheme; assume one of them, or "
+            "disable the others with HIJACK_DISABLE"
+        )
+    readings = [f"{c.dialect} {block_text(c.block_size)}" for c in claims]
+    differing = [sorted({texts[at] for texts in map(words, claims)}) for at in (1, 2)]
+    choices = [name for names in differing if len(names) > 1 for name in names]
+    first = (choices or [words(claims[0])[2]])[0]
+    return (
+        f"the file does not tell how to read it; it may be {' or '.join(readings)}; "
+        f"say which with assume, such as `hijack convert --assume {first}`"
+    )

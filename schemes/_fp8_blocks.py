@@ -1,0 +1,269 @@
+"""The blocks of an FP8 weight: their sizes, and the grid of scales over them.
+
+A weight is seen as (N, K), all but the first of its dimensions flattened. Blocks are
+(R, C); those at the right and lower edge may be short. A scale is a grid of
+(ceil(N/R), ceil(K/C)), whatever shape a file gives it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hijack.errors import CheckpointError, NonFiniteError, SchemeError, ShapeError
+
+BlockSize = int | str | tuple[int, int]
+Pair = tuple[int, int]
+
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_E8M0 = getattr(torch, "float8_e8m0fnu", None)
+#: Scales that are powers of two; uint8 holds the exponent's bits.
+POWER_DTYPES: tuple[torch.dtype, ...] = () if _E8M0 is None else (_E8M0, torch.uint8)
+
+# -- sizes ---------------------------------------------------------------------------
+
+
+def matrix_shape(shape: tuple[int, ...]) -> Pair:
+    """(N, K) of a weight's shape; all but the first dimension are flattened."""
+    n = shape[0] if shape else 1
+    k = 1
+    for size in shape[1:]:
+        k *= size
+    return n, k
+
+
+def parse_block_size(block_size: BlockSize, shape: Pair) -> Pair:
+    """A block size as (rows, cols), no larger than the weight.
+
+    Args:
+        block_size: (rows, cols), an int n for (1, n), ``"1x64"``, ``"row"`` or
+            ``"tensor"``.
+        shape: (N, K) of the weight.
+
+    Raises:
+        SchemeError: if it is none of these or not positive.
+    """
+    size: Any = block_size
+    if isinstance(size, str):
+        words = {"row": (1, shape[1]), "tensor": shape}
+        size = words.get(size) or tuple(map(_int_or_zero, size.lower().split("x")))
+    if isinstance(size, int):
+        size = (1, size)
+    numbers = isinstance(size, (list, tuple)) and all(type(n) is int for n in size)
+    if not numbers or len(size) != 2 or min(size) < 1:
+        raise SchemeError(
+            f"block_size: got {block_size!r}, expected (rows, cols) of positive ints, "
+            "an int n for (1, n), 'ROWSxCOLS', 'row' or 'tensor'"
+        )
+    return min(size[0], max(shape[0], 1)), min(size[1], max(shape[1], 1))
+
+
+def _int_or_zero(word: str) -> int:
+    return int(word) if word.isdecimal() else 0
+
+
+def grid_shape(shape: Pair, size: Pair) -> Pair:
+    """Rows and columns of the scales of (N, K) in blocks of (R, C)."""
+    return -(-shape[0] // size[0]), -(-shape[1] // size[1])
+
+
+def divides(shape: Pair, size: Pair) -> bool:
+    """Whether no block is short."""
+    return shape[0] % size[0] == 0 and shape[1] % size[1] == 0
+
+
+# -- what a scale says ---------------------------------------------------------------
+
+
+def grid_of(scale: tuple[int, ...], shape: Pair) -> Pair | None:
+    """The grid a stored scale is, or None if it cannot cover the weight.
+
+    One number is the scale of the whole; one dimension has a scale per row; three have
+    a trailing 1, as in musubi-tuner's (N, K/C, 1).
+
+    Args:
+        scale: shape of the scale as stored.
+        shape: (N, K) of the weight.
+    """
+    if all(size == 1 for size in scale):
+        return 1, 1
+    if len(scale) == 1:
+        rows, cols = scale[0], 1
+    elif len(scale) == 2 or (len(scale) == 3 and scale[2] == 1):
+        rows, cols = scale[0], scale[1]
+    else:
+        return None
+    one_each = len(scale) == 2 or rows == shape[0]
+    return (rows, cols) if 0 < rows <= shape[0] and cols > 0 and one_each else None
+
+
+def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
+    """The block sizes that a grid may be of, and whether there is no doubt.
+
+    A grid does not tell the block where blocks may be short: 192 rows in 2 blocks are
+    2 x 96 or 128 + 64. Writers take powers of two; so an exact division is sure if it
+    gives one, or if no power of two gives the same grid.
+
+    Args:
+        shape: (N, K) of the weight.
+        grid: rows and columns of the scale.
+    """
+    rows, sure_rows = _possible(shape[0], grid[0])
+    cols, sure_cols = _possible(shape[1], grid[1])
+    return [(r, c) for r in rows for c in cols], sure_rows and sure_cols
+
+
+def _possible(size: int, blocks: int) -> tuple[list[int], bool]:
+    """The same along one dimension; the exact division, if there is one, comes last."""
+    if blocks == 1:
+        return [size], True
+    powers = (1 << bit for bit in range(size.bit_length()))
+    ragged = [p for p in powers if -(-size // p) == blocks and p * blocks != size]
+    if size % blocks:
+        return ragged, False
+    exact = size // blocks
+    sure = exact & (exact - 1) == 0 or not ragged
+    return ([] if sure else ragged) + [exact], sure
+
+
+# -- quantized tensors ---------------------------------------------------------------
+
+
+def block_size_of(qdata: Tensor, params: Mapping[str, Tensor]) -> Pair:
+    """The block size of quantized tensors, as (rows, cols).
+
+    Args:
+        qdata: (N, ...) codes.
+        params: ``weight_scale`` and, where blocks are short, ``weight_block_size``.
+
+    Raises:
+        ShapeError: if the scale does not cover the weight.
+    """
+    marker = params.get("weight_block_size")
+    marker_shape = None if marker is None else tuple(marker.shape)
+    return infer_block_size(
+        tuple(qdata.shape), tuple(params["weight_scale"].shape), marker_shape
+    )
+
+
+def infer_block_size(
+    weight: tuple[int, ...], scale: tuple[int, ...], marker: tuple[int, ...] | None
+) -> Pair:
+    """The block size of shapes: the marker's, else what divides exactly.
+
+    Raises:
+        ShapeError: if the scale does not cover the weight.
+    """
+    n, k = matrix_shape(weight)
+    grid = _rank_two(scale)
+    if marker is not None:
+        if len(marker) != 3 or min(marker[:2]) < 1 or marker[2] != 0:
+            raise ShapeError(
+                f"weight_block_size: has shape {marker}, expected (rows, cols, 0)"
+            )
+        rows, cols = marker[0], marker[1]
+        if grid != grid_shape((n, k), (rows, cols)):
+            raise ShapeError(
+                f"weight_scale: is {scale}, expected {grid_shape((n, k), (rows, cols))}"
+                f" for weight {weight} and block_size {(rows, cols)}; was it saved "
+                "with another block_size?"
+            )
+        return rows, cols
+    if grid is None or 0 in grid or n % grid[0] or k % grid[1]:
+        raise ShapeError(
+            f"weight_scale: is {scale}, which does not divide weight {weight}; a block "
+            "size cannot be inferred from such a grid, expected weight_block_size too"
+        )
+    return n // grid[0], k // grid[1]
+
+
+def _rank_two(scale: tuple[int, ...]) -> Pair | None:
+    """Rows and columns of a scale; one dimension is one scale per row."""
+    rows, cols, *rest = (*scale, 1, 1)[: max(len(scale), 2)]
+    return None if rest else (rows, cols)
+
+
+def as_grid(scale: Tensor) -> Tensor:
+    """Any scale as (ceil(N/R), ceil(K/C)); a view."""
+    return scale if scale.ndim == 2 else scale.view((*scale.shape, 1, 1)[:2])
+
+
+def decode_scale(scale: Tensor) -> Tensor:
+    """A scale as float32; bytes are exponents."""
+    if scale.dtype == torch.uint8:
+        scale = scale.view(torch.float8_e8m0fnu)
+    return scale.float()
+
+
+def check_scales(qdata: Tensor, scale: Tensor, size: Pair, where: str) -> None:
+    """Refuse scales that are NaN, infinite, negative, or zero under codes that are not.
+
+    Args:
+        qdata: (N, ...) codes.
+        scale: (ceil(N/R), ceil(K/C)).
+        size: (R, C), the block size.
+        where: the layer, for messages.
+
+    Raises:
+        NonFiniteError: if a scale is NaN or infinite.
+        CheckpointError: if one is negative, or zero without reason.
+    """
+    grid = as_grid(scale)
+    if not grid.numel():
+        return
+    if grid.dtype in POWER_DTYPES:  # 255 is NaN; there is no zero, and no sign
+        least, most = 1.0, float(grid.view(torch.uint8).max())
+        finite = most < 255
+    else:
+        low, high = grid.aminmax()
+        least, most = float(low), float(high)
+        finite = math.isfinite(least) and math.isfinite(most)
+    if not finite:
+        raise NonFiniteError(
+            f"{where}: weight_scale holds NaN or inf, expected finite scales; the file "
+            "is damaged, get it again"
+        )
+    if least < 0 or (least == 0 and _zero_matters(qdata, grid, size)):
+        raise CheckpointError(
+            f"{where}: weight_scale holds {least:g}, expected positive scales; the "
+            "file is damaged, get it again"
+        )
+
+
+def _zero_matters(qdata: Tensor, grid: Tensor, size: Pair) -> bool:
+    """Whether a scale is zero although a code of its block is not."""
+    codes = qdata.reshape(matrix_shape(tuple(qdata.shape))).view(torch.uint8)
+    for at in (grid == 0).nonzero().tolist():
+        rows = slice(at[0] * size[0], (at[0] + 1) * size[0])
+        cols = slice(at[1] * size[1], (at[1] + 1) * size[1])
+        if (codes[rows, cols] & 0x7F).any():
+            return True
+    return False
+
+
+def make_params(scale: Tensor, shape: Pair, size: Pair) -> dict[str, Tensor]:
+    """The scheme's parameters for a grid of scales.
+
+    Args:
+        scale: of any shape with as many elements as the grid has.
+        shape: (N, K) of the weight.
+        size: (R, C), the block size.
+
+    Raises:
+        ShapeError: if it has another number of elements.
+    """
+    grid = grid_shape(shape, size)
+    if scale.numel() != grid[0] * grid[1]:
+        raise ShapeError(
+            f"weight_scale: is {tuple(scale.shape)}, expected {grid} for weight "
+            f"{shape} in blocks of {size[0]}x{size[1]}"
+        )
+    params = {"weight_scale": scale.reshape(grid)}
+    if not divides(shape, size):
+        params["weight_block_size"] = scale.new_empty((*size, 0), dtype=torch.uint8)
+    return params

@@ -1,0 +1,28 @@
+"""ComfyUI's markers in a file: of today, in each layer, and of before, in the file."""
+
+from __future__ import annotations
+
+from hijack.checkpoint.foreign import LAYER_MARKER, comfy_layers
+from hijack.checkpoint.header import Header, TensorInfo, join
+
+#: The tensor that marked a whole file, or one model in it.
+FILE_MARKER = "scaled_fp8"
+
+
+def marked(header: Header, layer: str) -> bool:
+    """Whether ComfyUI's markers, of today or the older kind, claim the layer."""
+    return (
+        join(layer, LAYER_MARKER) in header.tensors
+        or layer in comfy_layers(header)
+        or file_marker(header, layer) is not None
+    )
+
+
+def file_marker(header: Header, layer: str) -> TensorInfo | None:
+    """The older marker of the model a layer is in, or None."""
+    parts = layer.split(".")
+    for n in range(len(parts)):
+        found = header.tensors.get(join(".".join(parts[:n]), FILE_MARKER))
+        if found is not None:
+            return found
+    return None
