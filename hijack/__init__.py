@@ -1,6 +1,7 @@
 """Give any torch module a weight format its host never heard of."""
 
 from hijack.checkpoint.claim import Certainty, Claim
+from hijack.checkpoint.convert import ConvertReport, convert_file
 from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, TensorInfo
 from hijack.checkpoint.identification import Identification
@@ -9,7 +10,7 @@ from hijack.checkpoint.quantize import QuantizeReport, quantize_file
 from hijack.errors import HijackError
 from hijack.hooks import hookimpl
 from hijack.hosts import HostStatus, patch, status, unpatch
-from hijack.loading import LoadReport, load, save
+from hijack.loading import LoadReport, load
 from hijack.registry import (
     create_registry,
     default_registry,
@@ -17,12 +18,14 @@ from hijack.registry import (
     schemes,
     unregister,
 )
+from hijack.saving import save
 from hijack.scheme import Scheme
 from hijack.wrap import WrapReport, building, unwrap, wrap_model, wrap_module
 
 __all__ = [
     "Certainty",
     "Claim",
+    "ConvertReport",
     "Dialect",
     "Header",
     "HijackError",
@@ -34,6 +37,7 @@ __all__ = [
     "TensorInfo",
     "WrapReport",
     "building",
+    "convert_file",
     "create_registry",
     "default_registry",
     "hookimpl",

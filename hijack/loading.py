@@ -1,4 +1,4 @@
-"""Load quantized checkpoints into any model, and save them."""
+"""Load quantized checkpoints into any model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from hijack.checkpoint.claim import Claim
-from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.marker import METADATA_KEY, write_marker
 from hijack.checkpoint.reader import open_tensors, read_header
-from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import CheckpointError, ModuleError, ShapeError, UnconsumedScaleError
 from hijack.hooks import Layer, Wrapped
 from hijack.layers import DENSE_DTYPES, Quantized, check_shape, install, restore
@@ -99,37 +97,6 @@ def load(
     plan.check(strict)
     plan.apply()
     return LoadReport(claims, len(plan.dense), plan.missing, plan.unexpected)
-
-
-def save(
-    model: nn.Module, path: str | os.PathLike[str], dialect: str | None = None
-) -> None:
-    """Write a model with its quantized layers to a safetensors file.
-
-    Args:
-        model: any module; wrapped layers are written as codes.
-        path: the file; written whole or not at all.
-        dialect: how to spell the quantized layers; default is the dialect each came
-            from, else the first of the scheme's that can spell all its layers.
-
-    Raises:
-        CheckpointError: if the dialect is unknown to a scheme or cannot spell a layer.
-    """
-    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, Wrapped)}
-    tensors = {key: t.detach() for key, t in model.state_dict().items()}
-    chosen = _dialects(wrapped, dialect)
-    marked: dict[str, Mapping[str, object]] = {}
-    for name, module in wrapped.items():
-        scheme, options = module._hijack.scheme, module._hijack.options
-        qdata, params = _quantized(module)
-        for key in ("weight", *params):
-            del tensors[join(name, key)]
-        for suffix, tensor in chosen[name].encode(qdata, params, options).items():
-            tensors[join(name, suffix)] = tensor
-        if chosen[name].name == Dialect.name:
-            marked[name] = {"scheme": scheme.name, "params": list(params)}
-    metadata = {METADATA_KEY: write_marker(marked)} if marked else {}
-    write_checkpoint(path, tensors, metadata)
 
 
 # -- details ---------------------------------------------------------------------------
@@ -280,7 +247,7 @@ def _weight_shape(module: nn.Module) -> tuple[int, ...]:
     return tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
 
 
-def _quantized(module: Wrapped) -> Quantized:
+def quantized(module: Wrapped) -> Quantized:
     params = {name: module._buffers[name] for name in module._hijack.names}
     return module.weight.detach(), params  # type: ignore[return-value]
 
@@ -356,41 +323,12 @@ def _tie(
                 continue
             if isinstance(source.module, Wrapped) and source.attribute == "weight":
                 claim = Claim(place.name, "", source.module._hijack.dialect or "", {})
-                qdata, params = source.module.weight, _quantized(source.module)[1]
+                qdata, params = source.module.weight, quantized(source.module)[1]
                 scheme = source.module._hijack.scheme
                 _replace_layer(place.module, scheme, claim, (qdata, params))
             else:
                 shared = source.module._parameters[source.attribute]
                 place.module._parameters[place.attribute] = shared
-
-
-def _dialects(wrapped: Mapping[str, Wrapped], name: str | None) -> dict[str, Dialect]:
-    """The dialect of each wrapped layer; one for all that have none of their own."""
-    chosen: dict[str, Dialect] = {}
-    free: dict[Scheme, list[str]] = {}
-    for layer, module in wrapped.items():
-        scheme = module._hijack.scheme
-        wanted = name or module._hijack.dialect
-        if wanted is not None:
-            chosen[layer] = scheme.dialect(wanted)
-        else:
-            free.setdefault(scheme, []).append(layer)
-    for scheme, layers in free.items():
-        fit = next(
-            d
-            for d in scheme.all_dialects()
-            if all(_spells(d, wrapped[layer]) for layer in layers)
-        )
-        chosen |= dict.fromkeys(layers, fit)
-    return chosen
-
-
-def _spells(dialect: Dialect, module: Wrapped) -> bool:
-    try:
-        dialect.encode(*_quantized(module), module._hijack.options)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _some(keys: Sequence[str]) -> str:

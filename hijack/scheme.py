@@ -127,6 +127,38 @@ class Scheme(abc.ABC):
         """
         return None
 
+    def block_size(
+        self, qdata: Tensor, params: Mapping[str, Tensor]
+    ) -> tuple[int, int] | None:
+        """The (rows, cols) of the weight that share a scale; None if there are none.
+
+        Args:
+            qdata: the codes; may be on the meta device.
+            params: the scheme's other tensors.
+        """
+        return None
+
+    def reblock(
+        self,
+        qdata: Tensor,
+        params: Mapping[str, Tensor],
+        block_size: tuple[int, int],
+    ) -> dict[str, Tensor] | None:
+        """The parameters of the same codes in blocks of another size.
+
+        `convert_file` asks when a dialect cannot spell the blocks there are. The
+        default knows no other blocks.
+
+        Args:
+            qdata: the codes.
+            params: the scheme's other tensors.
+            block_size: (rows, cols) asked for.
+
+        Returns:
+            Parameters that decode to the same weight bit for bit, or None.
+        """
+        return None
+
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Choose a forward for a module that is being wrapped.
 

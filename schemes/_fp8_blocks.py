@@ -16,6 +16,9 @@ from torch import Tensor
 
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError, ShapeError
 
+#: Integers of as many bytes.
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 BlockSize = int | str | tuple[int, int]
 Pair = tuple[int, int]
 
@@ -198,6 +201,38 @@ def decode_scale(scale: Tensor) -> Tensor:
     if scale.dtype == torch.uint8:
         scale = scale.view(torch.float8_e8m0fnu)
     return scale.float()
+
+
+def reblock(scale: Tensor, shape: Pair, size: Pair, wanted: Pair) -> Tensor | None:
+    """The same scales over other blocks, bit for bit, or None if there are none such.
+
+    A block is divided by repeating its scale; blocks are joined if all have the same.
+
+    Args:
+        scale: (ceil(N/R), ceil(K/C)).
+        shape: (N, K) of the weight.
+        size: (R, C), its block size.
+        wanted: (R', C') of the result.
+
+    Returns:
+        (ceil(N/R'), ceil(K/C')), or None.
+    """
+    bits = as_grid(scale)
+    bits = bits.view(_BITS[scale.element_size()])
+    for axis in (0, 1):
+        old = torch.arange(shape[axis]) // size[axis]
+        new = torch.arange(shape[axis]) // wanted[axis]
+        pairs = torch.unique_consecutive(
+            torch.stack([old, new]), dim=1
+        )  # (2, P): who meets whom
+        first = torch.ones(pairs.shape[1], dtype=torch.bool)
+        first[1:] = pairs[1, 1:] != pairs[1, :-1]
+        joined = bits.index_select(axis, pairs[0, first])
+        spread = joined.index_select(axis, pairs[1])
+        if not torch.equal(spread, bits.index_select(axis, pairs[0])):
+            return None
+        bits = joined
+    return bits.view(scale.dtype)
 
 
 def check_scales(qdata: Tensor, scale: Tensor, size: Pair, where: str) -> None:

@@ -49,8 +49,10 @@ from schemes._fp8_blocks import (
     block_size_of,
     check_scales,
     decode_scale,
+    make_params,
     matrix_shape,
     parse_block_size,
+    reblock,
 )
 from schemes._fp8_dialects import DIALECTS, NATIVE
 
@@ -139,6 +141,36 @@ class BlockwiseFP8(hijack.Scheme):
         else:
             dense = _multiply(codes.float(), decode_scale(scale), size).to(dtype)
         return dense.view(qdata.shape)
+
+    def block_size(
+        self, qdata: Tensor, params: Mapping[str, Tensor]
+    ) -> tuple[int, int]:
+        """The block size, which the shapes tell."""
+        return block_size_of(qdata, params)
+
+    def reblock(
+        self,
+        qdata: Tensor,
+        params: Mapping[str, Tensor],
+        block_size: tuple[int, int],
+    ) -> dict[str, Tensor] | None:
+        """The parameters of the same codes in other blocks, if the scales allow it.
+
+        Args:
+            qdata: (N, ...) codes.
+            params: as for `dequantize`.
+            block_size: (R', C') asked for.
+
+        Returns:
+            Parameters that decode to the same weight bit for bit, or None.
+        """
+        shape = matrix_shape(tuple(qdata.shape))
+        size = block_size_of(qdata, params)
+        wanted = parse_block_size(block_size, shape)
+        if wanted == size:
+            return dict(params)
+        scale = reblock(params["weight_scale"], shape, size, wanted)
+        return None if scale is None else make_params(scale, shape, wanted)
 
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Forwards that decode what they need: a piece of a Linear, rows of a table."""

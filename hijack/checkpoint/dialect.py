@@ -93,6 +93,10 @@ class Dialect:
     """
 
     name = "hijack"
+    #: last parts of keys of the scale of an input, which says nothing of the weight
+    inputs: tuple[str, ...] = ()
+    #: the one it is written under; empty if the dialect has no place for it
+    input_written = ""
     row = Row(
         "hijack",
         "X.weight, and the scheme's own names",
@@ -101,6 +105,11 @@ class Dialect:
         "header metadata `hijack`",
         "everything, of every scheme",
     )
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is written at all, and not only read."""
+        return self.row.written != "no"
 
     # -- reading -----------------------------------------------------------------------
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.dialect import Dialect
+from hijack.checkpoint.copying import chunks, refuse_same_file
+from hijack.checkpoint.dialect import Dialect, FileMarks, Spelled
 from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.checkpoint.identify import identify
-from hijack.checkpoint.marker import METADATA_KEY, write_marker
-from hijack.checkpoint.reader import Paths, data_start, open_tensors, read_header
+from hijack.checkpoint.marker import METADATA_KEY
+from hijack.checkpoint.reader import Paths, open_tensors, read_header
 from hijack.checkpoint.writer import CheckpointWriter, open_writer
 from hijack.errors import CheckpointError, HijackError
 from hijack.layers import DENSE_DTYPES, quantize_weight
@@ -26,9 +27,6 @@ from hijack.scheme import Scheme
 #: Called with layers done, layers in all, and the name of the layer just done.
 Progress = Callable[[int, int, str], None]
 Patterns = str | Sequence[str] | None
-
-#: Bytes copied at a time.
-CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +99,7 @@ def quantize_file(
         )
     chosen = default_registry().get(scheme)
     header = read_header(src)
-    _refuse_same_file(src, header, Path(dst))
+    refuse_same_file(src, header, Path(dst))
     _refuse_quantized(header)
     if block_size is not None:
         options["block_size"] = block_size
@@ -142,8 +140,9 @@ class _Job:
                 f"{len(self.skipped)} with weights of two dimensions or more; widen "
                 "include or narrow exclude"
             )
-        self.params: dict[str, list[str]] = {}
+        self.spelled: dict[str, Spelled] = {}
         self.plan = self._plan()
+        self.marks = self._finish()
 
     def _plan(self) -> dict[str, TensorInfo]:
         plan: dict[str, TensorInfo] = {}
@@ -151,9 +150,7 @@ class _Job:
             planned = {key: info}
             layer = self._quantized(key)
             if layer is not None:
-                meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
-                made = self._encode(layer, meta)
-                planned = {name: TensorInfo.of(tensor) for name, tensor in made.items()}
+                planned = self._plan_layer(layer, info)
             for name in planned.keys() & plan.keys():
                 raise CheckpointError(
                     f"{name}: the dialect {self.dialect.name} would write it, and the "
@@ -161,6 +158,11 @@ class _Job:
                 )
             plan |= planned
         return plan
+
+    def _plan_layer(self, layer: str, info: TensorInfo) -> dict[str, TensorInfo]:
+        meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
+        made = self._encode(layer, meta)
+        return {name: TensorInfo.of(tensor) for name, tensor in made.items()}
 
     def _quantized(self, key: str) -> str | None:
         """The layer to quantize whose weight a key is, or None."""
@@ -170,25 +172,42 @@ class _Job:
     def _encode(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
         options = self.layers[layer]
         qdata, params = quantize_weight(self.scheme, weight, options, layer)
-        self.params[layer] = list(params)
         try:
             tensors = self.dialect.encode(qdata, params, options)
         except HijackError as error:
             raise type(error)(f"{layer}: {error}") from error
+        if weight.is_meta:
+            self._remember(layer, qdata, params, tensors)
         return {join(layer, suffix): tensor for suffix, tensor in tensors.items()}
+
+    def _remember(
+        self,
+        layer: str,
+        qdata: Tensor,
+        params: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor],
+    ) -> None:
+        """Keep what the dialect must know to say what the file is."""
+        self.spelled[layer] = Spelled(
+            self.scheme.name,
+            tuple(params),
+            self.header.tensors[join(layer, "weight")].shape,
+            self.scheme.block_size(qdata, params),
+            {suffix: TensorInfo.of(tensor) for suffix, tensor in tensors.items()},
+        )
+
+    def _finish(self) -> FileMarks:
+        """What the file says as a whole; its tensors join the plan."""
+        others = [k for k in self.header.tensors if self._quantized(k) is None]
+        marks = self.dialect.finish(self.spelled, others)
+        self.plan |= {key: TensorInfo.of(t) for key, t in marks.tensors.items()}
+        return marks
 
     def metadata(self) -> dict[str, str]:
         """The source's metadata, and markers where the dialect has any."""
         metadata = dict(self.header.metadata)
         metadata.pop(METADATA_KEY, None)  # of a file that was quantized once
-        if self.dialect.name == Dialect.name:
-            metadata[METADATA_KEY] = write_marker(
-                {
-                    layer: {"scheme": self.scheme.name, "params": self.params[layer]}
-                    for layer in self.layers
-                }
-            )
-        return metadata
+        return {**metadata, **self.marks.metadata}
 
     def run(self, writer: CheckpointWriter, progress: Progress | None) -> None:
         """Copy what stays and quantize the rest, in file order."""
@@ -196,12 +215,14 @@ class _Job:
         for key, info in self.header.tensors.items():
             layer = self._quantized(key)
             if layer is None:
-                writer.write_bytes(key, _chunks(info))
+                writer.write_bytes(key, chunks(info))
                 continue
             self._write_layer(writer, layer)
             done += 1
             if progress is not None:
                 progress(done, len(self.layers), layer)
+        for key, tensor in self.marks.tensors.items():
+            writer.write(key, tensor)
 
     def _write_layer(self, writer: CheckpointWriter, layer: str) -> None:
         """Quantize one layer; when this returns, none of its memory is held."""
@@ -241,18 +262,6 @@ def _check_matched(include: Patterns, header: Header) -> None:
             )
 
 
-def _refuse_same_file(src: Paths, header: Header, dst: Path) -> None:
-    """Refuse to write onto a file that is read, by whatever name."""
-    given = [src] if isinstance(src, str | os.PathLike) else list(src)
-    sources = {Path(path) for path in given}
-    sources |= {info.file for info in header.tensors.values() if info.file is not None}
-    for path in sources:
-        if dst.exists() and os.path.samefile(path, dst):
-            raise CheckpointError(
-                f"{dst}: is the source itself; expected another file to write to"
-            )
-
-
 def _refuse_quantized(header: Header) -> None:
     found = identify(header)
     claimed = [*found.layers, *found.ambiguous, *found.foreign]
@@ -262,17 +271,3 @@ def _refuse_quantized(header: Header) -> None:
             f"{header.source}: is quantized already ({first}); expected dense weights; "
             "quantize the original, or see `hijack identify`"
         )
-
-
-def _chunks(info: TensorInfo) -> Iterator[bytes]:
-    if info.file is None:
-        raise CheckpointError("quantize_file reads files, got tensors in memory")
-    try:
-        with info.file.open("rb") as file:
-            file.seek(data_start(info.file) + info.begin)
-            for left in range(info.end - info.begin, 0, -CHUNK):
-                yield file.read(min(CHUNK, left))
-    except OSError as error:
-        raise CheckpointError(
-            f"{info.file}: cannot be read; {error.strerror}"
-        ) from error

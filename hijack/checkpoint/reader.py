@@ -66,7 +66,7 @@ def read_header(source: Paths) -> Header:
             f"{source}: names {absent[0]!r} and {len(absent) - 1} other tensors that "
             "no shard holds; the shards are of another checkpoint, or incomplete"
         )
-    config = _config(paths[0].parent)
+    config = read_config(paths[0].parent)
     return Header(tensors, metadata, config, names, _SmallTensors(tensors))
 
 
@@ -199,7 +199,7 @@ def _read_json(path: Path) -> Any:
         raise HeaderError(f"{path}: is not JSON; {error}") from error
 
 
-def _config(folder: Path) -> Mapping[str, object] | None:
+def read_config(folder: Path) -> Mapping[str, object] | None:
     path = folder / "config.json"
     if not path.is_file():
         return None

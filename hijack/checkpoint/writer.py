@@ -7,7 +7,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,13 +24,18 @@ class CheckpointWriter:
     """Writes the tensors of a plan, in any order, into a file of that exact size."""
 
     def __init__(
-        self, path: Path, descriptor: int, plan: Plan, metadata: Mapping[str, str]
+        self,
+        path: Path,
+        descriptor: int,
+        plan: Plan,
+        metadata: Mapping[str, str],
+        order: Sequence[str] | None = None,
     ) -> None:
         self._path = path
         # not os.pwrite, which Windows lacks
         self._file = io.FileIO(descriptor, "wb", closefd=False)
         self._plan = plan
-        header, self._offsets, end = _layout(plan, metadata)
+        header, self._offsets, end = _layout(plan, metadata, order)
         self._start = len(header)
         self._missing = set(plan)
         self._put(header, 0)
@@ -102,7 +107,10 @@ def _writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_writer(
-    path: str | os.PathLike[str], plan: Plan, metadata: Mapping[str, str] | None = None
+    path: str | os.PathLike[str],
+    plan: Plan,
+    metadata: Mapping[str, str] | None = None,
+    order: Sequence[str] | None = None,
 ) -> Iterator[CheckpointWriter]:
     """A writer whose file takes its name only when everything is written.
 
@@ -113,6 +121,8 @@ def open_writer(
         path: the destination; may exist.
         plan: key to dtype and shape; files and offsets do not count.
         metadata: strings for the header.
+        order: of the tensors in the file, if all of them come to lie aligned in it;
+            else, and by default, the widest come first.
 
     Raises:
         CheckpointError: if the folder cannot be written or the disk is full.
@@ -121,7 +131,7 @@ def open_writer(
     descriptor, name = _temporary(path)
     try:
         try:
-            writer = CheckpointWriter(path, descriptor, plan, metadata or {})
+            writer = CheckpointWriter(path, descriptor, plan, metadata or {}, order)
             yield writer
             writer.finish()
             with _writing(path):
@@ -160,18 +170,20 @@ def write_checkpoint(
 
 
 def _layout(
-    plan: Plan, metadata: Mapping[str, str]
+    plan: Plan, metadata: Mapping[str, str], order: Sequence[str] | None
 ) -> tuple[bytes, dict[str, int], int]:
     """Header bytes, offset of each tensor in the data section, and its size.
 
     Widest dtype first, as safetensors itself orders, so that every tensor is aligned
-    without holes.
+    without holes; or in the order asked for, if that does not break the alignment.
     """
     table: dict[str, object] = {}
     if metadata:
         table["__metadata__"] = dict(metadata)
     offsets, end = {}, 0
-    for key in sorted(plan, key=lambda k: (-(bits_of(plan[k].dtype) or 0), k)):
+    if order is None or not _aligned(plan, order):
+        order = sorted(plan, key=lambda k: (-(bits_of(plan[k].dtype) or 0), k))
+    for key in order:
         info = plan[key]
         size = bytes_of(info.dtype, info.shape)
         if size is None:
@@ -188,6 +200,16 @@ def _layout(
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text, offsets, end
+
+
+def _aligned(plan: Plan, order: Sequence[str]) -> bool:
+    """Whether every tensor would begin at a multiple of its dtype's size."""
+    end = 0
+    for key in order:
+        if end * 8 % (bits_of(plan[key].dtype) or 8):
+            return False
+        end += plan[key].nbytes
+    return True
 
 
 def _temporary(path: Path) -> tuple[int, str]:

@@ -81,7 +81,7 @@ class FP8Dialect(Dialect):
         scales: last parts a scale's key may have; the first is written.
         scale_dtypes: dtypes a scale may have.
         ranks: numbers of dimensions a scale may have; one of one element is any.
-        unused: last parts of tensors that say nothing of the weight.
+        asides: last parts of other tensors that say nothing of the weight.
         exact: whether its writers never cut a block short.
     """
 
@@ -89,7 +89,8 @@ class FP8Dialect(Dialect):
     scales: tuple[str, ...] = ("weight_scale",)
     scale_dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
     ranks: tuple[int, ...] = (1, 2)
-    unused: tuple[str, ...] = ("input_scale",)
+    inputs: tuple[str, ...] = ("input_scale",)
+    asides: tuple[str, ...] = ()
     exact = False
 
     # -- reading -----------------------------------------------------------------------
@@ -119,7 +120,7 @@ class FP8Dialect(Dialect):
         if grid is None or scale.torch_dtype not in self.scale_dtypes:
             return None
         roles = {"weight": weight_key, name: key}
-        for extra in self.unused:
+        for extra in (*self.inputs, *self.asides):
             if (key := join(layer, extra)) in header.tensors:
                 roles[extra] = key
         return Found(layer, roles, weight, scale, shape, grid)
@@ -190,7 +191,7 @@ class FP8Dialect(Dialect):
             certainty,
             (said.evidence, evidence) if said.evidence else (evidence,),
             contradiction,
-            unused=tuple(role for role in found.keys if role in self.unused),
+            unused=tuple(found.keys)[2:],
         )
 
     def decode(
@@ -208,6 +209,19 @@ class FP8Dialect(Dialect):
         return scale
 
     # -- writing -----------------------------------------------------------------------
+
+    def encode(
+        self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
+    ) -> dict[str, Tensor]:
+        """Refuse; a dialect that is written has an `encode` of its own.
+
+        Raises:
+            CheckpointError: always.
+        """
+        raise CheckpointError(
+            f"dialect {self.name}: is read, and never written; expected one that "
+            "is written; see docs/formats.md"
+        )
 
     def cannot(
         self, qdata: Tensor, params: Mapping[str, Tensor], can: str

@@ -55,7 +55,7 @@ class ScaledFP8Dialect(FP8Dialect):
     name = "scaled_fp8"
     scales = ("scale_weight",)
     ranks = (1, 2, 3)
-    unused = ("scale_input",)
+    inputs = ("scale_input",)
     row = Row(
         "ComfyUI up to 0.3; convert_to_quant's older path",
         "X.weight, X.scale_weight, X.scale_input",
@@ -112,7 +112,8 @@ class ComfyQuantDialect(FP8Dialect):
     name = "comfy_quant"
     scale_dtypes = (*SCALE_DTYPES, *POWER_DTYPES)
     ranks = (1, 2, 3)
-    unused = ("input_scale", LAYER_MARKER, "weight_scalar")
+    input_written = "input_scale"
+    asides = (LAYER_MARKER, "weight_scalar")
     row = Row(
         "ComfyUI, comfy-quants, convert_to_quant",
         "X.weight, X.weight_scale, X.input_scale, X.comfy_quant; hybrid: "

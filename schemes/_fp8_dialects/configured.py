@@ -62,7 +62,7 @@ class DeepSeekDialect(ConfiguredDialect):
 
     name = "deepseek"
     scales = ("weight_scale_inv", "scale", "qscale_weight")
-    unused = ("activation_scale", "input_scale", "qscale_act")
+    inputs = ("activation_scale", "input_scale", "qscale_act")
     row = Row(
         "DeepSeek, transformers (FineGrainedFP8), Qwen, MiniMax, Mistral",
         "X.weight, X.weight_scale_inv; also X.scale, X.qscale_weight; "

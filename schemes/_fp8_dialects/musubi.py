@@ -30,7 +30,7 @@ class MusubiDialect(FP8Dialect):
     name = "musubi"
     scales = ("scale_weight",)
     ranks = (2, 3)
-    unused = ("scale_input",)
+    inputs = ("scale_input",)
     exact = True
     row = Row(
         "musubi-tuner; Kijai's older files",

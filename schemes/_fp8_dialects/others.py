@@ -64,7 +64,7 @@ class TorchaoDialect(FP8Dialect):
     name = "torchao"
     weight = _WEIGHT
     scales = (_SCALE,)
-    unused = ()
+    inputs = ()
     row = Row(
         "torchao (Float8Tensor)",
         "X._weight_qdata, X._weight_scale",
@@ -149,7 +149,7 @@ class QuantoDialect(FP8Dialect):
     name = "quanto"
     weight = "weight._data"
     scales = ("weight._scale",)
-    unused = ("input_scale", "output_scale")
+    inputs = ("input_scale", "output_scale")
     row = Row(
         "optimum-quanto (qfloat8)",
         "X.weight._data, X.weight._scale, X.input_scale, X.output_scale",

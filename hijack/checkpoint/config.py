@@ -1,0 +1,49 @@
+"""``config.json``, which readers of some dialects expect beside a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from hijack.checkpoint.header import CONFIG_KEY
+from hijack.checkpoint.reader import read_config
+from hijack.errors import CheckpointError
+
+
+def write_config_beside(
+    path: Path, source: Mapping[str, object] | None, quantization: Mapping[str, object]
+) -> Path:
+    """Say in a checkpoint's ``config.json`` how it is quantized.
+
+    What the file says besides stays; where there is none, that of the source is taken.
+
+    Args:
+        path: the checkpoint.
+        source: the config that lay beside the source, if any.
+        quantization: what to put under ``quantization_config``.
+
+    Returns:
+        The file written, whole or not at all.
+
+    Raises:
+        CheckpointError: if it cannot be written.
+    """
+    target = path.parent / "config.json"
+    kept = read_config(path.parent) or source or {}
+    text = json.dumps({**kept, CONFIG_KEY: quantization}, indent=2) + "\n"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=target.parent, suffix=".part", encoding="utf-8", delete=False
+        ) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(file.name, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"{target}: cannot be written; {error.strerror}"
+        ) from error
+    return target

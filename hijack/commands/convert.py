@@ -1,0 +1,90 @@
+"""``hijack convert``: write a quantized checkpoint in another dialect."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import hijack
+from hijack.checkpoint.text import parse_block_size
+from hijack.commands.progress import progress_bar
+from hijack.errors import CheckpointError, SchemeError
+
+HELP = "write a quantized checkpoint in another dialect, without loss"
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("src", nargs="+", help="file, index, or shards")
+    parser.add_argument("dst", help="file to write")
+    parser.add_argument("--dialect", required=True, help="see `hijack schemes`")
+    parser.add_argument(
+        "--block-size",
+        type=_block_size,
+        metavar="SIZE",
+        help="blocks to have instead of the dialect's choice",
+    )
+    parser.add_argument(
+        "--requantize",
+        action="store_true",
+        help="quantize layers anew that cannot be converted without loss",
+    )
+    parser.add_argument(
+        "--drop-input-scales",
+        action="store_true",
+        help="leave out scales of inputs the dialect has no place for",
+    )
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="scheme, dialect or block size where the file does not tell; repeatable",
+    )
+    parser.add_argument(
+        "--write-config",
+        action="store_true",
+        help="write config.json beside the file, where the dialect's readers expect it",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="name what lost or changed"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert, and print what was done."""
+    if Path(args.dst).is_file() and not args.force:
+        raise CheckpointError(f"{args.dst}: exists; pass --force to replace it")
+    options: dict[str, Any] = {}
+    if args.block_size is not None:
+        options["block_size"] = args.block_size
+    with progress_bar("converting") as progress:
+        report = hijack.convert_file(
+            args.src if len(args.src) > 1 else args.src[0],
+            args.dst,
+            args.dialect,
+            requantize=args.requantize,
+            drop_input_scales=args.drop_input_scales,
+            assume=args.assume,
+            write_config=args.write_config,
+            progress=progress,
+            **options,
+        )
+    if args.verbose:
+        for layer in report.reblocked:
+            print(f"other blocks: {layer}")
+        for key in report.dropped:
+            print(f"left out: {key}")
+    for layer, loss in report.requantized.items():
+        print(f"quantized anew: {layer}: SQNR {loss.sqnr:.1f} dB, RMSE {loss.rmse:.3g}")
+    print(report)
+    return 0
+
+
+def _block_size(text: str) -> Any:
+    try:
+        return parse_block_size(text)
+    except SchemeError as error:  # a ValueError, whose words argparse would hide
+        raise argparse.ArgumentTypeError(str(error)) from error

@@ -1,0 +1,87 @@
+"""Save models with their quantized layers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from hijack.checkpoint.dialect import Dialect, Spelled
+from hijack.checkpoint.header import TensorInfo, join
+from hijack.checkpoint.writer import write_checkpoint
+from hijack.errors import CheckpointError
+from hijack.hooks import Wrapped
+from hijack.loading import quantized
+from hijack.scheme import Scheme
+
+
+def save(
+    model: nn.Module, path: str | os.PathLike[str], dialect: str | None = None
+) -> None:
+    """Write a model with its quantized layers to a safetensors file.
+
+    Args:
+        model: any module; wrapped layers are written as codes.
+        path: the file; written whole or not at all.
+        dialect: how to spell the quantized layers; default is the dialect each came
+            from, else the first of the scheme's that can spell all its layers.
+
+    Raises:
+        CheckpointError: if the dialect is unknown to a scheme or cannot spell a layer.
+    """
+    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, Wrapped)}
+    tensors = {key: t.detach() for key, t in model.state_dict().items()}
+    spelled: dict[Dialect, dict[str, Spelled]] = {}
+    coded: dict[str, Tensor] = {}
+    for name, chosen in _dialects(wrapped, dialect).items():
+        module = wrapped[name]
+        qdata, params = quantized(module)
+        for key in ("weight", *params):
+            del tensors[join(name, key)]
+        made = chosen.encode(qdata, params, module._hijack.options)
+        coded |= {join(name, suffix): tensor for suffix, tensor in made.items()}
+        scheme = module._hijack.scheme
+        spelled.setdefault(chosen, {})[name] = Spelled(
+            scheme.name,
+            tuple(params),
+            module._hijack.shape,
+            scheme.block_size(qdata, params),
+            {suffix: TensorInfo.of(tensor) for suffix, tensor in made.items()},
+        )
+    metadata: dict[str, str] = {}
+    marks = [of.finish(layers, tensors.keys()) for of, layers in spelled.items()]
+    for mark in marks:
+        metadata |= mark.metadata
+        coded |= mark.tensors
+    write_checkpoint(path, tensors | coded, metadata)
+
+
+def _dialects(wrapped: Mapping[str, Wrapped], name: str | None) -> dict[str, Dialect]:
+    """The dialect of each wrapped layer; one for all that have none of their own."""
+    chosen: dict[str, Dialect] = {}
+    free: dict[Scheme, list[str]] = {}
+    for layer, module in wrapped.items():
+        scheme = module._hijack.scheme
+        wanted = name or module._hijack.dialect
+        own = None if wanted is None else scheme.dialect(wanted)
+        if own is not None and (name or own.writes):
+            chosen[layer] = own
+        else:
+            free.setdefault(scheme, []).append(layer)
+    for scheme, layers in free.items():
+        fit = next(
+            d
+            for d in scheme.all_dialects()
+            if all(_spells(d, wrapped[layer]) for layer in layers)
+        )
+        chosen |= dict.fromkeys(layers, fit)
+    return chosen
+
+
+def _spells(dialect: Dialect, module: Wrapped) -> bool:
+    try:
+        dialect.encode(*quantized(module), module._hijack.options)
+    except CheckpointError:
+        return False
+    return True
