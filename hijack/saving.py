@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from hijack.checkpoint.dialect import Dialect, Spelled
 from hijack.checkpoint.header import TensorInfo, join
 from hijack.checkpoint.writer import write_checkpoint
-from hijack.errors import CheckpointError
 from hijack.hooks import Wrapped
 from hijack.loading import quantized
 from hijack.scheme import Scheme
@@ -62,26 +61,21 @@ def _dialects(wrapped: Mapping[str, Wrapped], name: str | None) -> dict[str, Dia
     chosen: dict[str, Dialect] = {}
     free: dict[Scheme, list[str]] = {}
     for layer, module in wrapped.items():
-        scheme = module._hijack.scheme
-        wanted = name or module._hijack.dialect
-        own = None if wanted is None else scheme.dialect(wanted)
-        if own is not None and (name or own.writes):
-            chosen[layer] = own
+        scheme, own = module._hijack.scheme, module._hijack.dialect
+        if name is not None:
+            chosen[layer] = scheme.dialect(name)
+            continue
+        fit = scheme.written_as(own, *quantized(module), module._hijack.options)
+        if own == fit.name:
+            chosen[layer] = fit
         else:
             free.setdefault(scheme, []).append(layer)
     for scheme, layers in free.items():
-        fit = next(
-            d
-            for d in scheme.all_dialects()
-            if all(_spells(d, wrapped[layer]) for layer in layers)
-        )
+        modules = [wrapped[layer] for layer in layers]
+        fits = {
+            scheme.written_as(None, *quantized(module), module._hijack.options)
+            for module in modules
+        }
+        fit = fits.pop() if len(fits) == 1 else scheme.native
         chosen |= dict.fromkeys(layers, fit)
     return chosen
-
-
-def _spells(dialect: Dialect, module: Wrapped) -> bool:
-    try:
-        dialect.encode(*quantized(module), module._hijack.options)
-    except CheckpointError:
-        return False
-    return True

@@ -218,6 +218,33 @@ class Scheme(abc.ABC):
             )
         return known[name]
 
+    def written_as(
+        self,
+        name: str | None,
+        qdata: Tensor,
+        params: Mapping[str, Tensor],
+        options: Mapping[str, Any],
+    ) -> Dialect:
+        """The dialect of that name if it can spell these tensors, else one that can.
+
+        Others are the one written by default and the native one, which spells all.
+
+        Args:
+            name: of the dialect the layer came in, or None.
+            qdata: the codes.
+            params: the scheme's other tensors.
+            options: as for `Dialect.encode`.
+        """
+        asked: tuple[Dialect, ...] = () if name is None else (self.dialect(name),)
+        meta = {key: tensor.to("meta") for key, tensor in params.items()}
+        for dialect in (*asked, self.dialect()):
+            try:
+                dialect.encode(qdata.to("meta"), meta, options)
+            except CheckpointError:
+                continue
+            return dialect
+        return self.native
+
     def decode(
         self, claim: Claim, state_dict: Mapping[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -112,7 +112,7 @@ class Conversion:
         return ""
 
     def fit_anew(self, options: Mapping[str, Any]) -> str:
-        """Plan to quantize the layer anew; if that cannot be spelled either, say why."""
+        """Plan to quantize the layer anew; if that cannot be spelled, say why."""
         self.requantized = True
         self.options = self.target.fit_options(self.shape, dict(options))
         meta = torch.empty(self.shape, dtype=torch.float32, device="meta")

@@ -122,8 +122,8 @@ def _refuse_unreadable(found: Identification) -> None:
     if found.orphans:
         raise UnconsumedScaleError(
             f"{found.source}: no scheme reads {found.orphans[0]}, one of "
-            f"{len(found.orphans)} such keys; converting would lose what it is for; see "
-            "`hijack identify`"
+            f"{len(found.orphans)} such keys; converting would lose what it is for; "
+            "see `hijack identify`"
         )
     if not found.claims():
         raise CheckpointError(

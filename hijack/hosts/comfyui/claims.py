@@ -247,7 +247,8 @@ def _encode(registry: Registry, claim: Claim, tensors: Mapping[str, Tensor]) -> 
         scale = params.get("weight_scale")
         if "scale_dtype" in accepted and scale is not None and scale.dtype in PLAIN:
             options["scale_dtype"] = scale.dtype
-        coding = Coding(scheme, claim.dialect, tuple(sorted(options.items())))
+        dialect = scheme.written_as(claim.dialect, qdata, params, options)
+        coding = Coding(scheme, dialect.name, tuple(sorted(options.items())))
         return Coded(qdata, params, coding)
     except HijackError:
         raise

@@ -17,9 +17,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hijack.checkpoint.dialect import Dialect
-from hijack.checkpoint.header import join
-from hijack.checkpoint.marker import METADATA_KEY, write_marker
+from hijack.checkpoint.dialect import Dialect, Spelled
+from hijack.checkpoint.header import TensorInfo, join
 from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import HijackError
 from hijack.hosts.comfyui.linear import LIVE, Source
@@ -123,20 +122,30 @@ def spell(
     Raises:
         HijackError: if a scheme has no such dialect, or it cannot spell a layer.
     """
-    tensors, marked = dict(state_dict), {}
+    tensors = dict(state_dict)
+    spelled: dict[Dialect, dict[str, Spelled]] = {}
     for layer, module in layers.items():
         coded = module.current()
         for name in module.file_names:
             tensors.pop(join(layer, name), None)
         coding = coded.coding if dialect is None else coded.coding.spelled(dialect)
-        for name, tensor in coding.encode(coded.qdata, coded.tensors).items():
+        made = coding.encode(coded.qdata, coded.tensors)
+        for name, tensor in made.items():
             tensors[join(layer, name)] = tensor.contiguous().to("cpu")
-        if coding.dialect == Dialect.name:
-            params = list(coded.tensors)
-            marked[layer] = {"scheme": coding.scheme.name, "params": params}
+        chosen = coding.scheme.dialect(coding.dialect)
+        spelled.setdefault(chosen, {})[layer] = Spelled(
+            coding.scheme.name,
+            tuple(coded.tensors),
+            tuple(coded.shape),
+            coding.scheme.block_size(coded.qdata, coded.tensors),
+            {name: TensorInfo.of(tensor) for name, tensor in made.items()},
+        )
     said = dict(metadata or {})
-    if marked:
-        said[METADATA_KEY] = write_marker(marked)
+    for chosen, found in spelled.items():
+        mine = {join(la, name) for la, one in found.items() for name in one.tensors}
+        marks = chosen.finish(found, [key for key in tensors if key not in mine])
+        said |= marks.metadata
+        tensors |= marks.tensors
     return tensors, said
 
 
