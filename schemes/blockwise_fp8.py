@@ -74,6 +74,7 @@ class BlockwiseFP8(hijack.Scheme):
         block_size: BlockSize = (1, 64),
         dtype: torch.dtype = torch.float8_e4m3fn,
         scale_dtype: torch.dtype | None = None,
+        scale_search: int = 0,
         stochastic: bool = False,
         seed: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,8 +84,12 @@ class BlockwiseFP8(hijack.Scheme):
             weight: (N, ...) floating point; meta tensors give meta tensors.
             block_size: as for `parse_block_size`; clipped to the weight.
             dtype: float8_e4m3fn or float8_e5m2.
-            scale_dtype: float32, bfloat16 or float16; None is the weight's own, which
-                gives bit for bit what musubi-tuner writes.
+            scale_dtype: float32, bfloat16, float16, or float8_e8m0fnu for powers of
+                two; None is the weight's own, which gives bit for bit what
+                musubi-tuner writes.
+            scale_search: how many scales to try for each block, to take the one with
+                the least squared error; 0 takes the absmax scale, 32 gains 1.6 to 1.9
+                dB in blocks of 1 x 64.
             stochastic: round up or down at random, without bias, not to nearest.
             seed: of the random numbers; the same seed gives the same codes.
 
@@ -98,6 +103,11 @@ class BlockwiseFP8(hijack.Scheme):
             NonFiniteError: if the weight holds inf or NaN.
         """
         scale_dtype = _check_options(weight, dtype, scale_dtype)
+        if type(scale_search) is not int or scale_search < 0:
+            raise SchemeError(
+                f"scale_search: got {scale_search!r}, expected how many scales to try, "
+                "such as 32, or 0"
+            )
         n, k = matrix_shape(tuple(weight.shape))
         rows, cols = parse_block_size(block_size, (n, k))
         params = _empty_params((n, k), (rows, cols), scale_dtype, weight.device)
@@ -105,12 +115,16 @@ class BlockwiseFP8(hijack.Scheme):
         if weight.is_meta or not weight.numel():
             return qdata, params
         weight = weight.detach()
+        matrix = weight.reshape(n, k)
         scale = _fp8_quantize.absmax_scale(weight, (rows, cols), dtype, scale_dtype)
+        if scale_search:
+            scale = _fp8_quantize.search_scale(
+                matrix, scale, (rows, cols), dtype, scale_search
+            )
         params["weight_scale"].copy_(scale)
         random = (
             torch.Generator(weight.device).manual_seed(seed) if stochastic else None
         )
-        matrix = weight.reshape(n, k)
         _fp8_quantize.encode(matrix, scale, (rows, cols), qdata.view(n, k), random)
         return qdata, params
 
@@ -226,9 +240,10 @@ def _check_options(
         raise SchemeError(f"dtype: got {dtype}, expected one of {_names(FP8_DTYPES)}")
     if scale_dtype is None:
         return weight.dtype if weight.dtype in SCALE_DTYPES else torch.float32
-    if scale_dtype not in SCALE_DTYPES:
+    known = (*SCALE_DTYPES, *POWER_DTYPES[:1])
+    if scale_dtype not in known:
         raise SchemeError(
-            f"scale_dtype: got {scale_dtype}, expected one of {_names(SCALE_DTYPES)}"
+            f"scale_dtype: got {scale_dtype}, expected one of {_names(known)}"
         )
     return scale_dtype
 
