@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint.header import TensorInfo
 from hijack.checkpoint.reader import read_header
-from hijack.checkpoint.writer import open_writer, write_checkpoint
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
 
 LARGEST = 448.0
@@ -230,90 +228,6 @@ def test_pipes_and_devices_are_never_replaced(source, tmp_path):
     with pytest.raises(CheckpointError, match="is a pipe or a device"):
         hijack.quantize_file(source, path)
     assert path.is_fifo()
-
-
-def test_written_files_are_read_by_safetensors(tmp_path):
-    """Every dtype, empty tensors and scalars survive; equal input gives equal bytes."""
-    tensors = {
-        "a": torch.randn(3).double(),
-        "b": torch.randn(2, 3).to(torch.float8_e5m2),
-        "c": torch.empty(4, 2, 0, dtype=torch.uint8),
-        "d": torch.tensor(True),
-        "e": torch.randn(5).half(),
-        "f": torch.randn(4, 6).t(),
-    }
-    first, second = tmp_path / "1.safetensors", tmp_path / "2.safetensors"
-    write_checkpoint(first, tensors, {"k": "v"})
-    write_checkpoint(second, dict(reversed(tensors.items())), {"k": "v"})
-    loaded = load_file(first)
-    assert all(same(loaded[key], tensor) for key, tensor in tensors.items())
-    assert first.read_bytes() == second.read_bytes()
-    assert (first.stat().st_mode & 0o777) == (0o666 & ~_umask())
-
-
-def _umask():
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-PLAN = {"a": TensorInfo("F32", (2,)), "b": TensorInfo("F32", (1,))}
-
-
-class FeedError(Exception):
-    """Whatever feeds the writer fails."""
-
-
-def no_b(writer):
-    """Forget a tensor."""
-    writer.write("a", torch.ones(2))
-
-
-def fail(writer):
-    """Fail half-way."""
-    writer.write("a", torch.ones(2))
-    raise FeedError
-
-
-def interrupt(writer):
-    """Be stopped half-way."""
-    raise KeyboardInterrupt
-
-
-def other_shape(writer):
-    """Write what was not planned."""
-    writer.write("a", torch.ones(3))
-
-
-def too_short(writer):
-    """Copy from a file that has become shorter."""
-    writer.write_bytes("a", [b"1234"])
-
-
-def too_long(writer):
-    """Copy from a file that has become longer."""
-    writer.write_bytes("a", [b"12345678", b"9"])
-
-
-@pytest.mark.parametrize(
-    ("job", "error", "message"),
-    [
-        (no_b, CheckpointError, "b: was planned but never written"),
-        (fail, FeedError, None),
-        (interrupt, KeyboardInterrupt, None),
-        (other_shape, CheckpointError, r"a: got F32 \[3\], planned were F32 \[2\]"),
-        (too_short, CheckpointError, "a: got 4 bytes, expected 8"),
-        (too_long, CheckpointError, "a: got 9 bytes, expected 8"),
-    ],
-)
-def test_a_writer_that_fails_leaves_the_old_file(tmp_path, job, error, message):
-    """Whatever goes wrong, the part is removed and the old file is whole."""
-    path = tmp_path / "x.safetensors"
-    path.write_bytes(b"old")
-    with pytest.raises(error, match=message), open_writer(path, PLAN) as writer:
-        job(writer)
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits of file sizes here")

@@ -3,44 +3,61 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import json
+import ctypes
+import errno
+import hashlib
 import os
-import tempfile
+import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from hijack.checkpoint.header import TensorInfo, bits_of, bytes_of
+from hijack.checkpoint.destination import Destination, destination
+from hijack.checkpoint.header import TensorInfo
+from hijack.checkpoint.layout import Layout, Plan, lay_out, split
+from hijack.checkpoint.partial import Journal, Partial, leftovers, part_name
 from hijack.errors import CheckpointError
 
-#: Key to dtype and shape of every tensor a file will hold.
-Plan = Mapping[str, TensorInfo]
+#: Errors of the system that mean there is no room.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+#: Errors of file systems that cannot set blocks aside.
+_NO_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
 class CheckpointWriter:
-    """Writes the tensors of a plan, in any order, into a file of that exact size."""
+    """Writes the tensors of a plan, in any order and from any thread, to their places.
+
+    Attributes:
+        missing: keys of the tensors that are still to be written.
+    """
 
     def __init__(
-        self,
-        path: Path,
-        descriptor: int,
-        plan: Plan,
-        metadata: Mapping[str, str],
-        order: Sequence[str] | None = None,
+        self, path: Path, plan: Plan, layouts: Sequence[Layout], partial: Partial
     ) -> None:
-        self._path = path
-        # not os.pwrite, which Windows lacks
-        self._file = io.FileIO(descriptor, "wb", closefd=False)
-        self._plan = plan
-        header, self._offsets, end = _layout(plan, metadata, order)
-        self._start = len(header)
-        self._missing = set(plan)
-        self._put(header, 0)
-        with _writing(path):
-            self._file.truncate(self._start + end)
+        self._path, self._plan = path, plan
+        self._size = _size(layouts)
+        self._places = {
+            key: (number, *place)
+            for number, layout in enumerate(layouts)
+            for key, place in layout.places.items()
+        }
+        self.missing = set(plan)
+        self._journal: Journal | None = None
+        self._lock = threading.Lock()
+        self._files: list[int] = []
+        with self._writing():
+            for number, layout in enumerate(layouts):
+                self._files.append(partial.open(part_name(number)))
+                _reserve(self._files[-1], layout.size)
+                self._put(number, layout.header, 0)
+
+    def keep(self, partial: Partial, job: str) -> None:
+        """Keep a journal; what one of the same job lists is missing no more."""
+        with self._writing():
+            self._journal = Journal(partial, job, self._sync)
+        self.missing -= self._journal.done
 
     def write(self, key: str, tensor: Tensor) -> None:
         """Write one planned tensor.
@@ -55,54 +72,76 @@ class CheckpointWriter:
                 f"{planned.dtype} {list(planned.shape)}; the scheme gives other "
                 "tensors for data than for a meta tensor"
             )
-        data = tensor.detach().cpu().contiguous()
-        if data.numel():
-            raw = data.reshape(-1).view(torch.uint8)
-            self._put(raw.numpy().data, self._start + self._offsets[key])
-        self._missing.discard(key)
+        self.write_bytes(key, [memory_of(tensor.detach().cpu().contiguous())])
 
-    def write_bytes(self, key: str, chunks: Iterable[bytes]) -> None:
+    def write_bytes(self, key: str, chunks: Iterable[bytes | memoryview]) -> None:
         """Write one planned tensor from pieces of its bytes.
 
         Raises:
             CheckpointError: if the pieces are not as long as planned.
         """
-        begin = self._start + self._offsets[key]
-        offset, end = begin, begin + self._plan[key].nbytes
+        number, begin, end = self._places[key]
+        offset = begin
         for chunk in chunks:
             offset += len(chunk)
             if offset <= end:
-                self._put(chunk, offset - len(chunk))
+                with self._writing():
+                    self._put(number, chunk, offset - len(chunk))
         if offset != end:
             raise CheckpointError(
                 f"{key}: got {offset - begin} bytes, expected {end - begin}; was the "
                 "source changed while it was read?"
             )
-        self._missing.discard(key)
+        with self._writing():
+            if self._journal is not None:
+                self._journal.add(key, end - begin)
+        self.missing.discard(key)
 
     def finish(self) -> None:
-        """Refuse to call a file complete that lacks tensors."""
-        if self._missing:
+        """Wait until everything is on disk.
+
+        Raises:
+            CheckpointError: if a tensor was never written.
+        """
+        if self.missing:
             raise CheckpointError(
-                f"{min(self._missing)}: was planned but never written, one of "
-                f"{len(self._missing)} tensors"
+                f"{min(self.missing)}: was planned but never written, one of "
+                f"{len(self.missing)} tensors"
             )
+        with self._writing():
+            self._sync()
 
-    def _put(self, data: bytes | memoryview, offset: int) -> None:
-        view = memoryview(data)
-        with _writing(self._path):
-            self._file.seek(offset)
-            while view:
-                view = view[self._file.write(view) :]
+    def close(self) -> None:
+        """Close the files; what was written so far goes into the journal."""
+        with contextlib.suppress(OSError):
+            if self._journal is not None:
+                self._journal.flush()
+                self._journal.close()
+        while self._files:
+            os.close(self._files.pop())
 
+    # -- details -----------------------------------------------------------------------
 
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Tell failures of the destination from those of whoever feeds the writer."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written; {error.strerror}") from error
+    def _put(self, number: int, data: bytes | memoryview, offset: int) -> None:
+        view, file = memoryview(data), self._files[number]
+        while view:
+            if hasattr(os, "pwrite"):
+                count = os.pwrite(file, view, offset)
+            else:  # Windows
+                with self._lock:
+                    os.lseek(file, offset, os.SEEK_SET)
+                    count = os.write(file, view)
+            view, offset = view[count:], offset + count
+
+    def _sync(self) -> None:
+        for file in self._files:
+            os.fsync(file)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Tell failures of the destination from those of whoever feeds the writer."""
+        with _writing(self._path, self._size):
+            yield
 
 
 @contextlib.contextmanager
@@ -111,11 +150,16 @@ def open_writer(
     plan: Plan,
     metadata: Mapping[str, str] | None = None,
     order: Sequence[str] | None = None,
+    *,
+    max_shard_size: int | None = None,
+    job: str | None = None,
 ) -> Iterator[CheckpointWriter]:
     """A writer whose file takes its name only when everything is written.
 
-    The file is made beside the destination under another name, synced, and renamed. On
-    any failure it is removed and the destination stays as it was.
+    The file is made in a folder beside the destination, synced, and renamed. On any
+    failure it is removed and the destination stays as it was; what a killed process
+    left is removed by the next that writes there. A link is not replaced, but the file
+    it leads to.
 
     Args:
         path: the destination; may exist.
@@ -123,29 +167,59 @@ def open_writer(
         metadata: strings for the header.
         order: of the tensors in the file, if all of them come to lie aligned in it;
             else, and by default, the widest come first.
+        max_shard_size: bytes of tensors in a file; then shards are written, and the
+            destination is their index, as `ShardSet` says.
+        job: what the file is made of, if failures shall leave what is done, for the
+            next writer with the same job and plan to go on with.
 
     Raises:
         CheckpointError: if the folder cannot be written or the disk is full.
     """
-    path = Path(path)
-    descriptor, name = _temporary(path)
+    path, metadata = Path(path), metadata or {}
+    place = destination(path, sharded=max_shard_size is not None)
+    shards = [plan] if max_shard_size is None else split(plan, max_shard_size)
+    layouts = []
+    for shard in shards:
+        inside = None if order is None else [key for key in order if key in shard]
+        layouts.append(lay_out(shard, metadata, inside))
+    if job is not None:
+        headers = hashlib.sha256(b"".join(layout.header for layout in layouts))
+        job = f"{job} {headers.hexdigest()}"
+    place.check()
+    with _writing(path, _size(layouts)):
+        partial = _claim(place, layouts, job)
+    yield from _written(path, plan, place, layouts, partial, job)
+
+
+def _written(
+    path: Path,
+    plan: Plan,
+    place: Destination,
+    layouts: Sequence[Layout],
+    partial: Partial,
+    job: str | None,
+) -> Iterator[CheckpointWriter]:
+    """Open the files, have them written, and give them their names."""
+    writer, kept = None, False
     try:
-        try:
-            writer = CheckpointWriter(path, descriptor, plan, metadata or {}, order)
-            yield writer
-            writer.finish()
-            with _writing(path):
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        with _writing(path):
-            os.chmod(name, _mode(path))
-            os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
-    _sync_folder(path.parent)
+        writer = CheckpointWriter(path, plan, layouts, partial)
+        if job is not None:
+            writer.keep(partial, job)
+            kept = True
+        yield writer
+        writer.finish()
+        writer.close()
+        with _writing(path, _size(layouts)):
+            place.commit(partial, layouts)
+        kept = False
+    finally:
+        if writer is not None:
+            writer.close()
+        intact = place.recover(partial)
+        if kept and intact:
+            partial.release()
+        else:
+            partial.remove()
 
 
 def write_checkpoint(
@@ -169,73 +243,78 @@ def write_checkpoint(
             writer.write(key, tensor)
 
 
-def _layout(
-    plan: Plan, metadata: Mapping[str, str], order: Sequence[str] | None
-) -> tuple[bytes, dict[str, int], int]:
-    """Header bytes, offset of each tensor in the data section, and its size.
-
-    Widest dtype first, as safetensors itself orders, so that every tensor is aligned
-    without holes; or in the order asked for, if that does not break the alignment.
-    """
-    table: dict[str, object] = {}
-    if metadata:
-        table["__metadata__"] = dict(metadata)
-    offsets, end = {}, 0
-    if order is None or not _aligned(plan, order):
-        order = sorted(plan, key=lambda k: (-(bits_of(plan[k].dtype) or 0), k))
-    for key in order:
-        info = plan[key]
-        size = bytes_of(info.dtype, info.shape)
-        if size is None:
-            raise CheckpointError(
-                f"{key}: safetensors has no name for {info.dtype} {list(info.shape)}; "
-                "convert it"
-            )
-        table[key] = {
-            "dtype": info.dtype,
-            "shape": list(info.shape),
-            "data_offsets": [end, end + size],
-        }
-        offsets[key], end = end, end + size
-    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text, offsets, end
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, without a copy."""
+    size = tensor.numel() * tensor.element_size()
+    if not size:
+        return memoryview(b"")
+    memory = (ctypes.c_char * size).from_address(tensor.data_ptr())
+    memory.tensor = tensor  # type: ignore[attr-defined] # lives as long as the view
+    return memoryview(memory).cast("B")
 
 
-def _aligned(plan: Plan, order: Sequence[str]) -> bool:
-    """Whether every tensor would begin at a multiple of its dtype's size."""
-    end = 0
-    for key in order:
-        if end * 8 % (bits_of(plan[key].dtype) or 8):
-            return False
-        end += plan[key].nbytes
-    return True
+# -- details ---------------------------------------------------------------------------
 
 
-def _temporary(path: Path) -> tuple[int, str]:
-    if path.is_dir():
-        raise CheckpointError(f"{path}: is a folder, expected a file name")
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: is a pipe or a device, expected a file name")
-    with _writing(path):
-        return tempfile.mkstemp(
-            prefix=f".{path.name[:200]}.", suffix=".part", dir=path.parent
-        )
+def _claim(place: Destination, layouts: Sequence[Layout], job: str | None) -> Partial:
+    """The folder to write in: what is left of the same job, else a new one."""
+    claimed = None
+    for partial in leftovers(place.target):
+        intact = place.recover(partial)
+        sizes = [_file_size(partial, number) for number in range(len(layouts))]
+        if (
+            claimed is None
+            and intact
+            and sizes == [layout.size for layout in layouts]
+            and job is not None
+            and Journal.fits(partial, job)
+        ):
+            claimed = partial
+        else:
+            partial.remove()
+    return claimed or Partial.create(place.target)
 
 
-def _mode(path: Path) -> int:
-    """Permissions of the file that is replaced, else what the umask gives."""
+def _size(layouts: Sequence[Layout]) -> int:
+    return sum(layout.size for layout in layouts)
+
+
+def _file_size(partial: Partial, number: int) -> int:
     with contextlib.suppress(OSError):
-        return path.stat().st_mode & 0o777
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+        return (partial.folder / part_name(number)).stat().st_size
+    return -1
 
 
-def _sync_folder(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # not every system can open a folder
-        descriptor = os.open(folder, os.O_RDONLY)
+def _reserve(file: int, size: int) -> None:
+    """Give a file its size, and its blocks if the file system can set them aside."""
+    if hasattr(os, "posix_fallocate"):
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            os.posix_fallocate(file, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NO_RESERVE:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(file, 0)  # gives back what it got before it failed
+                raise
+    os.ftruncate(file, size)
+
+
+@contextlib.contextmanager
+def _writing(path: Path, size: int) -> Iterator[None]:
+    """Turn errors of the system into one that says what could not be written."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{path}: cannot be written; {error.strerror}"
+        if error.errno in _NO_ROOM:
+            free = shutil.disk_usage(path.resolve().parent).free
+            reason += (
+                f"; got {free:,} bytes free, expected {size:,}; make room, or write "
+                "elsewhere"
+            )
+        elif error.errno == errno.EFBIG:
+            reason += (
+                f"; got {size:,} bytes, expected no more than the file system and the "
+                "process's limits allow; write shards, or elsewhere"
+            )
+        raise CheckpointError(reason) from error
