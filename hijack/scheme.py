@@ -127,6 +127,17 @@ class Scheme(abc.ABC):
         """
         return None
 
+    def options_like(self, dtype: torch.dtype) -> dict[str, Any] | None:
+        """Options that give any weight the parameters of one of a certain dtype.
+
+        A weight with a LoRA in it is float32; its file shall hold what it would hold
+        without. None, the default, has such weights cast to that dtype first.
+
+        Args:
+            dtype: floating dtype of the weight in the source.
+        """
+        return None
+
     def block_size(
         self, qdata: Tensor, params: Mapping[str, Tensor]
     ) -> tuple[int, int] | None:

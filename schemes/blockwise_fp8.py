@@ -156,6 +156,10 @@ class BlockwiseFP8(hijack.Scheme):
             dense = _multiply(codes.float(), decode_scale(scale), size).to(dtype)
         return dense.view(qdata.shape)
 
+    def options_like(self, dtype: torch.dtype) -> dict[str, Any]:
+        """Scales of that dtype, where it is one of theirs."""
+        return {"scale_dtype": dtype if dtype in SCALE_DTYPES else torch.float32}
+
     def block_size(
         self, qdata: Tensor, params: Mapping[str, Tensor]
     ) -> tuple[int, int]:

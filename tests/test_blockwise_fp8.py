@@ -327,8 +327,8 @@ def test_power_of_two_scales_are_read(dtype):
         ({"block_size": True}, "got True"),
         ({"dtype": torch.int8}, "dtype: got torch.int8, expected one of float8_e4m3fn"),
         (
-            {"scale_dtype": torch.float8_e8m0fnu},
-            "scale_dtype: got torch.float8_e8m0fnu",
+            {"scale_dtype": torch.uint8},
+            "scale_dtype: got torch.uint8",
         ),
     ],
 )

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from hijack.checkpoint.header import CONFIG_KEY
+from hijack.checkpoint.partial import replace, write_durably
 from hijack.checkpoint.reader import read_config
 from hijack.errors import CheckpointError
 
@@ -34,15 +33,12 @@ def write_config_beside(
     target = path.parent / "config.json"
     kept = read_config(path.parent) or source or {}
     text = json.dumps({**kept, CONFIG_KEY: quantization}, indent=2) + "\n"
+    part = target.with_name(".config.json.part")
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, suffix=".part", encoding="utf-8", delete=False
-        ) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, target)
+        write_durably(part, text.encode())
+        replace(part, target)
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"{target}: cannot be written; {error.strerror}"
         ) from error
