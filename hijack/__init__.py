@@ -1,6 +1,7 @@
 """Give any torch module a weight format its host never heard of."""
 
 from hijack.checkpoint.claim import Certainty, Claim
+from hijack.checkpoint.compare import Comparison, compare_files
 from hijack.checkpoint.convert import ConvertReport, convert_file
 from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, TensorInfo
@@ -25,6 +26,7 @@ from hijack.wrap import WrapReport, building, unwrap, wrap_model, wrap_module
 __all__ = [
     "Certainty",
     "Claim",
+    "Comparison",
     "ConvertReport",
     "Dialect",
     "Header",
@@ -37,6 +39,7 @@ __all__ = [
     "TensorInfo",
     "WrapReport",
     "building",
+    "compare_files",
     "convert_file",
     "create_registry",
     "default_registry",

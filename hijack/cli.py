@@ -15,11 +15,11 @@ import torch
 
 import hijack
 from hijack.checkpoint.text import table
-from hijack.commands import convert, identify, quantize
+from hijack.commands import compare, convert, identify, quantize
 from hijack.errors import HijackError
 
 #: The modules of `hijack.commands`, in the order the help shows them.
-COMMANDS = (quantize, convert, identify)
+COMMANDS = (quantize, convert, identify, compare)
 VARIABLES = ("HIJACK_DISABLE", "HIJACK_STRICT")
 
 

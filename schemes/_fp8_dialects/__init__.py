@@ -7,7 +7,8 @@ from schemes._fp8_dialects.comfyui import (
     KijaiDialect,
     ScaledFP8Dialect,
 )
-from schemes._fp8_dialects.configured import CompressedTensorsDialect, DeepSeekDialect
+from schemes._fp8_dialects.compressed_tensors import CompressedTensorsDialect
+from schemes._fp8_dialects.deepseek import DeepSeekDialect
 from schemes._fp8_dialects.musubi import MusubiDialect
 from schemes._fp8_dialects.mx import PlainMXDialect
 from schemes._fp8_dialects.others import (

@@ -147,6 +147,9 @@ class ComfyQuantDialect(FP8Dialect):
         if CODES[name] != found.weight.torch_dtype:
             problem = f"comfy_quant says {name}, the weight is {found.weight.dtype}"
         size = _named(name, marker, found.shape)
+        experts = found.weight.shape[0] if len(found.weight.shape) == 3 else 0
+        if experts and marker.get("num_experts") == experts == found.grid[0]:
+            size = (1, found.shape[1])  # a bank of experts, a scale for each
         return Said(Certainty.MARKED, f"comfy_quant says {name}", size, problem)
 
     def _unmarked(self, header: Header, found: Found) -> Said | None:
@@ -169,17 +172,15 @@ class ComfyQuantDialect(FP8Dialect):
         return sizes[-1:], True
 
     def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
-        """As elsewhere; a padded weight's own rows are those its bias has."""
+        """As elsewhere; a padded weight's own shape is as the marker or bias says."""
         for claim in super().readings(scheme, header, layer):
             info = header.tensors[claim.keys["weight"]]
             scale = header.tensors[claim.keys["weight_scale"]]
             if scale.torch_dtype not in POWER_DTYPES:
                 yield claim
                 continue
-            bias = header.tensors.get(join(layer, "bias"))
-            shape = info.shape if bias is None else (*bias.shape, *info.shape[1:])
-            own = (shape[0], shape[1]) if _pads(shape, info.shape) else None
-            yield dataclasses.replace(claim, padded=PAD, shape=own)
+            shape = _own_shape(header, layer, info.shape)
+            yield dataclasses.replace(claim, padded=PAD, shape=shape)
 
     def decode(
         self, claim: Claim, tensors: Mapping[str, Tensor]
@@ -327,6 +328,21 @@ def _named(name: str, marker: Mapping[str, object], shape: Pair) -> Pair | None:
             return min(size, shape[0]), min(size, shape[1])
         return None
     return None if name.endswith("_block3d") else shape
+
+
+def _own_shape(header: Header, layer: str, stored: tuple[int, ...]) -> Pair | None:
+    """The shape of a padded weight, where the file tells it.
+
+    convert_to_quant writes it into its marker; ComfyUI does not, but a bias has as many
+    elements as there are rows.
+    """
+    said = (comfy_marker(header, layer) or {}).get("orig_shape")
+    bias = header.tensors.get(join(layer, "bias"))
+    if isinstance(said, list) and all(type(size) is int for size in said):
+        shape = tuple(said)
+    else:
+        shape = stored if bias is None else (*bias.shape, *stored[1:])
+    return (shape[0], shape[1]) if _pads(shape, stored) else None
 
 
 def _pads(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:

@@ -167,6 +167,11 @@ class QuantoDialect(FP8Dialect):
             if layer == "weight" or layer.endswith(".weight")
         ]
 
+    def grid(self, scale: tuple[int, ...], shape: Pair) -> Pair | None:
+        """A scale for each row, with a dimension for each of the weight's."""
+        rows = (shape[0], *[1] * (len(scale) - 1))
+        return (shape[0], 1) if scale == rows else super().grid(scale, shape)
+
     def said(self, header: Header, found: Found) -> Said | None:
         """Claim what has the two parts."""
         return Said(Certainty.UNIQUE)

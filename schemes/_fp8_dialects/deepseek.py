@@ -1,0 +1,162 @@
+"""Files of DeepSeek, and of transformers, which writes what DeepSeek began with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from hijack.checkpoint.claim import Certainty
+from hijack.checkpoint.dialect import FileMarks, Row, Spelled
+from hijack.checkpoint.header import Header
+from hijack.errors import CheckpointError
+from schemes._fp8_blocks import (
+    FP8_DTYPES,
+    POWER_DTYPES,
+    Pair,
+    grid_shape,
+    matrix_shape,
+    parse_block_size,
+)
+from schemes._fp8_dialects.base import Found, Said, is_power
+from schemes._fp8_dialects.configured import (
+    ConfiguredDialect,
+    common,
+    dense_layers,
+    pair,
+    with_defaults,
+)
+
+Layers = Mapping[str, tuple[tuple[int, ...], Pair | None]]
+
+
+class DeepSeekDialect(ConfiguredDialect):
+    """What DeepSeek and transformers' FineGrainedFP8 write: ``X.weight_scale_inv``.
+
+    In spite of its name it multiplies. All layers of a file have blocks of one size,
+    which the config says; those at the edges may be short.
+    """
+
+    name = "deepseek"
+    scales = ("weight_scale_inv", "scale", "qscale_weight")
+    inputs = ("activation_scale", "input_scale", "qscale_act")
+    row = Row(
+        "DeepSeek, transformers (FineGrainedFP8), Qwen, MiniMax, Mistral",
+        "X.weight, X.weight_scale_inv; also X.scale, X.qscale_weight; "
+        "X.activation_scale",
+        "F32, or U8 or F8_E8M0 exponents, (ceil(N/R), ceil(K/C)) or ()",
+        "128 x 128; edge blocks are short",
+        "config.json: quant_method fp8, weight_block_size",
+        "yes",
+    )
+
+    def said(self, header: Header, found: Found) -> Said | None:
+        """The config's block size, or all if it says there are none."""
+        config = header.quantization
+        if config.get("quant_method") not in (None, "fp8", "deepseek_fp8"):
+            return None
+        if "weight_block_size" not in config:
+            size = found.shape if found.grid == (1, 1) else None
+            # SDNQ's rows look the same, and may be rotated
+            rows = "scale" in found.keys and found.grid == (found.shape[0], 1)
+            return Said(Certainty.GUESS if rows else Certainty.UNIQUE, size=size)
+        size = found.shape
+        given = config["weight_block_size"]
+        block = pair(given)
+        if given is not None and block is None:
+            problem = f"weight_block_size is {given!r}, expected two positive integers"
+            return Said(Certainty.UNIQUE, contradiction=problem)
+        if block is not None:
+            size = parse_block_size(block, found.shape)
+        return Said(Certainty.MARKED, f"config says weight_block_size {given}", size)
+
+    # -- writing -----------------------------------------------------------------------
+
+    def encode(
+        self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
+    ) -> dict[str, Tensor]:
+        """The grid as it is, or one number for a whole weight if that was asked for.
+
+        Raises:
+            CheckpointError: if the weight is not 2-D or its codes are not E4M3.
+        """
+        if qdata.ndim != 2 or qdata.dtype != FP8_DTYPES[0]:
+            raise self.cannot(qdata, params, "a 2-D weight of float8_e4m3fn")
+        scale = params["weight_scale"]
+        if options.get("block_size") == "tensor":
+            scale = scale.view(())
+        return {"weight": qdata, "weight_scale_inv": _exponents(scale)}
+
+    def fit_options(
+        self, shape: tuple[int, ...], options: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """DeepSeek's blocks and float32 scales, if nothing else was asked for."""
+        return with_defaults(options)
+
+    def settle(self, layers: Layers) -> dict[str, Any]:
+        """The largest blocks that divide everybody's, or none if all are whole."""
+        sizes = [(matrix_shape(shape), size) for shape, size in layers.values()]
+        if all(size in (None, shape) for shape, size in sizes):
+            return {"block_size": "tensor"}
+        return {"block_size": common(sizes, math.gcd)}
+
+    def blocks(
+        self, shape: tuple[int, ...], block_size: Pair, options: Mapping[str, Any]
+    ) -> Sequence[Pair]:
+        """The file's block size."""
+        size = options.get("block_size", block_size)
+        return [parse_block_size(size, matrix_shape(shape))]
+
+    def finish(
+        self, layers: Mapping[str, Spelled], others: Collection[str]
+    ) -> FileMarks:
+        """The config of transformers' FineGrainedFP8Config.
+
+        Raises:
+            CheckpointError: if the layers have blocks that no one size gives.
+        """
+        if not layers:
+            return FileMarks()
+        scales = [spelled.tensors["weight_scale_inv"] for spelled in layers.values()]
+        scalar = [not scale.shape for scale in scales]
+        powers = {scale.torch_dtype in POWER_DTYPES for scale in scales}
+        size = None if all(scalar) else self._one_size(layers)
+        if len(powers) > 1 or (any(scalar) and not all(scalar)):
+            raise CheckpointError(
+                "dialect deepseek: the layers have scales of several kinds; expected "
+                "all float or all exponents, all with blocks or all without; quantize "
+                "all with the same options"
+            )
+        return self.marks(
+            {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": None if size is None else list(size),
+                **({"scale_fmt": "ue8m0"} if True in powers else {}),
+                "modules_to_not_convert": dense_layers(others),
+            }
+        )
+
+    def _one_size(self, layers: Mapping[str, Spelled]) -> Pair:
+        """The block size that gives every layer the blocks it has."""
+        sizes = {
+            layer: (matrix_shape(spelled.shape), spelled.block_size)
+            for layer, spelled in layers.items()
+        }
+        shared = common(sizes.values(), max)
+        for layer, (shape, size) in sizes.items():
+            if size and grid_shape(shape, size) != grid_shape(shape, shared):
+                raise CheckpointError(
+                    f"{layer}: has blocks of {size[0]}x{size[1]}, others need "
+                    f"{shared[0]}x{shared[1]}; dialect deepseek has one block_size for "
+                    "a file; quantize all layers with the same"
+                )
+        return shared
+
+
+def _exponents(scale: Tensor) -> Tensor:
+    """Exponents under their own dtype, as transformers expects them."""
+    return scale.view(POWER_DTYPES[0]) if is_power(scale) else scale
