@@ -192,7 +192,9 @@ def test_wrong_arguments_are_refused(source, tmp_path):
     refused(source, tmp_path, SchemeError, "unknown scheme 'x'", scheme="x")
     refused(source, tmp_path, SchemeError, "block_size", block_size=(0, 64))
     refused(source, tmp_path, SchemeError, "no_such", no_such=1)
-    refused(source, tmp_path, CheckpointError, "LoRA.*not supported", loras=["a:1"])
+    refused(source, tmp_path, CheckpointError, "a: cannot be read", loras=["a:1"])
+    refused(source, tmp_path, CheckpointError, "device: 'x' cannot be", device="x")
+    refused(source, tmp_path, CheckpointError, "workers: got 0, expected", workers=0)
     refused(
         source, tmp_path, CheckpointError, "dialect musubi: cannot", block_size=(32, 32)
     )
@@ -215,6 +217,8 @@ def test_the_index_of_shards_is_never_overwritten(source, tmp_path):
     index.write_text(json.dumps({"weight_map": {"table": source.name}}))
     before = index.read_bytes()
     with pytest.raises(CheckpointError, match="is the source itself"):
+        hijack.quantize_file(index, index, max_shard_size="1GB")
+    with pytest.raises(CheckpointError, match="is the name of an index"):
         hijack.quantize_file(index, index)
     assert index.read_bytes() == before
     hijack.quantize_file(index, tmp_path / "q.safetensors")

@@ -70,6 +70,22 @@ def lay_out(
     return Layout(len(text).to_bytes(8, "little") + text, places)
 
 
+def lay_out_files(
+    plan: Plan,
+    metadata: Mapping[str, str],
+    order: Sequence[str] | None = None,
+    max_shard_size: int | None = None,
+) -> list[Layout]:
+    """Plan one file, or as many shards as it takes; each has all of the metadata."""
+    if max_shard_size is None:
+        return [lay_out(plan, metadata, order)]
+    layouts = []
+    for shard in split(plan, max_shard_size):
+        inside = None if order is None else [key for key in order if key in shard]
+        layouts.append(lay_out(shard, metadata, inside))
+    return layouts
+
+
 def split(plan: Plan, largest: int) -> list[Plan]:
     """Cut a plan into shards, in its own order.
 

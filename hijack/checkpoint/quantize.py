@@ -1,55 +1,76 @@
-"""Quantize a checkpoint file, one layer at a time."""
+"""Quantize a checkpoint file, a few layers at a time."""
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
+import hashlib
+import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hijack.checkpoint.copying import chunks, refuse_same_file
-from hijack.checkpoint.dialect import Dialect, FileMarks, Spelled
-from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.config import write_config_beside
+from hijack.checkpoint.copying import refuse_same_file
+from hijack.checkpoint.destination import Destination, destination, parse_size
+from hijack.checkpoint.header import Header
 from hijack.checkpoint.identify import identify
-from hijack.checkpoint.marker import METADATA_KEY
-from hijack.checkpoint.reader import Paths, open_tensors, read_header
-from hijack.checkpoint.writer import CheckpointWriter, open_writer
-from hijack.errors import CheckpointError, HijackError
-from hijack.layers import DENSE_DTYPES, quantize_weight
+from hijack.checkpoint.layout import lay_out_files
+from hijack.checkpoint.lora import Loras, Spec, parse_lora
+from hijack.checkpoint.quantize_choice import Patterns, choose
+from hijack.checkpoint.quantize_plan import QuantizePlan
+from hijack.checkpoint.quantize_run import Progress as Progress
+from hijack.checkpoint.quantize_run import Way, count_workers, run
+from hijack.checkpoint.reader import Paths, read_header
+from hijack.checkpoint.text import block_text
+from hijack.checkpoint.writer import open_writer
+from hijack.errors import CheckpointError
 from hijack.registry import default_registry
 from hijack.scheme import Scheme
-
-#: Called with layers done, layers in all, and the name of the layer just done.
-Progress = Callable[[int, int, str], None]
-Patterns = str | Sequence[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantizeReport:
-    """What `quantize_file` did.
+    """What `quantize_file` did, or would do.
 
     Attributes:
         layers: names of the layers that were quantized, in file order.
         skipped: name of every other layer with a 2-D weight or more, and why.
         bytes_before: size of all tensors of the source.
         bytes_after: size of all tensors of the result.
+        blocks: block size, as people write it, to the number of layers with it.
+        merged: keys of the tensors that LoRAs were merged into.
+        unmatched: names in LoRA files of layers that the checkpoint lacks.
+        architecture: name of the model's, "" if it is not known.
+        files: name to size of each file written, but for the index of shards.
+        written: False after a dry run.
     """
 
     layers: tuple[str, ...]
     skipped: Mapping[str, str]
     bytes_before: int
     bytes_after: int
+    blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    merged: tuple[str, ...] = ()
+    unmatched: tuple[str, ...] = ()
+    architecture: str = ""
+    files: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    written: bool = True
 
     def __str__(self) -> str:
-        return (
-            f"{len(self.layers)} layers quantized, {len(self.skipped)} left dense, "
+        done = "quantized" if self.written else "would be quantized"
+        text = (
+            f"{len(self.layers)} layers {done}, {len(self.skipped)} left dense, "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
+        if self.merged:
+            text += f", LoRAs merged into {len(self.merged)} tensors"
+        if self.unmatched:
+            text += f", {len(self.unmatched)} LoRAs of other layers left out"
+        return text
 
 
 def quantize_file(
@@ -59,28 +80,57 @@ def quantize_file(
     *,
     block_size: Any = None,
     dialect: str | None = None,
-    loras: Sequence[Any] = (),
+    loras: Sequence[Spec] = (),
     include: Patterns = None,
     exclude: Patterns = None,
     progress: Progress | None = None,
+    rules: str | Sequence[str] = (),
+    ignore_unmatched: bool = False,
+    device: str | torch.device = "cpu",
+    workers: int | None = None,
+    max_shard_size: int | str | None = None,
+    resume: bool = False,
+    write_config: bool = False,
+    dry_run: bool = False,
     **options: Any,
 ) -> QuantizeReport:
     """Quantize the 2-D weights of a safetensors checkpoint.
 
-    Memory is bounded by the largest layer. Everything that is not quantized is copied
-    byte for byte, and metadata is kept.
+    Memory is bounded by 256 MB, or by the largest layer if that takes more. Everything
+    that is not quantized is copied byte for byte, and metadata is kept.
 
     Args:
         src: a safetensors file, an index file, or a list of shards.
-        dst: the file to write; replaced only when the new one is whole.
+        dst: the file to write; replaced only when the new one is whole. A link is not
+            replaced, but the file it leads to.
         scheme: a registered name, or a scheme.
-        block_size: the scheme's block size; None takes the scheme's default.
+        block_size: the scheme's block size; None takes the dialect's default.
         dialect: how to spell the quantized layers; None takes the scheme's first.
-        loras: LoRAs to merge first; none are supported yet.
-        include: fnmatch patterns on layer names; None includes every layer with a 2-D
-            floating weight; those of more dimensions only if a pattern names them.
-        exclude: fnmatch patterns on layer names to leave dense.
+        loras: files to merge first, such as ``"style.safetensors:0.8"`` or (path,
+            strength). They are merged in float32 into all tensors they change.
+        include: fnmatch patterns on layer names; None is those of the model's
+            architecture, or every layer with a 2-D floating weight. Weights of more
+            dimensions are quantized only if a pattern given here names them.
+        exclude: fnmatch patterns on layer names to leave dense; None is those of the
+            architecture, ``()`` none. In both lists ``"default"`` stands for the
+            architecture's patterns.
         progress: called after each layer.
+        rules: in order, the first that matches a layer counts: ``"PATTERN=128x128"``
+            gives a block size, ``"PATTERN=skip"`` leaves dense, ``"PATTERN=bf16"``,
+            ``f16`` or ``f32`` leaves dense in that dtype. A pattern that matches a
+            module matches the layers in it.
+        ignore_unmatched: whether LoRAs of layers that the checkpoint lacks are left
+            out; else they are refused.
+        device: where to compute, such as ``"cuda"``.
+        workers: number of threads; None is one for each core. ``scheme.quantize`` is
+            called from several at once, and the result is the same.
+        max_shard_size: bytes, or text such as ``"5GB"``: write shards of no more, and
+            ``dst`` with ``.index.json`` as their index.
+        resume: go on where a run with the same source, options and ``dst`` and with
+            ``resume`` was cut off, and if this one is, leave what is done to the next.
+        write_config: write ``config.json`` beside ``dst``, with the
+            ``quantization_config`` that readers of some dialects expect.
+        dry_run: only say what would be done.
         **options: further options of ``scheme.quantize``.
 
     Returns:
@@ -88,178 +138,80 @@ def quantize_file(
 
     Raises:
         CheckpointError: if the source is quantized already, nothing is left to
-            quantize, the dialect cannot spell a layer, or writing fails.
+            quantize, a rule or a pattern of ``include`` is in vain, a LoRA does not
+            fit, the dialect cannot spell a layer, or writing fails.
         NonFiniteError: if a weight holds inf or NaN.
         HijackError: of other kinds, naming the file or the layer.
     """
-    if loras:
-        raise CheckpointError(
-            f"{dst}: got {len(loras)} LoRAs, merging them is not supported yet; merge "
-            "them into the source first"
-        )
-    chosen = default_registry().get(scheme)
-    header = read_header(src)
-    refuse_same_file(src, header, Path(dst))
+    chosen, header = default_registry().get(scheme), read_header(src)
+    size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
+    place = destination(dst, sharded=size is not None)
+    _refuse_same(place, Path(dst), src, header, loras)
     _refuse_quantized(header)
     if block_size is not None:
         options["block_size"] = block_size
-    job = _Job(header, chosen, chosen.dialect(dialect), options, include, exclude)
-    with open_writer(dst, job.plan, job.metadata()) as writer:
-        job.run(writer, progress)
-    after = sum(info.nbytes for info in job.plan.values())
-    before = sum(info.nbytes for info in header.tensors.values())
-    return QuantizeReport(tuple(job.layers), job.skipped, before, after)
+    choice = choose(header, include, exclude, rules)
+    merged = Loras.open(loras, header, ignore_unmatched)
+    plan = QuantizePlan(chosen, chosen.dialect(dialect), choice, options, merged)
+    how = Way(_device(device), count_workers(workers), progress)
+    config = _config(plan, Path(dst)) if write_config else None
+    report = _report(plan, place, size, written=not dry_run)
+    if not dry_run:
+        _write(plan, Path(dst), size, how, _Watch(header, loras), resume=resume)
+        if config is not None:
+            write_config_beside(Path(dst), header.config, config)
+    return report
 
 
-class _Job:
-    """One conversion: what the result will hold, and how each part is made."""
+def _write(
+    plan: QuantizePlan,
+    dst: Path,
+    size: int | None,
+    how: Way,
+    watch: _Watch,
+    *,
+    resume: bool,
+) -> None:
+    job = watch.fingerprint(plan, how.device) if resume else None
+    with open_writer(dst, plan.tensors, plan.metadata, None, size, job) as writer:
+        run(plan, writer, how)
+        watch.check()
 
-    def __init__(
-        self,
-        header: Header,
-        scheme: Scheme,
-        dialect: Dialect,
-        options: Mapping[str, Any],
-        include: Patterns,
-        exclude: Patterns,
-    ) -> None:
-        self.header, self.scheme, self.dialect = header, scheme, dialect
-        self.skipped: dict[str, str] = {}
-        self.layers: dict[str, dict[str, Any]] = {}
-        _check_matched(include, header)
-        for layer in header.layers():
-            info = header.tensors[join(layer, "weight")]
-            reason = _why_not(layer, info, include, exclude)
-            if reason is None:
-                self.layers[layer] = dialect.fit_options(info.shape, options)
-            elif len(info.shape) > 1:
-                self.skipped[layer] = reason
-        if not self.layers:
-            raise CheckpointError(
-                f"{header.source}: no layer is left to quantize; it has "
-                f"{len(self.skipped)} with weights of two dimensions or more; widen "
-                "include or narrow exclude"
-            )
-        self.spelled: dict[str, Spelled] = {}
-        self.plan = self._plan()
-        self.marks = self._finish()
 
-    def _plan(self) -> dict[str, TensorInfo]:
-        plan: dict[str, TensorInfo] = {}
-        for key, info in self.header.tensors.items():
-            planned = {key: info}
-            layer = self._quantized(key)
-            if layer is not None:
-                planned = self._plan_layer(layer, info)
-            for name in planned.keys() & plan.keys():
-                raise CheckpointError(
-                    f"{name}: the dialect {self.dialect.name} would write it, and the "
-                    "source holds it already; is the source quantized?"
-                )
-            plan |= planned
-        return plan
+def _report(
+    plan: QuantizePlan, place: Destination, size: int | None, *, written: bool
+) -> QuantizeReport:
+    layouts = lay_out_files(plan.tensors, plan.metadata, None, size)
+    sizes = [layout.size for layout in layouts]
+    kinds = Counter(block_text(made.block_size) for made in plan.spelled.values())
+    known = plan.choice.architecture
+    return QuantizeReport(
+        tuple(plan.options),
+        plan.choice.skipped,
+        plan.bytes_before,
+        plan.bytes_after,
+        dict(kinds.most_common()),
+        tuple(key for key in plan.header.tensors if plan.loras.touches(key)),
+        plan.loras.unmatched,
+        "" if known is None else known.name,
+        dict(zip(place.names(len(sizes)), sizes, strict=True)),
+        written,
+    )
 
-    def _plan_layer(self, layer: str, info: TensorInfo) -> dict[str, TensorInfo]:
-        meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
-        made = self._encode(layer, meta)
-        return {name: TensorInfo.of(tensor) for name, tensor in made.items()}
 
-    def _quantized(self, key: str) -> str | None:
-        """The layer to quantize whose weight a key is, or None."""
-        layer = key.removesuffix("weight").removesuffix(".")
-        return layer if key == join(layer, "weight") and layer in self.layers else None
+# -- what is refused -------------------------------------------------------------------
 
-    def _encode(self, layer: str, weight: Tensor) -> dict[str, Tensor]:
-        options = self.layers[layer]
-        qdata, params = quantize_weight(self.scheme, weight, options, layer)
-        try:
-            tensors = self.dialect.encode(qdata, params, options)
-        except HijackError as error:
-            raise type(error)(f"{layer}: {error}") from error
-        if weight.is_meta:
-            self._remember(layer, qdata, params, tensors)
-        return {join(layer, suffix): tensor for suffix, tensor in tensors.items()}
 
-    def _remember(
-        self,
-        layer: str,
-        qdata: Tensor,
-        params: Mapping[str, Tensor],
-        tensors: Mapping[str, Tensor],
-    ) -> None:
-        """Keep what the dialect must know to say what the file is."""
-        self.spelled[layer] = Spelled(
-            self.scheme.name,
-            tuple(params),
-            self.header.tensors[join(layer, "weight")].shape,
-            self.scheme.block_size(qdata, params),
-            {suffix: TensorInfo.of(tensor) for suffix, tensor in tensors.items()},
+def _refuse_same(
+    place: Destination, dst: Path, src: Paths, header: Header, loras: Iterable[Spec]
+) -> None:
+    """Refuse to write onto a file that is read, or to delete one."""
+    given = [src] if isinstance(src, str | os.PathLike) else list(src)
+    sources = [*given, *(parse_lora(lora)[0] for lora in loras)]
+    for path in (dst, *place.replaced()):
+        refuse_same_file(
+            [path for path in sources if os.path.exists(path)], header, path
         )
-
-    def _finish(self) -> FileMarks:
-        """What the file says as a whole; its tensors join the plan."""
-        others = [k for k in self.header.tensors if self._quantized(k) is None]
-        marks = self.dialect.finish(self.spelled, others)
-        self.plan |= {key: TensorInfo.of(t) for key, t in marks.tensors.items()}
-        return marks
-
-    def metadata(self) -> dict[str, str]:
-        """The source's metadata, and markers where the dialect has any."""
-        metadata = dict(self.header.metadata)
-        metadata.pop(METADATA_KEY, None)  # of a file that was quantized once
-        return {**metadata, **self.marks.metadata}
-
-    def run(self, writer: CheckpointWriter, progress: Progress | None) -> None:
-        """Copy what stays and quantize the rest, in file order."""
-        done = 0
-        for key, info in self.header.tensors.items():
-            layer = self._quantized(key)
-            if layer is None:
-                writer.write_bytes(key, chunks(info))
-                continue
-            self._write_layer(writer, layer)
-            done += 1
-            if progress is not None:
-                progress(done, len(self.layers), layer)
-        for key, tensor in self.marks.tensors.items():
-            writer.write(key, tensor)
-
-    def _write_layer(self, writer: CheckpointWriter, layer: str) -> None:
-        """Quantize one layer; when this returns, none of its memory is held."""
-        # mapped anew for each layer, so that the pages read do not add up
-        weight = open_tensors(self.header)[join(layer, "weight")]
-        for name, tensor in self._encode(layer, weight).items():
-            writer.write(name, tensor)
-
-
-def _why_not(
-    layer: str, info: TensorInfo, include: Patterns, exclude: Patterns
-) -> str | None:
-    if include is not None and not _matches(layer, include):
-        return "not included"
-    if _matches(layer, exclude):
-        return "excluded"
-    if info.torch_dtype not in DENSE_DTYPES:
-        return f"dtype {info.dtype}"
-    dimensions = len(info.shape)
-    if dimensions < 2 or (dimensions > 2 and include is None):
-        return f"{dimensions} dimensions"
-    return None if 0 not in info.shape else "empty"
-
-
-def _matches(layer: str, patterns: Patterns) -> bool:
-    listed = [patterns] if isinstance(patterns, str) else patterns or ()
-    return any(fnmatch.fnmatchcase(layer, pattern) for pattern in listed)
-
-
-def _check_matched(include: Patterns, header: Header) -> None:
-    for pattern in [include] if isinstance(include, str) else include or ():
-        if not any(_matches(layer, pattern) for layer in header.layers()):
-            some = ", ".join(list(header.layers())[:3]) or "none"
-            raise CheckpointError(
-                f"include: pattern {pattern!r} matches no layer of {header.source}; "
-                f"layers are such as {some}"
-            )
 
 
 def _refuse_quantized(header: Header) -> None:
@@ -271,3 +223,76 @@ def _refuse_quantized(header: Header) -> None:
             f"{header.source}: is quantized already ({first}); expected dense weights; "
             "quantize the original, or see `hijack identify`"
         )
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that can be computed on."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).add_(1)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"device: {device!r} cannot be used; {reason}; expected one such as cpu or "
+            "cuda"
+        ) from error
+    return found
+
+
+def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
+    """What to say in ``config.json``; not where that is the source's too."""
+    config = plan.marks.config
+    if config is None:
+        raise CheckpointError(
+            f"write_config: dialect {plan.dialect.name} has no quantization_config; "
+            "expected one such as deepseek; leave write_config out"
+        )
+    for info in plan.header.tensors.values():
+        if info.file is not None and info.file.parent.resolve() == dst.parent.resolve():
+            raise CheckpointError(
+                f"{dst.parent / 'config.json'}: is of the source, which is not "
+                "quantized; expected another folder for the result; write it there, or "
+                "leave write_config out"
+            )
+    return config
+
+
+# -- whether two runs are the same -----------------------------------------------------
+
+
+class _Watch:
+    """The files that are read: what they are, and whether they still are."""
+
+    def __init__(self, header: Header, loras: Iterable[Spec]) -> None:
+        self.source = header.source
+        self.loras = [parse_lora(lora) for lora in loras]
+        infos = header.tensors.values()
+        self.files = {info.file for info in infos if info.file is not None}
+        self.files |= {path for path, _ in self.loras}
+        self.before = self._now()
+
+    def _now(self) -> list[tuple[str, int, int]]:
+        stats = [(path, path.stat()) for path in sorted(self.files)]
+        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    def check(self) -> None:
+        """Refuse a result of which nobody knows what it was made of."""
+        if self._now() != self.before:
+            raise CheckpointError(
+                f"{self.source}: was changed while it was read; expected it to stay as "
+                "it is; begin again"
+            )
+
+    def fingerprint(self, plan: QuantizePlan, device: torch.device) -> str:
+        """What a result depends on, beside the headers it is written with."""
+        parts = [
+            torch.__version__,
+            str(device),
+            plan.scheme.name,
+            plan.dialect.name,
+            [(layer, repr(options)) for layer, options in plan.options.items()],
+            [(key, repr(info)) for key, info in plan.header.tensors.items()],
+            [repr(lora) for lora in self.loras],
+            self.before,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hijack.checkpoint.destination import Destination, destination
 from hijack.checkpoint.header import TensorInfo
-from hijack.checkpoint.layout import Layout, Plan, lay_out, split
+from hijack.checkpoint.layout import Layout, Plan, lay_out_files
 from hijack.checkpoint.partial import Journal, Partial, leftovers, part_name
 from hijack.errors import CheckpointError
 
@@ -150,7 +150,6 @@ def open_writer(
     plan: Plan,
     metadata: Mapping[str, str] | None = None,
     order: Sequence[str] | None = None,
-    *,
     max_shard_size: int | None = None,
     job: str | None = None,
 ) -> Iterator[CheckpointWriter]:
@@ -175,13 +174,9 @@ def open_writer(
     Raises:
         CheckpointError: if the folder cannot be written or the disk is full.
     """
-    path, metadata = Path(path), metadata or {}
+    path = Path(path)
     place = destination(path, sharded=max_shard_size is not None)
-    shards = [plan] if max_shard_size is None else split(plan, max_shard_size)
-    layouts = []
-    for shard in shards:
-        inside = None if order is None else [key for key in order if key in shard]
-        layouts.append(lay_out(shard, metadata, inside))
+    layouts = lay_out_files(plan, metadata or {}, order, max_shard_size)
     if job is not None:
         headers = hashlib.sha256(b"".join(layout.header for layout in layouts))
         job = f"{job} {headers.hexdigest()}"

@@ -3,24 +3,73 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 
 import hijack
-from hijack.checkpoint.text import parse_block_size
+from hijack.checkpoint.architectures import (
+    Architecture,
+    architectures,
+    detect_architecture,
+)
+from hijack.checkpoint.destination import destination, parse_size
+from hijack.checkpoint.reader import read_header
+from hijack.checkpoint.text import parse_block_size, table
 from hijack.commands.progress import progress_bar
 from hijack.errors import CheckpointError, SchemeError
 
 HELP = "quantize a safetensors checkpoint"
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+SCALES = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "e8m0": getattr(torch, "float8_e8m0fnu", None),
+}
+_FLAGS = {
+    "--ignore-unmatched": "leave out LoRAs of layers the checkpoint lacks",
+    "--dry-run": "say what would be done and how large it would be, and write nothing",
+    "--resume": "go on where a run with --resume was cut off, and leave what is done "
+    "if this one is",
+    "--write-config": "write config.json beside DST, for dialects whose readers expect "
+    "a quantization_config",
+    "--show-defaults": "print what is quantized by default: of SRC, or of every model "
+    "known",
+    "--force": "replace what exists",
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("src", nargs="+", help="file, index, or shards")
-    parser.add_argument("dst", help="file to write")
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="SRC ... DST",
+        help="a file, an index, or shards; and the file to write",
+    )
+    _add_formats(parser)
+    _add_choices(parser)
+    parser.add_argument("--device", default="cpu", help="such as cuda; default cpu")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads, default one for each core"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="write shards of at most 5GB or so, and an index",
+    )
+    for flag, text in _FLAGS.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="name what is left dense"
+    )
+    parser.set_defaults(refuse=parser.error)
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    """How weights are quantized."""
     parser.add_argument(
         "--scheme", default="blockwise_fp8", help="see `hijack schemes`"
     )
@@ -28,47 +77,101 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size",
         type=_block_size,
         metavar="SIZE",
-        help="1x64 (default), 128x128, row, tensor",
+        help="1x64, 128x128, row, tensor; default is the dialect's",
     )
     parser.add_argument("--dtype", choices=DTYPES, help="code dtype, default e4m3")
+    parser.add_argument(
+        "--scale-dtype", choices=SCALES, help="default is the weight's or the dialect's"
+    )
+    parser.add_argument(
+        "--scale-search",
+        type=int,
+        metavar="N",
+        help="try N scales for each block and take the one with the least error",
+    )
     parser.add_argument("--dialect", help="default is the scheme's first")
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """Which weights are quantized, and what is done to them first."""
     for name in ("include", "exclude"):
         parser.add_argument(
             f"--{name}",
             action="append",
             metavar="PATTERN",
-            help=f"layers to {name}, such as 'transformer_blocks.*'; may be repeated",
+            help=f"layers to {name}, such as 'transformer_blocks.*', or 'default' for "
+            "what is usual for the model; may be repeated",
         )
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="name what is left"
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=SIZE",
+        help="block size of some layers, such as 'blocks.*.ffn=128x128'; or "
+        "PATTERN=skip, =bf16, =f16, =f32 to leave them dense; the first that matches "
+        "counts; may be repeated",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="merge a LoRA first; may be repeated",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize, and print what was done."""
-    options: dict[str, Any] = {}
-    if args.dtype is not None:
-        options["dtype"] = DTYPES[args.dtype]
-    if Path(args.dst).is_file() and not args.force:
-        raise CheckpointError(f"{args.dst}: exists; pass --force to replace it")
+    if args.show_defaults:
+        print(_defaults(args.paths))
+        return 0
+    if len(args.paths) < 2:
+        _refuse(args, "expected SRC and DST")
+    *src, dst = args.paths
+    if not args.dry_run and not args.force:
+        sharded = args.max_shard_size is not None
+        for path in destination(dst, sharded=sharded).replaced():
+            raise CheckpointError(f"{path}: exists; pass --force to replace it")
     with progress_bar("quantizing") as progress:
         report = hijack.quantize_file(
-            args.src if len(args.src) > 1 else args.src[0],
-            args.dst,
+            src if len(src) > 1 else src[0],
+            dst,
             args.scheme,
             block_size=args.block_size,
             dialect=args.dialect,
+            loras=args.lora,
             include=args.include,
             exclude=args.exclude,
             progress=progress,
-            **options,
+            rules=args.rule,
+            ignore_unmatched=args.ignore_unmatched,
+            device=args.device,
+            workers=args.workers,
+            max_shard_size=args.max_shard_size and parse_size(args.max_shard_size),
+            resume=args.resume,
+            write_config=args.write_config,
+            dry_run=args.dry_run,
+            **_options(args),
         )
-    for layer, reason in report.skipped.items():
-        if args.verbose:
-            print(f"left dense: {layer} ({reason})")
-    print(report)
+    print(_text(report, verbose=args.verbose))
     return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the scheme, of those that were given."""
+    options: dict[str, Any] = {}
+    if args.dtype is not None:
+        options["dtype"] = DTYPES[args.dtype]
+    if args.scale_dtype is not None:
+        options["scale_dtype"] = SCALES[args.scale_dtype]
+    if args.scale_search is not None:
+        options["scale_search"] = args.scale_search
+    return options
+
+
+def _refuse(args: argparse.Namespace, what: str) -> NoReturn:
+    args.refuse(what)
+    raise SystemExit(2)
 
 
 def _block_size(text: str) -> Any:
@@ -76,3 +179,40 @@ def _block_size(text: str) -> Any:
         return parse_block_size(text)
     except SchemeError as error:  # a ValueError, whose words argparse would hide
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+# -- what is printed -------------------------------------------------------------------
+
+
+def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
+    """What was done, or would be."""
+    lines = []
+    if verbose:
+        lines += [f"left dense: {name} ({why})" for name, why in report.skipped.items()]
+        lines += [f"LoRA left out: {name}" for name in report.unmatched]
+    if report.architecture:
+        lines.append(f"model: {report.architecture}")
+    if verbose or not report.written:
+        blocks = [[size, str(count)] for size, count in report.blocks.items()]
+        lines.append(table(["block", "layers"], blocks))
+        files = [[name, f"{size:,}"] for name, size in report.files.items()]
+        lines.append(table(["file", "bytes"], files))
+    return "\n".join([*lines, str(report)])
+
+
+def _defaults(paths: Sequence[str]) -> str:
+    """The patterns of the model in a checkpoint, or of every model."""
+    if not paths:
+        return "\n".join(map(_patterns, architectures()))
+    found = detect_architecture(read_header(paths if len(paths) > 1 else paths[0]))
+    if found is None:
+        return "the model is not known; every layer with a 2-D weight is quantized"
+    return _patterns(found)
+
+
+def _patterns(known: Architecture) -> str:
+    include, exclude = " ".join(known.include), " ".join(known.exclude)
+    return (
+        f"{known.name}, as {known.source} has it\n"
+        f"  include: {include or 'all'}\n  exclude: {exclude or 'none'}"
+    )
