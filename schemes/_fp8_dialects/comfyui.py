@@ -236,17 +236,19 @@ class ComfyQuantDialect(FP8Dialect):
             and grid_shape(shape, size) == (1, 1)
             and not is_power(scale)
         ):
-            name = next(n for n, dtype in CODES.items() if dtype == qdata.dtype)
+            code = next(n for n, d in CODES.items() if d == qdata.dtype)
+            named: dict[str, object] = {"format": code}
             tensors = {"weight": qdata, "weight_scale": scale.view(()).float()}
         elif qdata.ndim == 2 and _is_mx(qdata, scale, size):
-            name = "mxfp8"
+            # as convert_to_quant says it; ComfyUI needs the format alone
+            named = {"format": "mxfp8", "group_size": mx.COLS, "orig_shape": shape}
             codes, plain = _pad(qdata, scale.view(torch.uint8))
             tensors = {"weight": codes, "weight_scale": mx.to_tiles(plain)}
         else:
             raise self.cannot(
                 qdata, params, "one floating scale, or float8_e8m0fnu of blocks of 1x32"
             )
-        tensors[LAYER_MARKER] = marker_tensor({"format": name}, qdata.device)
+        tensors[LAYER_MARKER] = marker_tensor(named, qdata.device)
         return tensors
 
     def fit_options(

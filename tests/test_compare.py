@@ -1,0 +1,125 @@
+"""compare: errors of weights, whatever the two files are."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hijack
+from hijack import cli
+from hijack.checkpoint.loss import measure
+from hijack.errors import CheckpointError
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A dense file and what quantizing made of it."""
+    torch.manual_seed(0)
+    dense, coded = tmp_path / "dense.safetensors", tmp_path / "coded.safetensors"
+    tensors = {f"blocks.{i}.weight": torch.randn(64, 128) for i in range(3)}
+    tensors["norm.weight"] = torch.randn(64)
+    save_file(tensors, dense)
+    hijack.quantize_file(dense, coded)
+    return dense, coded
+
+
+def test_each_weight_gets_its_error(files):
+    """Against sums in float64; what was not quantized is equal."""
+    found = hijack.compare_files(*files)
+    wanted = load_file(files[0])["blocks.1.weight"].double()
+    stored = load_file(files[1])
+    scale = stored["blocks.1.scale_weight"].double().expand(64, 2, 64).reshape(64, 128)
+    error = stored["blocks.1.weight"].double() * scale - wanted
+    loss = found.layers["blocks.1.weight"]
+    assert loss.rmse == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6)
+    assert loss.largest == pytest.approx(error.abs().max().item(), rel=1e-6)
+    ratio = wanted.square().sum() / error.square().sum()
+    assert loss.sqnr == pytest.approx(10 * torch.log10(ratio).item(), rel=1e-6)
+    assert found.layers["norm.weight"].largest == 0
+    assert not found.same
+    assert hijack.compare_files(files[1], files[1]).same
+
+
+def test_prefixes_do_not_matter(files, tmp_path):
+    """Trainers and ComfyUI name the same layers differently."""
+    path = tmp_path / "prefixed.safetensors"
+    prefixed = {f"model.diffusion_model.{k}": t for k, t in load_file(files[1]).items()}
+    save_file(prefixed, path)
+    for pair in ((files[1], path), (path, files[1])):
+        found = hijack.compare_files(*pair)
+        assert found.same
+        assert len(found.layers) == 4
+
+
+def test_what_only_one_has_is_named(files, tmp_path):
+    """Missing weights and other shapes are no errors, but are not passed over."""
+    path = tmp_path / "other.safetensors"
+    tensors = load_file(files[0])
+    del tensors["blocks.0.weight"]
+    tensors["extra.weight"] = torch.ones(2, 2)
+    tensors["blocks.1.weight"] = torch.ones(2, 2)
+    save_file(tensors, path)
+    found = hijack.compare_files(files[0], path)
+    assert found.only_reference == ("blocks.0.weight",)
+    assert found.only_other == ("extra.weight",)
+    assert "has shape (64, 128) and (2, 2)" in found.skipped["blocks.1.weight"]
+    text = found.as_table()
+    assert "not compared: blocks.1.weight" in text
+    assert "extra.weight" in text
+
+
+def test_padding_is_cut_off(tmp_path):
+    """ComfyUI pads MXFP8; the dense original does not."""
+    dense, coded = tmp_path / "dense.safetensors", tmp_path / "coded.safetensors"
+    save_file({"a.weight": torch.randn(40, 64)}, dense)
+    options = {"scale_dtype": torch.float8_e8m0fnu}
+    hijack.quantize_file(dense, coded, dialect="comfy_quant", **options)
+    for pair in ((dense, coded), (coded, dense)):
+        assert 25 < hijack.compare_files(*pair).layers["a.weight"].sqnr < 40
+
+
+def test_models_that_have_nothing_in_common_are_refused(files, tmp_path):
+    """The message shows a weight of each."""
+    path = tmp_path / "other.safetensors"
+    save_file({"z.weight": torch.ones(2, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"no weight in common.*z\.weight"):
+        hijack.compare_files(files[0], path)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "sqnr"),
+    [
+        (torch.ones(4), torch.ones(4), "inf"),
+        (torch.zeros(4), torch.ones(4), "-inf"),
+        (torch.ones(4), torch.tensor([1, 1, 1, torch.nan]), "nan"),
+        (torch.ones(4), torch.tensor([1, 1, 1, torch.inf]), "nan"),
+        (torch.ones(0), torch.ones(0), "inf"),
+    ],
+)
+def test_extremes_have_numbers_too(one, two, sqnr):
+    """Equal, nothing to compare with, and what is no number."""
+    assert str(measure(one, two).sqnr) == sqnr
+
+
+def test_the_worst_come_first_and_json_has_all(files, capsys):
+    """For people a table, for programs JSON without infinities."""
+    assert cli.main(["compare", *map(str, files), "--worst", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "... and 1 more that differ" in out
+    assert "4 weights compared, 1 equal" in out
+    assert cli.main(["compare", *map(str, files), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["layers"]["norm.weight"]["sqnr_db"] is None
+    assert report["layers"]["blocks.0.weight"]["numel"] == 64 * 128
+    ranks = [loss.sqnr for _, loss in hijack.compare_files(*files).worst()]
+    assert ranks == sorted(ranks)
+
+
+def test_the_picture_is_a_png(files, tmp_path):
+    """With matplotlib of the extra; a folder that is not there is an error."""
+    path = tmp_path / "p.png"
+    assert cli.main(["compare", *map(str, files), "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+    nowhere = tmp_path / "none" / "p.png"
+    assert cli.main(["compare", *map(str, files), "--plot", str(nowhere)]) == 1
