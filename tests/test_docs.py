@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import hijack
-from hijack import cli, errors
+from hijack import cli, errors, formats
 from hijack.hooks import HookSpecs
 from hijack.testing import SchemeConformance
 
@@ -203,3 +203,8 @@ def test_texts_name_no_machine():
     """No committed text holds a path of somebody's home."""
     for file in [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]:
         assert not re.search(r"/(root|home|work|Users)/", file.read_text()), file.name
+
+
+def test_the_formats_are_those_of_the_code():
+    """docs/formats.md is what the tables give; `python -m hijack.formats` writes it."""
+    assert (ROOT / "docs/formats.md").read_text() == formats.document()
