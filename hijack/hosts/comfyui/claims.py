@@ -117,8 +117,8 @@ def _encode_keys(
     tensors = markers.read_through(unusual)
     claims = _claims(tensors, metadata, registry)
     coded = {
-        claim.keys["weight"]: _encode(registry, claim, tensors)
-        for claim in claims.values()
+        join(layer, "weight"): _encode(registry, claim, tensors)
+        for layer, claim in claims.items()
     }
     used = {key for claim in claims.values() for key in claim.keys.values()}
     for key in unusual if claims else ():
@@ -135,9 +135,12 @@ def _claims(
 ) -> dict[str, Claim]:
     """The claim to each layer that is not ComfyUI's own."""
     metadata = {**(_renamed(metadata, tensors) or {}), **tags.metadata_of(tensors)}
+    given = tags.claims_of(tensors)
+    used = {key for claim in given.values() for key in claim.keys.values()}
+    rest = {key: tensor for key, tensor in tensors.items() if key not in used}
     header = Header.from_state_dict(tensors, metadata)
-    found = identify(header, registry)
-    every = found.claims()
+    found = identify(Header.from_state_dict(rest, metadata), registry)
+    every = {**given, **found.claims()}
     claims = {la: c for la, c in every.items() if not markers.native(header, la)}
     if claims and not markers.reads_layers():
         claims = every  # it cannot have layers of its own kind beside ours
@@ -219,9 +222,8 @@ def _check_foreign(found: Identification, header: Header) -> None:
             continue
         raise HijackError(
             f"{layer}: is in the format {other.format}, as {len(found.foreign)} layers "
-            f"are, and {len(found.layers)} are read by "
-            f"{next(iter(found.layers.values())).scheme}; this ComfyUI cannot read "
-            "both; use a later one, or quantize the original with one scheme"
+            "are, and others are read by a scheme; this ComfyUI cannot read both; use "
+            "a later one, or quantize the original with one scheme"
         )
 
 

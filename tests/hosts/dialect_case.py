@@ -1,0 +1,182 @@
+"""Run by tests in a fresh process: files in every dialect, in ComfyUI's own loader.
+
+Usage: dialect_case.py COMFYUI FOLDER
+
+The files are spelled here, without hijack. Prints one JSON object: dialect to the error
+of the network's output against that of the exactly dequantized model.
+"""
+
+# ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
+from __future__ import annotations
+
+import json
+
+import comfy_case  # prepares ComfyUI, so it comes first  # isort: skip
+import comfy.sd
+import comfy_models
+import torch
+from comfy_case import error, first_output, load
+from safetensors.torch import save_file
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+
+
+def quantize(weight, rows, cols, dtype=E4M3):
+    """Codes, scales (N/R, K/C) in float32, and what they mean."""
+    n, k = weight.shape
+    blocks = weight.float().reshape(n // rows, rows, k // cols, cols)
+    scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-8)
+    scale = scale / torch.finfo(dtype).max
+    codes = (blocks / scale).to(dtype)
+    dense = (codes.float() * scale).reshape(n, k)
+    return codes.reshape(n, k), scale[:, 0, :, 0], dense
+
+
+def marker(**entry):
+    """ComfyUI's marker of a layer."""
+    return torch.tensor(list(json.dumps(entry).encode()), dtype=torch.uint8)
+
+
+def tiles(scale):
+    """Exponents in tiles of 128 x 4, written element by element."""
+    rows, cols = scale.shape
+    high, wide = -(-rows // 128), -(-cols // 4)
+    flat = torch.zeros(high * wide * 512, dtype=torch.uint8)
+    for r in range(rows):
+        for c in range(cols):
+            tile = (r // 128) * wide + c // 4
+            flat[tile * 512 + r % 32 * 16 + r % 128 // 32 * 4 + c % 4] = scale[r, c]
+    return flat.reshape(high * 128, wide * 4)
+
+
+def scaled(dtype, marked):
+    """The older files of ComfyUI: one scale, E4M3 or E5M2."""
+
+    def spell(layer, weight):
+        codes, scale, dense = quantize(weight, *weight.shape, dtype)
+        return {"weight": codes, "scale_weight": scale.reshape(())}, dense
+
+    return spell, {"scaled_fp8": torch.zeros(marked, dtype=dtype)}, {}
+
+
+def scaled_rows():
+    """What convert_to_quant wrote under the older marker: a scale for each row."""
+
+    def spell(layer, weight):
+        codes, scale, dense = quantize(weight, 1, weight.shape[1])
+        return {"weight": codes, "scale_weight": scale[:, 0]}, dense
+
+    return spell, {"scaled_fp8": torch.zeros(2, dtype=E4M3)}, {}
+
+
+def marked_blocks(rows, cols, name, **entry):
+    """Layers marked one by one, in blocks."""
+
+    def spell(layer, weight):
+        codes, scale, dense = quantize(weight, rows or 1, cols or weight.shape[1])
+        shape = (-1,) if cols is None else scale.shape
+        mark = marker(format=name, **entry)
+        tensors = {"weight_scale": scale.reshape(shape), "comfy_quant": mark}
+        return {"weight": codes, **tensors}, dense
+
+    return spell, {}, {}
+
+
+def mxfp8():
+    """ComfyUI's own MXFP8."""
+
+    def spell(layer, weight):
+        _, scale, _ = quantize(weight, 1, 32)
+        power = torch.ceil(torch.log2(scale)).clamp(-127, 127)
+        wide = torch.exp2(power).repeat_interleave(32, 1)
+        codes = (weight.float() / wide).to(E4M3)
+        stored = tiles((power + 127).to(torch.uint8))
+        tensors = {"weight_scale": stored, "comfy_quant": marker(format="mxfp8")}
+        return {"weight": codes, **tensors}, codes.float() * wide
+
+    return spell, {}, {}
+
+
+def plain(rows, cols, shape, name="weight_scale", metadata=None, code="weight"):
+    """Codes and a scale of some name and shape, and no marker."""
+
+    def spell(layer, weight):
+        high = weight.shape[0] if rows is None else rows
+        codes, scale, dense = quantize(weight, high, cols or weight.shape[1])
+        return {code: codes, name: scale.reshape(shape(scale))}, dense
+
+    return spell, {}, metadata or {}
+
+
+def torchao(dense):
+    """What torchao's writer puts into the header."""
+    names, metadata = [], {}
+    for key, tensor in dense.items():
+        entry = {"_type": "Tensor"}
+        if comfy_models.is_quantized(key, tensor):
+            data = {"block_size": [1, tensor.shape[1]]}
+            parts = ["qdata", "scale"]
+            entry = {
+                "_type": "Float8Tensor",
+                "_data": data,
+                "_tensor_data_names": parts,
+            }
+        names.append(key)
+        metadata[key] = json.dumps(entry)
+    return {**metadata, "tensor_names": json.dumps(names)}
+
+
+def dialects(dense):
+    """Name to how a layer is spelled, tensors of the file, and metadata."""
+    config = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    grid = {"quantization_config": json.dumps(config)}
+    same = lambda scale: scale.shape  # noqa: E731
+    return {
+        "scaled_fp8 E4M3": scaled(E4M3, 0),
+        "scaled_fp8 E5M2": scaled(E5M2, 2),
+        "scaled_fp8 rows": scaled_rows(),
+        "comfy_quant one scale": marked_blocks(None, None, "float8_e4m3fn_rowwise"),
+        "comfy_quant blocks": marked_blocks(
+            64, 64, "float8_e4m3fn_blockwise", group_size=64
+        ),
+        "comfy_quant rows for blocks": marked_blocks(
+            None, None, "float8_e4m3fn_blockwise", group_size=64
+        ),
+        "mxfp8": mxfp8(),
+        "kijai": plain(None, None, lambda scale: ()),
+        "fp8r": plain(1, None, lambda scale: (len(scale),)),
+        "compressed_tensors": plain(1, None, lambda scale: (len(scale), 1)),
+        "deepseek": plain(64, 64, same, "weight_scale_inv", grid),
+        "torchao": plain(
+            1, None, same, "_weight_scale", torchao(dense), "_weight_qdata"
+        ),
+        "quanto": plain(1, None, same, "weight._scale", code="weight._data"),
+    }
+
+
+def main():
+    """All dialects; the error of each is printed as the last line."""
+    import schemes.blockwise_fp8  # noqa: F401 - patches ComfyUI
+
+    bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
+    found = {}
+    for name, (spell, extra, metadata) in dialects(bf16).items():
+        coded, dense = dict(extra), {}
+        for key, tensor in bf16.items():
+            coded[key] = dense[key] = tensor
+            if comfy_models.is_quantized(key, tensor):
+                layer = key.removesuffix(".weight")
+                del coded[key]
+                made, dense[key] = spell(layer, tensor)
+                coded.update({f"{layer}.{suffix}": t for suffix, t in made.items()})
+        path = str(comfy_case.FOLDER / f"{name.replace(' ', '-')}.safetensors")
+        save_file(coded, path, metadata)
+        expected = first_output(load(dense))
+        found[name] = error(first_output(comfy.sd.load_diffusion_model(path)), expected)
+    return found
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        found = main()
+    print(json.dumps(found))
