@@ -6,23 +6,24 @@ Everything goes through the rows in chunks, so that temporaries stay in the cach
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hijack.errors import NonFiniteError
-from schemes._fp8_blocks import POWER_DTYPES, matrix_shape
+from schemes._fp8_blocks import POWER_DTYPES, decode_scale, matrix_shape
 
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8
-#: Elements quantized at a time.
+#: Elements worked on at a time.
 CHUNK = 1 << 18
-#: Elements searched at a time: all temporaries of a few rows stay in the cache.
-SEARCH_CHUNK = 1 << 16
-
-#: Integers of as many bytes.
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+#: Candidates of a search at most: as many as bfloat16 has in an octave.
+MAX_CANDIDATES = 128
+#: Share of a squared error that the sums may be wrong by.
+MARGIN = 2.0**-14
 
 # -- scales --------------------------------------------------------------------------
 
@@ -70,6 +71,15 @@ def _round_up_to_power(scale: Tensor) -> Tensor:
     return (exponent + 127).to(torch.uint8).view(POWER_DTYPES[0])
 
 
+def _check_finite(amax: Tensor, weight: Tensor) -> None:
+    if not amax.isfinite().all():  # the largest of anything with a NaN is NaN
+        nans, infs = int(weight.isnan().sum()), int(weight.isinf().sum())
+        raise NonFiniteError(
+            f"weight of shape {tuple(weight.shape)} holds {nans} NaN and {infs} "
+            "infinite values, expected finite ones; repair the checkpoint or exclude it"
+        )
+
+
 # -- search --------------------------------------------------------------------------
 
 
@@ -84,52 +94,149 @@ def search_scale(
 
     The numbers of a floating format are as dense at 2x as at x, so that all ways to lay
     them over a block are found within one octave above the absmax scale, where nothing
-    is clipped. Candidates are spread evenly over its logarithm. Powers of two have but
-    one other worth trying, half as large, which clips. A block keeps the absmax scale
-    unless another is strictly better, judged with the scale as it will be stored.
+    is clipped. The candidates are 2**(j/J) times a power of two, the same for all
+    blocks: so an element's error depends on its seven first bits of mantissa and on the
+    candidate alone, up to a power of two, and is looked up. Powers of two have but one
+    other worth trying, half as large, which clips.
+
+    The best of these is then compared with the absmax scale, both as they are stored,
+    by rounding every element. A block keeps the absmax scale unless the other is better
+    by more than float32 may be wrong.
 
     Args:
         weight: (N, K) floating point.
         scale: (ceil(N/R), ceil(K/C)), from `absmax_scale`.
         size: (R, C), the block size.
         dtype: the FP8 dtype.
-        candidates: how many scales to try for each block, the given one among them.
+        candidates: J, how many scales to try beside the given one, 1 to 128.
 
     Returns:
         (ceil(N/R), ceil(K/C)) of ``scale``'s dtype.
     """
-    power = scale.dtype in POWER_DTYPES
-    steps = range(2 if power else candidates)
-    factors = [2.0**-j if power else 2.0 ** (j / candidates) for j in steps]
-    tried = torch.stack([(scale.float() * f).to(scale.dtype) for f in factors])
+    plain = decode_scale(scale)
+    table = None
+    if scale.dtype not in POWER_DTYPES:
+        table = _ErrorTable(dtype, scale.dtype, candidates, weight.device)
+    # rows at a time, so that an error for each candidate of each block fits too
+    step = CHUNK // (plain.shape[1] * max(size[1], candidates))
+    group = max(step // size[0], 1)
     found = []
-    group = max(SEARCH_CHUNK // (weight.shape[1] * size[0]), 1)  # rows of the grid
-    for start in range(0, len(scale), group):
+    for start in range(0, len(plain), group):
         rows = weight[start * size[0] : (start + group) * size[0]]
-        found.append(_best(rows, tried[:, start : start + group], size, dtype))
-    return torch.cat(found)
+        first = plain[start : start + group]
+        pieces = partial(_pieces, rows, size, max(step, 1))
+        if table is None:
+            other = (first / 2).clamp_min_(2.0**-127)
+        else:
+            other = table.likely(pieces, first)
+        found.append(_better(pieces, first, other, dtype))
+    return _store(torch.cat(found), scale.dtype)
 
 
-def _best(
-    weight: Tensor, tried: Tensor, size: tuple[int, int], dtype: torch.dtype
-) -> Tensor:
-    """The best of (J, g, ceil(K/C)) scales for (n, K): g rows of blocks."""
-    wide = tried.float()
-    error = torch.zeros_like(wide, dtype=torch.float64)
-    step = max(SEARCH_CHUNK // weight.shape[1], 1)
+#: Absolute values of rows of blocks (n, ceil(K/C), C), and the row of the grid that
+#: each belongs to, (n,); None if they are the rows of the grid.
+_Piece = tuple[Tensor, Tensor | None]
+_Pieces = Callable[[], Iterator[_Piece]]
+
+
+def _pieces(weight: Tensor, size: tuple[int, int], step: int) -> Iterator[_Piece]:
+    """A few rows at a time."""
     for start in range(0, len(weight), step):
-        part = _blocks(weight[start : start + step], size[1]).float().abs()
-        row = torch.arange(start, start + len(part), device=weight.device) // size[0]
-        for j, scale in enumerate(wide):
-            error[j].index_add_(0, row, _squared_error(part, scale[row], dtype))
-    best, least = tried[0].clone(), error[0]
-    for candidate, mine in zip(tried[1:], error[1:], strict=True):
-        better = mine < least
-        best.view(_BITS[best.element_size()])[better] = candidate.view(
-            _BITS[best.element_size()]
-        )[better]
-        least = torch.where(better, mine, least)
-    return best
+        part = _blocks(weight[start : start + step], size[1]).abs()
+        row = None
+        if size[0] > 1:
+            row = torch.arange(start, start + len(part), device=weight.device)
+            row = row // size[0]
+        yield part, row
+
+
+def _spread(grid: Tensor, row: Tensor | None) -> Tensor:
+    """(g, ...) as (n, ...): what each row of a piece has."""
+    return grid if row is None else grid[row]
+
+
+def _gather(grid: Tensor, row: Tensor | None, values: Tensor) -> None:
+    """Add (n, ...), what each row of a piece has, to (g, ...)."""
+    if row is None:
+        grid.add_(values)
+    else:
+        grid.index_add_(0, row, values)
+
+
+class _ErrorTable:
+    """Squared errors of elements by exponent and mantissa, for each candidate.
+
+    Row 128 * e + m is of an element of mantissa 1 + m/128. Exponents are relative to
+    the absmax scale's, and end with the largest it can reach; what is smaller than the
+    first counts as zero. All candidates are taken twice as large as the mantissas, also
+    those that will be used as they are: this matters to subnormal codes only, which err
+    little.
+    """
+
+    EXPONENTS = 16
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        scale_dtype: torch.dtype,
+        candidates: int,
+        device: torch.device,
+    ) -> None:
+        self.scale_dtype = scale_dtype
+        self.numbers = torch.arange(candidates, dtype=torch.int32, device=device)
+        # (J,) float32, in [1, 2], as the scale's dtype has them
+        mantissas = torch.exp2(self.numbers.float() / candidates)
+        self.mantissas = mantissas.to(scale_dtype).float()
+        # the largest element is less than this power of two times the scale's
+        reach = int(math.log2(torch.finfo(dtype).max)) + 2
+        # of the first row, less the scale's
+        self.lowest = reach - self.EXPONENTS
+        row = torch.arange(self.EXPONENTS * 128, device=device)[:, None]
+        element = torch.ldexp((128 + row % 128).float(), row // 128 + self.lowest - 7)
+        scale = 2 * self.mantissas
+        rounded = (element / scale).to(dtype).float() * scale
+        self.errors = (rounded - element).square_()  # (16 * 128, J)
+        self.errors[0] = 0
+
+    def likely(self, pieces: _Pieces, scale: Tensor) -> Tensor:
+        """For each block of (g, ceil(K/C)) the candidate of the least error, float32.
+
+        Args:
+            pieces: gives the rows of all blocks.
+            scale: (g, ceil(K/C)) float32, the absmax scales.
+        """
+        info = torch.finfo(self.scale_dtype)
+        # a float16 scale may have become 0
+        scale = scale.clamp_min(info.smallest_normal * info.eps)
+        fraction, exponent = torch.frexp(scale)  # fraction in [0.5, 1)
+        first = (exponent + (126 + self.lowest)).bitwise_left_shift_(7).short()
+        error = self.errors.new_zeros((*scale.shape, self.errors.shape[1]))
+        for part, row in pieces():
+            bits = part.bfloat16().view(torch.int16)
+            keys = bits - _spread(first, row)[:, :, None]
+            keys = keys.clamp_(0, len(self.errors) - 1).int()
+            found = F.embedding_bag(keys.flatten(0, 1), self.errors, mode="sum")
+            _gather(error, row, found.view(len(part), *error.shape[1:]))
+        # argmin is slow: the candidate's number takes the place of the last bits
+        bits = error.view(torch.int32).bitwise_and_(-128).bitwise_or_(self.numbers)
+        best: Tensor = self.mantissas[bits.amin(2).bitwise_and_(127)]
+        up = (best < 2 * fraction).int()  # the octave begins at the absmax scale
+        best = torch.ldexp(best, exponent - 1 + up).clamp_(max=info.max)
+        return best.to(self.scale_dtype).float()
+
+
+def _better(
+    pieces: _Pieces, first: Tensor, other: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(g, ceil(K/C)) float32: the other scale where its squared error is less."""
+    old, new = torch.zeros((2, *first.shape), dtype=torch.float64, device=first.device)
+    for part, row in pieces():
+        part = part.float()
+        for scale, error in ((first, old), (other, new)):
+            _gather(error, row, _squared_error(part, _spread(scale, row), dtype))
+    # below 2**-100, squares in float32 lose their digits
+    better = (new < old * (1 - MARGIN)) & (old > 2.0**-100)
+    return torch.where(better, other, first)
 
 
 def _squared_error(part: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -139,35 +246,31 @@ def _squared_error(part: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         part: (n, ceil(K/C), C) float32, absolute values.
         scale: (n, ceil(K/C)) float32.
         dtype: the FP8 dtype.
+
+    Returns:
+        float64.
     """
     info = torch.finfo(dtype)
-    x = part / scale[:, :, None]
+    scale = scale[:, :, None]
+    x = part / scale.clamp_min(2.0**-149)  # a float16 scale may have become 0
     x.clamp_(max=info.max)
     # The distance of neighbours is eps at 1 and doubles with every binade; adding and
     # taking away a number 2**23 times as far from its own rounds to it, half to even.
-    lowest, lift = _exponents(dtype)
-    power = x.view(torch.int32).bitwise_and(0x7F800000).clamp_(min=lowest).add_(lift)
+    lowest = int(math.log2(info.smallest_normal)) + 127
+    lift = 23 + int(math.log2(info.eps))
+    power = x.view(torch.int32).bitwise_and(0x7F800000)
+    power.clamp_(min=lowest << 23).add_(lift << 23)
     magic = power.view(torch.float32)
-    rounded = (x + magic).sub_(magic)
-    rounded.mul_(scale[:, :, None]).sub_(part)
-    return rounded.square_().sum(2).double()
+    x.add_(magic).sub_(magic).mul_(scale).sub_(part)
+    norm: Tensor = torch.linalg.vector_norm(x, dim=2)
+    return norm.double().square_()
 
 
-def _exponents(dtype: torch.dtype) -> tuple[int, int]:
-    """Bits of the exponent of the smallest normal, and how far above eps is 2**23."""
-    info = torch.finfo(dtype)
-    smallest = torch.tensor(info.smallest_normal).view(torch.int32)
-    mantissa = round(-math.log2(info.eps))
-    return int(smallest), (23 - mantissa) << 23
-
-
-def _check_finite(amax: Tensor, weight: Tensor) -> None:
-    if not amax.isfinite().all():  # the largest of anything with a NaN is NaN
-        nans, infs = int(weight.isnan().sum()), int(weight.isinf().sum())
-        raise NonFiniteError(
-            f"weight of shape {tuple(weight.shape)} holds {nans} NaN and {infs} "
-            "infinite values, expected finite ones; repair the checkpoint or exclude it"
-        )
+def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales in float32 that the dtype can hold, in it."""
+    if dtype not in POWER_DTYPES:
+        return scale.to(dtype)
+    return (scale.view(torch.int32) >> 23).to(torch.uint8).view(dtype)
 
 
 # -- codes ---------------------------------------------------------------------------

@@ -85,12 +85,13 @@ class BlockwiseFP8(hijack.Scheme):
             block_size: as for `parse_block_size`; clipped to the weight.
             dtype: float8_e4m3fn or float8_e5m2.
             scale_dtype: float32, bfloat16, float16, or float8_e8m0fnu for powers of
-                two; None is the weight's own, which gives bit for bit what
+                two, rounded up; None is the weight's own, which gives bit for bit what
                 musubi-tuner writes.
-            scale_search: how many scales to try for each block, to take the one with
-                the least squared error; 0 takes the absmax scale, 32 gains 1.6 to 1.9
-                dB in blocks of 1 x 64.
-            stochastic: round up or down at random, without bias, not to nearest.
+            scale_search: how many scales to try for each block, up to 128, to take the
+                one with the least squared error; 0 takes the absmax scale, 32 gains 1.6
+                to 1.9 dB in blocks of 1 x 64 and takes four times as long.
+            stochastic: round up or down at random, without bias, not to nearest. Scales
+                are searched as if codes were rounded to nearest.
             seed: of the random numbers; the same seed gives the same codes.
 
         Returns:
@@ -102,12 +103,7 @@ class BlockwiseFP8(hijack.Scheme):
             DTypeError: if the weight is not floating point.
             NonFiniteError: if the weight holds inf or NaN.
         """
-        scale_dtype = _check_options(weight, dtype, scale_dtype)
-        if type(scale_search) is not int or scale_search < 0:
-            raise SchemeError(
-                f"scale_search: got {scale_search!r}, expected how many scales to try, "
-                "such as 32, or 0"
-            )
+        scale_dtype = _check_options(weight, dtype, scale_dtype, scale_search)
         n, k = matrix_shape(tuple(weight.shape))
         rows, cols = parse_block_size(block_size, (n, k))
         params = _empty_params((n, k), (rows, cols), scale_dtype, weight.device)
@@ -232,7 +228,10 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _check_options(
-    weight: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype | None
+    weight: Tensor,
+    dtype: torch.dtype,
+    scale_dtype: torch.dtype | None,
+    scale_search: int,
 ) -> torch.dtype:
     """The dtype of the scale, if everything is as it should be."""
     if not weight.is_floating_point() or weight.element_size() == 1:
@@ -242,6 +241,12 @@ def _check_options(
         )
     if dtype not in FP8_DTYPES:
         raise SchemeError(f"dtype: got {dtype}, expected one of {_names(FP8_DTYPES)}")
+    most = _fp8_quantize.MAX_CANDIDATES
+    if type(scale_search) is not int or not 0 <= scale_search <= most:
+        raise SchemeError(
+            f"scale_search: got {scale_search!r}, expected how many scales to try, an "
+            f"int from 0 to {most}; take 32"
+        )
     if scale_dtype is None:
         return weight.dtype if weight.dtype in SCALE_DTYPES else torch.float32
     known = (*SCALE_DTYPES, *POWER_DTYPES[:1])
