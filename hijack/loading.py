@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from hijack.checkpoint.claim import Claim
+from hijack.checkpoint.dialect import Dialect
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.marker import METADATA_KEY, write_marker
@@ -134,6 +135,7 @@ class _Plan:
         )
         self.modules = dict(model.named_modules())
         used = {key for claim in claims.values() for key in claim.keys.values()}
+        used |= _markers(header, claims)
         self.dense = [key for key in header.tensors if key not in used]
         self.made: dict[str, Quantized] = {}
         self.missing: tuple[str, ...] = ()
@@ -207,6 +209,20 @@ class _Plan:
         }
         self.model.load_state_dict(placed, strict=False, assign=True)
         _tie(tied, set(self.dense), self.made)
+
+
+def _markers(header: Header, claims: Mapping[str, Claim]) -> set[str]:
+    """Tensors that say something of the whole file, and are none of the model's."""
+    layers: dict[Dialect, list[str]] = {}
+    for name, claim in claims.items():
+        dialect = default_registry().get(claim.scheme).dialect(claim.dialect)
+        layers.setdefault(dialect, []).append(name)
+    keys = header.tensors.keys()
+    return {
+        key
+        for dialect, names in layers.items()
+        for key in dialect.unmark(header.metadata, keys, names)[1]
+    }
 
 
 def _check_target(module: nn.Module, scheme: Scheme, name: str) -> None:

@@ -28,7 +28,7 @@ from schemes._fp8_blocks import (
 )
 from schemes._fp8_dialects import mx
 from schemes._fp8_dialects.base import Found, FP8Dialect, Said, is_power
-from schemes._fp8_dialects.markers import FILE_MARKER, file_marker
+from schemes._fp8_dialects.markers import file_marker, file_markers
 
 #: ``format`` of a marker to the dtype of its codes.
 CODES = {
@@ -82,14 +82,7 @@ class ScaledFP8Dialect(FP8Dialect):
         self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
     ) -> tuple[dict[str, str], set[str]]:
         """Drop the marker of each model whose layers leave."""
-        markers = {key for key in keys if key.rpartition(".")[2] == FILE_MARKER}
-        prefixes = {key.removesuffix(FILE_MARKER): key for key in markers}
-        left = {
-            key
-            for prefix, key in prefixes.items()
-            if any(layer.startswith(prefix) for layer in layers)
-        }
-        return dict(metadata), left
+        return dict(metadata), file_markers(keys, layers)
 
 
 def _converted(found: Found) -> bool:

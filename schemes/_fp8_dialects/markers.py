@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
+
 from hijack.checkpoint.foreign import LAYER_MARKER, comfy_layers
 from hijack.checkpoint.header import Header, TensorInfo, join
 
@@ -26,3 +28,14 @@ def file_marker(header: Header, layer: str) -> TensorInfo | None:
         if found is not None:
             return found
     return None
+
+
+def file_markers(keys: Collection[str], layers: Iterable[str]) -> set[str]:
+    """Keys of the older markers of the models some layers are in."""
+    markers = [key for key in keys if key.rpartition(".")[2] == FILE_MARKER]
+    names = list(layers)
+    return {
+        key
+        for key in markers
+        if any(name.startswith(key.removesuffix(FILE_MARKER)) for name in names)
+    }

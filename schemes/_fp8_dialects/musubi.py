@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,7 @@ from hijack.checkpoint.dialect import FileMarks, Row, Spelled
 from hijack.checkpoint.header import Header, join
 from schemes._fp8_blocks import Pair, block_size_of, matrix_shape, parse_block_size
 from schemes._fp8_dialects.base import Found, FP8Dialect, Said, is_power
-from schemes._fp8_dialects.markers import marked
+from schemes._fp8_dialects.markers import file_markers, marked
 
 #: musubi-tuner's blocks are 1 x 64.
 COLS = 64
@@ -63,6 +63,12 @@ class MusubiDialect(FP8Dialect):
         if shape == (n, 1) and n > 1:
             return Said(Certainty.UNIQUE)
         return Said(Certainty.FITS) if found.grid == (1, 1) else None
+
+    def unmark(
+        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
+    ) -> tuple[dict[str, str], set[str]]:
+        """Drop the marker people add to make ComfyUI load a file it cannot read."""
+        return dict(metadata), file_markers(keys, layers)
 
     # -- writing -----------------------------------------------------------------------
 

@@ -172,11 +172,12 @@ def check_mixed(bf16, dense_t5):
 
 
 def check_mixed_refused(bf16):
-    """Where ComfyUI cannot read its later format, a file of both kinds is refused."""
+    """What neither an old ComfyUI nor hijack reads beside our layers is refused."""
     coded, _ = comfy_models.musubi(bf16)
-    text = b'{"format": "float8_e4m3fn"}'
+    text = b'{"format": "int8_tensorwise"}'
     layer = "transformer_blocks.0.attn.to_k"
     del coded[f"{layer}.scale_weight"]
+    coded[f"{layer}.weight"] = coded[f"{layer}.weight"].view(torch.int8)
     coded[f"{layer}.weight_scale"] = torch.tensor(1.0)
     coded[f"{layer}.comfy_quant"] = torch.tensor(list(text)).byte()
     found["mixed refused"] = refusal(lambda: comfy_case.load(coded))
