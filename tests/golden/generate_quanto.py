@@ -22,17 +22,15 @@ PROGRAM = f"optimum-quanto {importlib.metadata.version('optimum-quanto')}"
 def frozen(weights, dtype):
     """State dict and dense weights of a model quantized with ``weights``."""
     model = torch.nn.Module()
-    for name, (n, k) in {"q": (24, 40), "out": (16, 32)}.items():
-        linear = torch.nn.Linear(k, n, bias=name == "q", dtype=dtype)
-        linear.weight.data = randn(n, k, dtype=dtype)
-        if linear.bias is not None:
-            linear.bias.data = randn(n, dtype=dtype)
-        model.add_module(name, linear)
+    model.q = torch.nn.Linear(40, 24, dtype=dtype)
+    model.out = torch.nn.Linear(32, 16, bias=False, dtype=dtype)
+    model.conv = torch.nn.Conv2d(2, 8, 3, bias=False, dtype=dtype)
+    for parameter in model.parameters():
+        parameter.data = randn(*parameter.shape, dtype=dtype)
     quantize(model, weights=weights)
     freeze(model)
-    dense = {
-        name: model.get_submodule(name).weight.dequantize() for name in ("q", "out")
-    }
+    parts = dict(model.named_children())
+    dense = {name: part.weight.dequantize() for name, part in parts.items()}
     return {key: t.detach() for key, t in model.state_dict().items()}, dense
 
 
@@ -49,7 +47,7 @@ def main():
             program=PROGRAM,
             about=f"{kind.name} of a model of {dtype}",
             dense=dense,
-            layers=said("quanto", q=(1, 40), out=(1, 32)),
+            layers=said("quanto", q=(1, 40), out=(1, 32), conv=(1, 18)),
         )
     for kind in (qint8, qint4, qfloat8_e4m3fnuz):
         tensors, _ = frozen(kind, torch.float32)
@@ -58,7 +56,7 @@ def main():
             tensors,
             program=PROGRAM,
             about=kind.name,
-            foreign={"q": "quanto", "out": "quanto"},
+            foreign=dict.fromkeys(("q", "out", "conv"), "quanto"),
         )
 
 
