@@ -164,6 +164,8 @@ def infer_block_size(
     """
     n, k = matrix_shape(weight)
     grid = _rank_two(scale)
+    if not n or not k:  # a side of any length would take no bytes in a file
+        raise ShapeError(f"weight: is {weight}, expected a weight with elements")
     if marker is not None:
         if len(marker) != 3 or min(marker[:2]) < 1 or marker[2] != 0:
             raise ShapeError(

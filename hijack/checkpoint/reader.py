@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import reprlib
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -170,7 +171,7 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
         raise HeaderError(f"{path}: has no weight_map, expected key to file name")
     names = list(weight_map.values())
     for name in names:
-        if not isinstance(name, str) or name in ("", ".", "..") or set(name) & _APART:
+        if not _is_plain(name):
             raise HeaderError(
                 f"{path}: names the shard {name!r}, expected a file in the same folder"
             )
@@ -184,11 +185,25 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
     return shards, set(weight_map)
 
 
+def _is_plain(name: object) -> bool:
+    """Whether a name is one that a file in some folder may have, and no path."""
+    if not isinstance(name, str) or not _is_text(name):
+        return False
+    return name not in ("", ".", "..") and not set(name) & _APART
+
+
 def _leads_out(shard: Path) -> bool:
-    """Whether a shard is a link elsewhere; a hub's cache links its own files so."""
+    """Whether a shard is a link elsewhere; a hub's cache links its own files so.
+
+    Raises:
+        HeaderError: if nobody can tell, such as of a name that is too long.
+    """
     folder = shard.parent.absolute()
-    inside = shard.resolve().parent == folder.resolve()
-    return shard.is_symlink() and not inside and "snapshots" not in folder.parts
+    try:
+        inside = shard.resolve().parent == folder.resolve()
+        return shard.is_symlink() and not inside and "snapshots" not in folder.parts
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before 3.13
+        raise HeaderError(f"{shard}: cannot be read; {error}") from error
 
 
 def _read_json(path: Path) -> Any:
@@ -318,10 +333,11 @@ def _tensor_info(path: Path, key: str, entry: Any) -> TensorInfo:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     bits = bits_of(dtype) if isinstance(dtype, str) else None
     if bits is None:
-        raise HeaderError(f"{where}: unknown dtype {dtype!r}")
+        raise HeaderError(f"{where}: unknown dtype {reprlib.repr(dtype)}")
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise HeaderError(
-            f"{where}: shape {shape} or data_offsets {offsets} are malformed"
+            f"{where}: shape {reprlib.repr(shape)} or data_offsets "
+            f"{reprlib.repr(offsets)} are malformed"
         )
     begin, end = offsets
     size = bytes_of(dtype, tuple(shape))
