@@ -1,15 +1,15 @@
 """Which layers of known models are usually quantized.
 
-Each row follows what musubi-tuner quantizes of a model, or where that knows none, what
+A row follows what musubi-tuner quantizes of a model, or where that knows none, what
 writers of such files leave dense: norms, embeddings, modulation, first and last layers.
-A model is told by names of its layers.
+A model is told by names of its tensors.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
-from collections.abc import Sequence
+import glob
+from collections.abc import Iterator
 
 from hijack.checkpoint.header import Header
 
@@ -23,7 +23,7 @@ class Architecture:
         include: fnmatch patterns on layer names; what matches none stays dense.
         exclude: fnmatch patterns on layer names that stay dense all the same.
         source: whose choice it is.
-        signs: patterns each of which some layer must match.
+        signs: names of layers, and of parameters in none, all of which it has.
     """
 
     name: str
@@ -32,136 +32,248 @@ class Architecture:
     source: str
     signs: tuple[str, ...]
 
+    def below(self, prefix: str) -> Architecture:
+        """The patterns of a model whose names begin with a prefix in its file.
 
-def _parts(*words: str) -> tuple[str, ...]:
-    """Patterns of names that hold a word."""
-    return tuple(f"*{word}*" for word in words)
+        What else is in the file, such as a text encoder, matches none of them.
+        """
+        start = glob.escape(prefix)
+        include = tuple(start + pattern for pattern in self.include)
+        exclude = tuple(start + pattern for pattern in self.exclude)
+        return dataclasses.replace(self, include=include, exclude=exclude)
+
+
+def _row(
+    name: str, source: str, include: str, exclude: str, signs: str
+) -> Architecture:
+    """A family, with the words that keys of tensors hold."""
+    words = tuple(_patterns(include)), tuple(_patterns(exclude))
+    return Architecture(name, *words, source, tuple(signs.split()))
+
+
+def _patterns(words: str) -> Iterator[str]:
+    """Patterns on the names of layers for words that their weights' keys hold."""
+    for word in words.split():
+        yield f"*{word}*"
+        if word.endswith("."):  # the dot may be the one before "weight"
+            yield f"*{word[:-1]}"
 
 
 _MUSUBI = "musubi-tuner"
 _USAGE = "usual practice"
 
-#: The most specific first.
+#: More specific ones come first.
 _TABLE: tuple[Architecture, ...] = (
-    Architecture(
+    _row(
         "Qwen-Image",
-        _parts("transformer_blocks"),
-        _parts("norm", "time_text_embed"),
         _MUSUBI,
-        ("*transformer_blocks.0.img_mod.1", "*transformer_blocks.0.txt_mlp.net.2"),
+        "transformer_blocks",
+        "norm time_text_embed",
+        "transformer_blocks.0.img_mod.1 transformer_blocks.0.txt_mlp.net.2 txt_norm",
     ),
-    Architecture(
-        "HunyuanVideo, FramePack",
-        _parts("transformer_blocks", "single_transformer_blocks"),
-        _parts("norm"),
+    _row(
+        "FramePack",
         _MUSUBI,
-        ("*single_transformer_blocks.0.proj_mlp", "*context_embedder.token_refiner*"),
+        "transformer_blocks single_transformer_blocks",
+        "norm",
+        "single_transformer_blocks.0.proj_mlp clean_x_embedder.proj",
     ),
-    Architecture(
-        "FLUX.2",
-        _parts("double_blocks", "single_blocks"),
-        _parts("norm", "pe_embedder", "time_in", "_modulation"),
-        _MUSUBI,
-        ("*double_blocks.0.img_attn.qkv", "*double_stream_modulation_img.lin"),
+    _row(
+        "HunyuanVideo, diffusers' names",
+        _USAGE,
+        "transformer_blocks single_transformer_blocks",
+        "norm",
+        "single_transformer_blocks.0.proj_mlp context_embedder.proj_in",
     ),
-    Architecture(
+    _row(
         "HunyuanVideo 1.5",
-        _parts("double_blocks"),
-        _parts("norm", "_emb"),
         _MUSUBI,
-        ("*double_blocks.0.img_attn_q", "*txt_in.individual_token_refiner*"),
+        "double_blocks",
+        "norm _emb",
+        "txt_in.individual_token_refiner.blocks.0.norm1 vision_in.proj.1",
     ),
-    Architecture(
+    _row(
         "HunyuanVideo",
-        _parts("double_blocks", "single_blocks"),
-        _parts("norm", "_mod", "modulation", "_emb"),
-        _MUSUBI,
-        ("*double_blocks.0.img_attn*", "*txt_in.individual_token_refiner*"),
+        _USAGE,
+        "double_blocks single_blocks",
+        "norm _mod modulation _emb",
+        "txt_in.individual_token_refiner.blocks.0.norm1",
     ),
-    Architecture(
+    _row(
+        "FLUX.2",
+        _MUSUBI,
+        "double_blocks single_blocks",
+        "norm pe_embedder time_in _modulation",
+        "double_blocks.0.img_attn.qkv double_stream_modulation_img.lin",
+    ),
+    _row(
+        "FLUX.2, diffusers' names",
+        _USAGE,
+        "transformer_blocks",
+        "norm",
+        "single_transformer_blocks.0.attn.to_qkv_mlp_proj",
+    ),
+    _row(
         "Chroma",
-        _parts("double_blocks", "single_blocks"),
-        _parts("norm", "distilled_guidance_layer"),
         _USAGE,
-        ("*double_blocks.0.img_attn.qkv", "*distilled_guidance_layer*"),
+        "double_blocks single_blocks",
+        "norm",
+        "double_blocks.0.img_attn.qkv distilled_guidance_layer.in_proj",
     ),
-    Architecture(
+    _row(
         "FLUX.1",
-        _parts("double_blocks", "single_blocks"),
-        _parts("norm", "_mod", "modulation"),
-        _USAGE,
-        ("*double_blocks.0.img_attn.qkv", "*single_blocks.0.linear1"),
+        _MUSUBI,
+        "single_blocks double_blocks",
+        "norm mod",
+        "double_blocks.0.img_attn.qkv double_blocks.0.img_mod.lin",
     ),
-    Architecture(
+    _row(
+        "FLUX.1, diffusers' names",
+        _USAGE,
+        "transformer_blocks",
+        "norm",
+        "transformer_blocks.0.attn.add_q_proj single_transformer_blocks.0.proj_mlp",
+    ),
+    _row(
         "Wan",
-        ("blocks.*", "*.blocks.*"),
-        _parts(
-            "norm",
-            "patch_embedding",
-            "text_embedding",
-            "time_embedding",
-            "time_projection",
-            "head",
-            "modulation",
-            "img_emb",
-        ),
         _MUSUBI,
-        ("*blocks.0.self_attn.q", "*blocks.0.cross_attn.k", "*blocks.0.ffn.0"),
+        "blocks",
+        "norm patch_embedding text_embedding time_embedding time_projection head "
+        "modulation img_emb",
+        "blocks.0.self_attn.q blocks.0.cross_attn.k blocks.0.ffn.0 head.head",
     ),
-    Architecture(
+    _row(
+        "Wan, diffusers' names",
+        _USAGE,
+        "blocks",
+        "norm",
+        "blocks.0.attn1.to_q blocks.0.ffn.net.2 condition_embedder.time_proj",
+    ),
+    _row(
         "Z-Image",
-        _parts("layers.", "noise_refiner.", "context_refiner."),
-        _parts("_modulation", ".norm_", "_norm"),
         _MUSUBI,
-        ("*noise_refiner.0.attention*", "*cap_embedder.1", "*x_embedder*"),
+        "layers. noise_refiner. context_refiner.",
+        "_modulation .norm_ _norm",
+        "cap_embedder.1 cap_pad_token noise_refiner.0.feed_forward.w1",
     ),
-    Architecture(
+    _row(
+        "Lumina 2",
+        _USAGE,
+        "layers. noise_refiner. context_refiner.",
+        "_modulation .norm_ _norm",
+        "cap_embedder.1 noise_refiner.0.feed_forward.w1",
+    ),
+    _row(
+        "Ideogram 4",
+        _MUSUBI,
+        "layers.",
+        "norm adaln",
+        "layers.0.adaln_modulation embed_image_indicator",
+    ),
+    _row(
         "Krea 2",
-        _parts("blocks."),
-        _parts("mod.", "norm", "txtfusion"),
         _MUSUBI,
-        ("*txtfusion*", "*blocks.0.*"),
+        "blocks.",
+        "mod. norm txtfusion",
+        "blocks.0.attn.wq txtfusion.projector",
     ),
-    Architecture(
+    _row(
         "Kandinsky 5",
-        _parts("text_transformer_blocks", "visual_transformer_blocks"),
-        _parts("norm", "modulation", "time_embeddings"),
-        _USAGE,
-        ("*visual_transformer_blocks.0.*",),
+        _MUSUBI,
+        "visual_transformer_blocks text_transformer_blocks out_layer",
+        "norm",
+        "visual_transformer_blocks.0.cross_attention.key_norm",
     ),
-    Architecture(
+    _row(
+        "HiDream-O1",
+        _MUSUBI,
+        "language_model.layers visual.blocks visual.merger "
+        "visual.deepstack_merger_list t_embedder1 x_embedder final_layer2",
+        "norm rotary pos_embed embed_tokens lm_head",
+        "t_embedder1.mlp.0 x_embedder.proj1",
+    ),
+    _row(
+        "HiDream-I1",
+        _USAGE,
+        "double_stream_blocks single_stream_blocks",
+        "norm adaLN_modulation gate",
+        "double_stream_blocks.0.block.attn1.to_q caption_projection.0.linear",
+    ),
+    _row(
         "LTX-Video",
-        _parts("transformer_blocks"),
-        _parts("norm", "adaln", "patchify", "scale_shift"),
         _USAGE,
-        ("*adaln_single.*", "*transformer_blocks.0.attn1.to_q"),
+        "transformer_blocks",
+        "norm adaln scale_shift",
+        "adaln_single.linear patchify_proj transformer_blocks.0.attn1.to_q",
     ),
-    Architecture(
+    _row(
         "Stable Diffusion 3",
-        _parts("joint_blocks"),
-        _parts("norm", "adaLN_modulation", "ln_q", "ln_k"),
         _USAGE,
-        ("*joint_blocks.0.context_block.attn.qkv",),
+        "joint_blocks",
+        "norm adaLN_modulation ln_q ln_k",
+        "joint_blocks.0.context_block.attn.qkv",
     ),
-    Architecture(
+    _row(
+        "Stable Diffusion 3, diffusers' names",
+        _USAGE,
+        "transformer_blocks",
+        "norm",
+        "transformer_blocks.0.attn.add_q_proj pos_embed.proj",
+    ),
+    _row(
+        "AuraFlow",
+        _USAGE,
+        "double_layers single_layers",
+        "norm mod",
+        "double_layers.0.attn.w1q single_layers.0.attn.w1q",
+    ),
+    _row(
+        "PixArt",
+        _USAGE,
+        "blocks.",
+        "norm",
+        "blocks.0.attn.qkv blocks.0.cross_attn.kv_linear t_block.1",
+    ),
+    _row(
+        "Cosmos-Predict2, Anima",
+        _USAGE,
+        "blocks.",
+        "norm adaln llm_adapter",
+        "blocks.0.self_attn.q_proj blocks.0.mlp.layer1 x_embedder.proj.1",
+    ),
+    _row(
         "Stable Diffusion, SDXL",
-        _parts("input_blocks", "middle_block", "output_blocks"),
-        _parts("norm", "emb_layers", "time_embed", "label_emb"),
         _USAGE,
-        ("*input_blocks.0.0", "*middle_block.1.proj_in"),
+        "input_blocks middle_block output_blocks",
+        "norm emb_layers",
+        "input_blocks.0.0 middle_block.0.in_layers.2 out.2",
     ),
-    Architecture(
-        "decoder-only language model",
-        _parts("layers."),
-        _parts("norm", "embed", "lm_head", "mlp.gate"),
+    _row(
+        "Stable Diffusion, SDXL, diffusers' names",
         _USAGE,
-        ("*layers.0.self_attn.q_proj", "*layers.0.mlp.*"),
+        "down_blocks mid_block up_blocks",
+        "norm time_emb_proj",
+        "down_blocks.0.resnets.0.conv1 up_blocks.0.resnets.0.conv1 conv_in",
+    ),
+    _row(
+        "T5",
+        _USAGE,
+        "block.",
+        "norm relative_attention_bias",
+        "encoder.block.0.layer.0.SelfAttention.q encoder.final_layer_norm",
+    ),
+    _row(
+        "decoder-only language model",
+        _USAGE,
+        "layers.",
+        "norm embed lm_head mlp.gate.",
+        "layers.0.self_attn.o_proj layers.0.input_layernorm",
     ),
 )
 
 
 def architectures() -> tuple[Architecture, ...]:
-    """All families that are known."""
+    """All families that are known; patterns are of names without a prefix."""
     return _TABLE
 
 
@@ -171,10 +283,23 @@ def detect_architecture(header: Header) -> Architecture | None:
     Args:
         header: of a dense checkpoint, with or without prefixes such as
             ``model.diffusion_model.``.
+
+    Returns:
+        The family, with patterns for the names as they are in this file.
     """
-    layers = list(header.layers())
-    return next((known for known in _TABLE if _is(known, layers)), None)
+    names = {key.removesuffix(".weight") for key in header.tensors}
+    for known in _TABLE:
+        prefix = _prefix(names, known.signs)
+        if prefix is not None:
+            return known.below(prefix)
+    return None
 
 
-def _is(known: Architecture, layers: Sequence[str]) -> bool:
-    return all(fnmatch.filter(layers, sign) for sign in known.signs)
+def _prefix(names: set[str], signs: tuple[str, ...]) -> str | None:
+    """What stands before the names of a model that has all signs, or None."""
+    first, *others = signs
+    ends = (name for name in names if f".{name}".endswith(f".{first}"))
+    for prefix in sorted((end[: len(end) - len(first)] for end in ends), key=len):
+        if all(prefix + sign in names for sign in others):
+            return prefix
+    return None

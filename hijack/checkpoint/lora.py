@@ -6,30 +6,27 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.header import Header, join, parse_table
-from hijack.checkpoint.lora_delta import SUFFIXES, check_parts, merge
+from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.lora_alpha import alpha_of
+from hijack.checkpoint.lora_delta import (
+    SUFFIXES,
+    UNSUPPORTED,
+    check_parts,
+    fit,
+    merge,
+)
 from hijack.checkpoint.lora_keys import Names, Target
 from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import CheckpointError
 
 #: A LoRA file, with its strength behind a colon or as a pair.
 Spec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
-_NUMBER = r"[-+]?[\d.]+(?:[eE][-+]?\d+)?|[-+]?inf|nan"
-#: Kinds there is no merging of, told by a part of their keys.
-_UNSUPPORTED = {
-    "oft_blocks": "OFT",
-    "oft_diag": "BOFT",
-    "lora_S": "an AdaLoRA",
-    ".a1.weight": "GLoRA",
-    "lora_embedding_A": "a LoRA of an embedding",
-    ".w_norm": "a norm of LyCORIS",
-}
 
 
 def parse_lora(spec: Spec) -> tuple[Path, float]:
@@ -38,62 +35,91 @@ def parse_lora(spec: Spec) -> tuple[Path, float]:
     Raises:
         CheckpointError: if the strength is no finite number.
     """
+    given: object = 1.0
     if isinstance(spec, tuple):
-        path, strength = Path(spec[0]), float(spec[1])
+        path, given = Path(spec[0]), spec[1]
     else:
-        text = os.fspath(spec)
-        found = re.fullmatch(
-            r"(.*[^:]):([-+]?[\d.]+(?:[eE][-+]?\d+)?|[-+]?inf|nan)", text
-        )
-        path, strength = Path(text), 1.0
-        if found and not Path(text).exists():
-            path, strength = Path(found[1]), _number(found[2])
+        path = Path(spec)
+        found = re.fullmatch(r"(.+):([^:/\\]*)", os.fspath(spec))
+        if found and not path.exists():
+            drive = len(found[1]) == 1 and math.isnan(_number(found[2]))
+            path, given = (path, 1.0) if drive else (Path(found[1]), found[2])
+    strength = _number(given)
     if not math.isfinite(strength):
         raise CheckpointError(
-            f"{spec}: strength is {strength}, expected a finite number, such as "
+            f"{spec}: strength is {given!r}, expected a finite number, such as "
             "file.safetensors:0.8"
         )
     return path, strength
 
 
-def _number(text: str) -> float:
+def _number(given: object) -> float:
+    """A strength, or NaN if it is no number."""
     try:
-        return float(text)
-    except ValueError:
+        return float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
         return math.nan
 
 
 @dataclasses.dataclass(frozen=True)
-class _Module:
-    """One LoRA: where it belongs and which keys it has."""
+class _Change:
+    """What a LoRA does to one tensor of the checkpoint.
+
+    Attributes:
+        source: header of the LoRA file.
+        module: its name there.
+        parts: of the LoRA, as in `lora_delta`, to keys.
+        rows: of the tensor, one behind another; None for all as they are.
+        factor: what the difference is multiplied with.
+        strength: how much of the LoRA is wanted.
+    """
 
     source: Header
-    name: str
-    target: Target
+    module: str
     parts: Mapping[str, str]
+    rows: tuple[slice, ...] | None
+    factor: float
     strength: float
-    alpha: float | None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The parts that are of the weight, read now."""
+    def tensors(self, device: torch.device) -> dict[str, Tensor]:
+        """The parts in float32, read now."""
         opened = open_tensors(self.source)
-        parts = {part: opened[key] for part, key in self.parts.items()}
-        if self.alpha is not None and "alpha" not in parts:
-            parts["alpha"] = torch.tensor(self.alpha)
-        return parts
+        tensors = {}
+        for part, key in self.parts.items():
+            tensors[part] = opened[key].to(device).float()
+            if not bool(torch.isfinite(tensors[part]).all()):
+                raise CheckpointError(
+                    f"{self.source.source}: {key}: holds inf or NaN, expected finite "
+                    "numbers; the file is damaged"
+                )
+        return tensors
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """A float32 tensor with the LoRA in it; a new one."""
+        parts = self.tensors(tensor.device)
+        if self.rows is None:
+            return merge(tensor, parts, self.factor, self.strength)
+        own = torch.cat([tensor[rows] for rows in self.rows])
+        changed = merge(own, parts, self.factor, self.strength)
+        result, at = tensor.clone(), 0
+        for rows in self.rows:
+            height = len(tensor[rows])
+            result[rows] = changed[at : at + height]
+            at += height
+        return result
 
 
 class Loras:
     """The LoRAs to merge into one checkpoint, by the keys they change.
 
     Attributes:
-        unmatched: names in LoRA files of layers that the checkpoint lacks.
+        unmatched: names in LoRA files of what the checkpoint lacks.
     """
 
     def __init__(
-        self, modules: Mapping[str, Sequence[_Module]], unmatched: Sequence[str]
+        self, changes: Mapping[str, Sequence[_Change]], unmatched: Sequence[str]
     ) -> None:
-        self._modules = modules
+        self._changes = changes
         self.unmatched = tuple(unmatched)
 
     @classmethod
@@ -102,6 +128,8 @@ class Loras:
     ) -> Loras:
         """Read the headers of LoRA files and find the layers they are for.
 
+        Kinds, ranks and shapes are checked here; only numbers are read later.
+
         Args:
             specs: files, each with its strength as for `parse_lora`.
             header: of the checkpoint.
@@ -109,131 +137,190 @@ class Loras:
 
         Raises:
             HeaderError: if a file is malformed.
-            CheckpointError: if it holds no LoRA, or one of an unknown kind, or layers
-                that the checkpoint lacks and ``ignore_unmatched`` is false.
+            CheckpointError: if a file holds no LoRA for the checkpoint, one of a kind
+                that cannot be merged, one that does not fit, or, unless
+                ``ignore_unmatched``, one for a layer that the checkpoint lacks.
         """
-        names = Names(header.layers())
-        modules: dict[str, list[_Module]] = {}
+        changes: dict[str, list[_Change]] = {}
         unmatched: list[str] = []
+        names = Names(header.tensors)
         for spec in specs:
             path, strength = parse_lora(spec)
-            source = read_header(path)
-            for name, parts in _grouped(source).items():
-                target = names.find(name)
-                if target is None:
-                    unmatched.append(name)
-                    continue
-                alpha = _adapter_alpha(source, name)
-                found = _Module(source, name, target, parts, strength, alpha)
-                for key in _changed(header, found):
-                    modules.setdefault(key, []).append(found)
-        if unmatched and not ignore_unmatched:
-            raise CheckpointError(
-                f"{source.source}: {header.source} has no layer for {unmatched[0]}, "
-                f"one of {len(unmatched)} such LoRAs; is it for another model? pass "
-                "ignore_unmatched (--ignore-unmatched) to leave these out"
-            )
-        return cls(modules, unmatched)
+            file = _File(read_header(path), strength, header)
+            file.match(names)
+            if file.unmatched and not (ignore_unmatched and file.changes):
+                raise CheckpointError(_unmatched(file, header))
+            unmatched += file.unmatched
+            for key, change in file.changes:
+                changes.setdefault(key, []).append(change)
+        return cls(changes, unmatched)
 
     @property
     def keys(self) -> frozenset[str]:
         """The keys of the checkpoint that are changed."""
-        return frozenset(self._modules)
+        return frozenset(self._changes)
 
     def touches(self, key: str) -> bool:
         """Whether a tensor of the checkpoint is changed."""
-        return key in self._modules
+        return key in self._changes
 
     def merge(self, key: str, tensor: Tensor) -> Tensor:
-        """A tensor of the checkpoint with all LoRAs in it.
+        """A tensor of the checkpoint with all LoRAs in it, in their order.
 
         Args:
             key: of the tensor.
-            tensor: (...) floating point.
+            tensor: (...) floating point, as the header says; is not changed.
 
         Returns:
             (...) float32, on the tensor's device.
 
         Raises:
-            CheckpointError: if a LoRA does not fit, or is not finite.
+            CheckpointError: if a LoRA holds inf or NaN.
         """
         merged = tensor.float()
-        for module in self._modules.get(key, ()):
-            where = f"{module.source.source}: {module.name}"
-            parts = {n: t.to(tensor.device) for n, t in module.tensors().items()}
-            bias = parts.pop("bias", None)
-            if key == join(module.target.layer, "bias"):
-                parts = {} if bias is None else {"diff": bias}
-            rows = _rows(module.target, merged)
-            changed = merge(merged[rows], parts, module.strength, where)
-            if changed.shape == merged.shape:
-                merged = changed
-            else:
-                merged = merged.clone()
-                merged[rows] = changed
+        for change in self._changes.get(key, ()):
+            merged = change.apply(merged)
         return merged
 
 
-def _rows(target: Target, weight: Tensor) -> slice:
-    """The rows a LoRA is for: of fused weights, some as many as there are columns."""
-    if target.part is None:
-        return slice(None)
-    height = weight.shape[1]
-    end = len(weight) if target.rest else (target.part + 1) * height
-    return slice(target.part * height, end)
+class _File:
+    """One LoRA file: which tensors of the checkpoint it changes.
 
+    Attributes:
+        changes: key of the checkpoint and what is done to it.
+        unmatched: names of what the checkpoint lacks, or nobody knows.
+    """
 
-def _grouped(source: Header) -> dict[str, dict[str, str]]:
-    """Module to part to key of a LoRA file, each of a kind that is known."""
-    modules: dict[str, dict[str, str]] = {}
-    for key in source.tensors:
-        for mark, kind in _UNSUPPORTED.items():
-            if mark in key:
-                raise CheckpointError(
-                    f"{source.source}: {key}: is {kind}, expected LoRA, DoRA, LoHa, "
-                    "LoKr or differences; convert it to a LoRA first"
-                )
-        ending = next((end for end in SUFFIXES if key.endswith(end)), None)
-        if ending is None:
+    def __init__(self, source: Header, strength: float, header: Header) -> None:
+        self.source, self.strength, self.header = source, strength, header
+        self.changes: list[tuple[str, _Change]] = []
+        self.unmatched: list[str] = []
+
+    def match(self, names: Names) -> None:
+        """Find the layer of each LoRA in the file."""
+        modules, self.unmatched = _grouped(self.source)
+        taken: dict[tuple[str, str], str] = {}
+        for name, parts in modules.items():
+            target = names.find(name)
+            if target is None:
+                self.unmatched.append(name)
+                continue
+            for key, change in self._changes_of(name, parts, target):
+                other = taken.setdefault((key, target.way), name)
+                if other != name:
+                    raise CheckpointError(
+                        f"{self.source.source}: {name}: changes {key}, as {other} "
+                        "does; expected one LoRA for a layer"
+                    )
+                self.changes.append((key, change))
+
+    def _changes_of(
+        self, name: str, parts: Mapping[str, str], target: Target
+    ) -> Iterator[tuple[str, _Change]]:
+        """What one LoRA does to a weight and to a bias."""
+        where = f"{self.source.source}: {name}"
+        weight, rows = self._needed(target.key, where), None
+        if target.way:
+            rows = target.rows(weight.shape[0], math.prod(weight.shape[1:]))
+        rank, apart = 0, {"bias", "up_bias", "alpha"}
+        own = {part: key for part, key in parts.items() if part not in apart}
+        if own:
+            rank = self._fit(own, weight, rows, where)
+        factor = alpha_of(self.source, name, parts.get("alpha"), rank)
+        if own:
+            yield target.key, self._change(name, own, rows, factor)
+        for part in parts.keys() & {"bias", "up_bias"}:
+            key, only = join(target.name, "bias"), {"diff": parts[part]}
+            self._fit(only, self._needed(key, where), rows, where)
+            scale = factor if part == "up_bias" else 1.0
+            yield key, self._change(name, only, rows, scale)
+
+    def _change(
+        self,
+        name: str,
+        parts: Mapping[str, str],
+        rows: tuple[slice, ...] | None,
+        factor: float,
+    ) -> _Change:
+        return _Change(self.source, name, parts, rows, factor, self.strength)
+
+    def _needed(self, key: str, where: str) -> TensorInfo:
+        if key not in self.header.tensors:
             raise CheckpointError(
-                f"{source.source}: {key}: is no part of a LoRA, expected keys such as "
-                "X.lora_down.weight or X.lora_A.weight; is this a LoRA file?"
+                f"{where}: changes {key}, which {self.header.source} has not; is it "
+                "for another model?"
             )
-        name = key[: -len(ending)]
-        modules.setdefault(name, {})[SUFFIXES[ending]] = key
-    for name, parts in modules.items():
-        check_parts(parts, f"{source.source}: {name}")
-    if not modules:
-        raise CheckpointError(f"{source.source}: is empty, expected a LoRA")
-    return modules
+        return self.header.tensors[key]
+
+    def _fit(
+        self,
+        parts: Mapping[str, str],
+        info: TensorInfo,
+        rows: tuple[slice, ...] | None,
+        where: str,
+    ) -> int:
+        meta = {part: _empty(self.source, key) for part, key in parts.items()}
+        shape = info.shape
+        if rows is not None and shape:
+            height = sum(len(range(*part.indices(shape[0]))) for part in rows)
+            shape = (height, *shape[1:])
+        return fit(meta, shape, where)
 
 
-def _changed(header: Header, module: _Module) -> list[str]:
-    """The checkpoint's tensors that a LoRA changes.
+def _empty(source: Header, key: str) -> Tensor:
+    """A tensor of a LoRA without its data."""
+    info = source.tensors[key]
+    dtype = info.torch_dtype
+    if dtype is None or not dtype.is_floating_point:
+        raise CheckpointError(
+            f"{source.source}: {key}: is {info.dtype}, expected floating point numbers"
+        )
+    return torch.empty(info.torch_shape, device="meta")
+
+
+def _grouped(source: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Module to part to key of a LoRA file, and the keys that are of none.
 
     Raises:
-        CheckpointError: if it changes a bias that the layer has not.
+        CheckpointError: if one cannot be merged.
     """
-    keys = []
-    if module.parts.keys() - {"bias", "alpha"}:
-        keys.append(join(module.target.layer, "weight"))
-    if "bias" in module.parts:
-        keys.append(join(module.target.layer, "bias"))
-    for key in keys:
-        if key not in header.tensors:
+    modules: dict[str, dict[str, str]] = {}
+    strays = []
+    for key in source.tensors:
+        kind = next((UNSUPPORTED[mark] for mark in UNSUPPORTED if mark in key), None)
+        if kind is not None:
             raise CheckpointError(
-                f"{module.source.source}: {module.name}: changes {key}, which "
-                f"{header.source} has not; is it for another model?"
+                f"{source.source}: {key}: is {kind}, which is not supported; expected "
+                "LoRA, DoRA, LoHa, LoKr or differences; make a LoRA of it first"
             )
-    return keys
+        ending = next((end for end in SUFFIXES if key.endswith(end)), None)
+        if ending is None:
+            strays.append(key)
+            continue
+        parts = modules.setdefault(key[: -len(ending)], {})
+        if SUFFIXES[ending] in parts:
+            raise CheckpointError(
+                f"{source.source}: {key}: says the same as {parts[SUFFIXES[ending]]}; "
+                "expected one LoRA for a layer"
+            )
+        parts[SUFFIXES[ending]] = key
+    for parts in modules.values():
+        check_parts(parts, source.source)
+    return modules, strays
 
 
-def _adapter_alpha(source: Header, name: str) -> float | None:
-    """The alpha that diffusers keeps in the header's metadata, or None."""
-    table = parse_table(source.metadata.get("lora_adapter_metadata", ""))
-    component, _, module = name.partition(".")
-    patterns = table.get(f"{component}.alpha_pattern")
-    alpha = table.get(f"{component}.lora_alpha")
-    if isinstance(patterns, dict):
-        alpha = patterns.get(module, alpha)
-    return float(alpha) if isinstance(alpha, int | float) else None
+def _unmatched(file: _File, header: Header) -> str:
+    """The message that a file is for another model, in whole or in part."""
+    source, count = file.source.source, len(file.unmatched)
+    some = ", ".join(file.unmatched[:3])
+    if not file.changes:
+        return (
+            f"{source}: none of its {count} names, such as {some}, is of a layer of "
+            f"{header.source}; expected a LoRA for this model"
+        )
+    return (
+        f"{source}: {header.source} has no layer for {some}"
+        f"{', ...' if count > 3 else ''} ({count} of {count + len(file.changes)}); "
+        "expected a LoRA for this model; pass ignore_unmatched (--ignore-unmatched) to "
+        "leave these out"
+    )

@@ -1,206 +1,152 @@
-"""What trainers call the layers of a model, in the keys of their LoRA files.
+"""Finds the layers of a checkpoint by what trainers call them.
 
-Names are compared in one spelling: prefixes cut off, and every dot an underscore, since
-kohya's keys do not tell one from the other. Where diffusers divides or names layers in
-another way than the checkpoint, `ALIASES` says what its layers are there.
+A name is looked for as it is, then with every dot an underscore, since kohya's keys do
+not tell one from the other, then by the tables of `lora_names`; each time with prefixes
+cut off one after another.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from hijack.checkpoint.lora_names import TABLES
 from hijack.errors import CheckpointError
 
 #: Prefixes of layers in checkpoints.
-BASE_PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "unet.")
-#: Prefixes of layers in LoRA files, once or one behind the other.
+BASE_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "transformer.",
+    "unet.",
+    "net.",
+)
+#: Prefixes of layers in LoRA files, once or one behind the other; longer ones first.
 LORA_PREFIXES = (
+    "base_model.model.",
+    *BASE_PREFIXES,
+    "lora_unet__",
     "lora_unet_",
     "lora_transformer_",
     "lora_prior_unet_",
     "lycoris_",
-    "base_model_model_",
-    "model_diffusion_model_",
-    "diffusion_model_",
-    "transformer_",
-    "unet_",
 )
+
+Spans = list[tuple[int, int]]
+#: How a (N, K) weight is divided: its rows that are the layer of a word, in order.
+_WAYS: Mapping[str, Callable[[int, int], Spans]] = {
+    "": lambda n, k: [(0, n)],
+    "q": lambda n, k: [(0, k)],
+    "k": lambda n, k: [(k, (n + k) // 2)],
+    "v": lambda n, k: [((n + k) // 2, n)],
+    "first": lambda n, k: [(0, k)],
+    "second": lambda n, k: [(k, 2 * k)],
+    "third": lambda n, k: [(2 * k, 3 * k)],
+    "rest": lambda n, k: [(3 * k, n)],
+    "qkv": lambda n, k: [(0, 3 * k)],
+    "upper": lambda n, k: [(0, n // 2)],
+    "lower": lambda n, k: [(n // 2, n)],
+    "swapped": lambda n, k: [(k, n), (0, k)] if n == 2 * k else [(0, n)],
+}
+#: Where the halves change places, a name leads either way.
+_SYMMETRIC = ("", "swapped")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a LoRA changes: a layer, or some rows of it.
+    """What a LoRA changes: a layer, some rows of it, or a lone parameter.
 
     Attributes:
-        layer: in the checkpoint.
-        part: which K rows, counted in K, of the layer's (N, K) weight; None for all.
-        rest: whether the part goes on to the end.
+        name: of the layer, or the parameter.
+        key: of the weight, or the parameter.
+        way: how the weight is divided; see `lora_names`.
     """
 
-    layer: str
-    part: int | None = None
-    rest: bool = False
+    name: str
+    key: str
+    way: str = ""
+
+    def rows(self, n: int, k: int) -> tuple[slice, ...]:
+        """The rows of a (n, k) weight that, one behind another, are what is meant."""
+        return tuple(slice(a, b) for a, b in _WAYS[self.way](n, k))
 
 
 @dataclasses.dataclass(frozen=True)
-class Alias:
-    """Another name of a layer.
-
-    Attributes:
-        pattern: of the whole name, in the one spelling.
-        name: gives the checkpoint's name.
-        part: as for `Target`.
-        rest: as for `Target`.
-    """
+class _Alias:
+    """Another name, as a pattern, and what makes the checkpoint's of it."""
 
     pattern: re.Pattern[str]
-    name: Callable[[re.Match[str]], str]
-    part: int | None = None
-    rest: bool = False
-
-
-def _alias(
-    pattern: str, template: str, part: int | None = None, rest: bool = False
-) -> Alias:
-    return Alias(re.compile(pattern), lambda m: m.expand(template), part, rest)
-
-
-def _unet(pattern: str, template: str, first: int) -> Alias:
-    """A block of a UNet, which diffusers counts by level and by block in the level."""
-
-    def name(match: re.Match[str]) -> str:
-        level, block = int(match["level"]), int(match["block"])
-        return template.format(3 * level + block + first, rest=match["rest"])
-
-    return Alias(re.compile(pattern), name)
-
-
-def _flux() -> Iterator[Alias]:
-    """Flux: diffusers divides what the checkpoint has in one piece."""
-    double = r"transformer_blocks_(\d+)_"
-    for part, (image, text) in enumerate(
-        (("to_q", "add_q_proj"), ("to_k", "add_k_proj"), ("to_v", "add_v_proj"))
-    ):
-        yield _alias(double + f"attn_{image}", r"double_blocks_\1_img_attn_qkv", part)
-        yield _alias(double + f"attn_{text}", r"double_blocks_\1_txt_attn_qkv", part)
-        single = rf"single_transformer_blocks_(\d+)_attn_{image}"
-        yield _alias(single, r"single_blocks_\1_linear1", part)
-    names = {
-        "attn_to_out_0": "img_attn_proj",
-        "attn_to_add_out": "txt_attn_proj",
-        "ff_net_0_proj": "img_mlp_0",
-        "ff_net_2": "img_mlp_2",
-        "ff_context_net_0_proj": "txt_mlp_0",
-        "ff_context_net_2": "txt_mlp_2",
-        "norm1_linear": "img_mod_lin",
-        "norm1_context_linear": "txt_mod_lin",
-    }
-    for theirs, ours in names.items():
-        yield _alias(double + theirs, rf"double_blocks_\1_{ours}")
-    single = r"single_transformer_blocks_(\d+)_"
-    yield _alias(single + "proj_mlp", r"single_blocks_\1_linear1", 3, rest=True)
-    yield _alias(single + "proj_out", r"single_blocks_\1_linear2")
-    yield _alias(single + "norm_linear", r"single_blocks_\1_modulation_lin")
-    for theirs, ours in {"x_embedder": "img_in", "context_embedder": "txt_in"}.items():
-        yield _alias(theirs, ours)
-    embedders = {"timestep": "time", "text": "vector", "guidance": "guidance"}
-    for theirs, ours in embedders.items():
-        start = f"time_text_embed_{theirs}_embedder_linear_"
-        yield _alias(start + "1", f"{ours}_in_in_layer")
-        yield _alias(start + "2", f"{ours}_in_out_layer")
-
-
-def _others() -> Iterator[Alias]:
-    """Lumina and Z-Image, Wan, HunyuanVideo, and the UNets of Stable Diffusion."""
-    for part, name in enumerate(("to_q", "to_k", "to_v")):
-        yield _alias(rf"(.*_attention)_{name}", r"\1_qkv", part)
-    yield _alias(r"(.*_attention)_to_out_0", r"\1_out")
-    for theirs, ours in {"1": "self", "2": "cross"}.items():
-        for letter in "qkv":
-            attention = rf"(blocks_\d+)_attn{theirs}_to_{letter}"
-            yield _alias(attention, rf"\1_{ours}_attn_{letter}")
-        yield _alias(rf"(blocks_\d+)_attn{theirs}_to_out_0", rf"\1_{ours}_attn_o")
-    yield _alias(r"(blocks_\d+)_ffn_net_0_proj", r"\1_ffn_0")
-    yield _alias(r"(blocks_\d+)_ffn_net_2", r"\1_ffn_2")
-    yield _alias(r"(.*_mod)_linear", r"\1_lin")
-    yield _alias(r"(.*_modulation)_linear", r"\1_lin")
-    yield _alias(r"(.*mlp)_fc1", r"\1_0")
-    yield _alias(r"(.*mlp)_fc2", r"\1_2")
-    number = r"_(?P<level>\d+)_{}_(?P<block>\d+)_(?P<rest>.*)"
-    for kind, at in {"resnets": 0, "attentions": 1}.items():
-        down, up = (
-            f"input_blocks_{{}}_{at}_{{rest}}",
-            f"output_blocks_{{}}_{at}_{{rest}}",
-        )
-        yield _unet("down_blocks" + number.format(kind), down, 1)
-        yield _unet("up_blocks" + number.format(kind), up, 0)
-    yield _alias(r"mid_block_attentions_0_(.*)", r"middle_block_1_\1")
-    yield _alias(r"mid_block_resnets_0_(.*)", r"middle_block_0_\1")
-    yield _alias(r"mid_block_resnets_1_(.*)", r"middle_block_2_\1")
-
-
-_RESNET = {
-    "conv1": "in_layers_2",
-    "conv2": "out_layers_3",
-    "time_emb_proj": "emb_layers_1",
-    "conv_shortcut": "skip_connection",
-}
-ALIASES = (*_flux(), *_others())
+    template: str
+    way: str
 
 
 class Names:
-    """Finds the layers of a checkpoint by what trainers call them.
+    """The layers of a checkpoint.
 
     Args:
-        layers: names of the checkpoint's layers.
+        keys: of its tensors.
     """
 
-    def __init__(self, layers: Iterable[str]) -> None:
-        self._layers: dict[str, str] = {}
-        self._twice: set[str] = set()
-        for layer in layers:
-            short = layer
-            for prefix in BASE_PREFIXES:
-                short = short.removeprefix(prefix)
-            flat = short.replace(".", "_")
-            if flat in self._layers:
-                self._twice.add(flat)
-            self._layers[flat] = layer
-        self._known: Mapping[str, str] = self._layers
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._dotted: dict[str, Target | None] = {}
+        self._flat: dict[str, Target | None] = {}
+        for key in keys:
+            name = key.removesuffix(".weight")
+            target = Target(name, key)
+            for prefix in ("", *BASE_PREFIXES):
+                if name.startswith(prefix):
+                    _put(self._dotted, name[len(prefix) :], target)
+                    _put(self._flat, _flat(name[len(prefix) :]), target)
 
     def find(self, module: str) -> Target | None:
-        """The layer that a name in a LoRA file means, or None.
+        """What a name in a LoRA file means, or None.
 
         Raises:
-            CheckpointError: if it may mean two.
+            CheckpointError: if it may mean two layers.
         """
-        flat = module.replace(".", "_").replace("_processor_to_", "_to_")
-        for name in _without_prefixes(flat):
-            found = self._find(name)
-            if found is not None:
-                return found
+        for name in _without_prefixes(module):
+            for spelled in _spellings(name):
+                found = self._find(spelled)
+                if found is not None:
+                    return found
         return None
 
     def _find(self, name: str) -> Target | None:
-        if name in self._twice:
+        for table, spelled in ((self._dotted, name), (self._flat, _flat(name))):
+            if spelled in table:
+                return self._only(table, spelled)
+        flat = _flat(name)
+        for alias in (*_aliases().get(_word(flat), ()), *_aliases()["{"]):
+            match = alias.pattern.fullmatch(flat)
+            known = match and match.expand(alias.template)
+            if known in self._flat:
+                target = self._only(self._flat, known)
+                return dataclasses.replace(target, way=alias.way)
+        return None
+
+    def _only(self, table: Mapping[str, Target | None], name: str) -> Target:
+        target = table[name]
+        if target is None:
             raise CheckpointError(
                 f"{name}: may be one of two layers of the checkpoint; expected names "
-                "that differ in more than dots and underscores"
+                "that differ in more than prefixes, dots and underscores"
             )
-        if name in self._layers:
-            return Target(self._layers[name])
-        if f"{name}_0" in self._layers and name.endswith("to_out"):
-            return Target(self._layers[f"{name}_0"])
-        for alias in ALIASES:
-            match = alias.pattern.fullmatch(name)
-            if match is None:
-                continue
-            known = _resnet(alias.name(match))
-            if known in self._layers:
-                return Target(self._layers[known], alias.part, alias.rest)
-        return None
+        return target
+
+
+def _put(table: dict[str, Target | None], name: str, target: Target) -> None:
+    table[name] = target if table.get(name, target) == target else None
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _word(flat: str) -> str:
+    return flat.partition("_")[0]
 
 
 def _without_prefixes(name: str) -> Iterator[str]:
@@ -212,6 +158,88 @@ def _without_prefixes(name: str) -> Iterator[str]:
             return
 
 
-def _resnet(name: str) -> str:
-    start, _, last = name.rpartition("_0_")
-    return f"{start}_0_{_RESNET[last]}" if last in _RESNET else name
+def _spellings(name: str) -> Iterator[str]:
+    """A name, and what it was in older versions of diffusers."""
+    plain = name.replace(".processor.", ".")
+    for spelled in dict.fromkeys((name, plain)):
+        yield spelled
+        if spelled.endswith("to_out"):
+            yield f"{spelled}.0"
+
+
+@functools.cache
+def _aliases() -> Mapping[str, list[_Alias]]:
+    """Names by their first word, "{" if that may be any; in both directions."""
+    aliases: dict[str, list[_Alias]] = {"{": []}
+    for theirs, ours in (*_rows(), *_unet()):
+        ours, _, way = ours.partition(":")
+        pairs = [(theirs, ours)]
+        if way in _SYMMETRIC:
+            pairs.append((ours, theirs))
+        for given, known in pairs:
+            word = "{" if _word(_flat(given))[:1] == "{" else _word(_flat(given))
+            aliases.setdefault(word, []).append(_alias(given, known, way))
+    return aliases
+
+
+def _alias(given: str, known: str, way: str) -> _Alias:
+    pattern = re.escape(_flat(given)).replace(r"\{\}", r"(\d+)")
+    pattern, count = pattern.replace(r"\{\*\}", "(.+)"), itertools.count(1)
+    template = re.sub(r"\{\*?\}", lambda _: f"\\g<{next(count)}>", _flat(known))
+    return _Alias(re.compile(pattern), template, way)
+
+
+def _rows() -> Iterator[tuple[str, str]]:
+    """Pairs of their name and ours, from the tables."""
+    for line in "".join(TABLES).splitlines():
+        pair = line.split()
+        if pair and not line.startswith(" "):
+            blocks = ["" if block == "." else f"{block}." for block in pair]
+        elif pair:
+            yield blocks[0] + pair[0], blocks[1] + pair[1]
+
+
+#: Layers of a block of a UNet.
+_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
+}
+_UNET = {
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+    "mid_block.attentions.0.{*}": "middle_block.1.{*}",
+}
+
+
+def _unet() -> Iterator[tuple[str, str]]:
+    """Stable Diffusion and SDXL: diffusers counts by level, and by block in a level."""
+    yield from _UNET.items()
+    blocks = {"mid_block.{}.0": "middle_block.0", "mid_block.{}.1": "middle_block.2"}
+    for level in range(4):
+        at = 3 * level
+        for block in range(3):
+            if block < 2:
+                theirs = f"down_blocks.{level}.{{}}.{block}"
+                blocks[theirs] = f"input_blocks.{at + block + 1}"
+            blocks[f"up_blocks.{level}.{{}}.{block}"] = f"output_blocks.{at + block}"
+        yield f"down_blocks.{level}.downsamplers.0.conv", f"input_blocks.{at + 3}.0.op"
+        for after in (1, 2):  # without attention before it, and with it
+            ours = f"output_blocks.{at + 2}.{after}.conv"
+            yield f"up_blocks.{level}.upsamplers.0.conv", ours
+    for theirs, ours in blocks.items():
+        resnet = ours if theirs.startswith("mid") else f"{ours}.0"
+        for layer, known in _RESNET.items():
+            yield f"{theirs.format('resnets')}.{layer}", f"{resnet}.{known}"
+        if not theirs.startswith("mid"):
+            yield f"{theirs.format('attentions')}.{{*}}", f"{ours}.1.{{*}}"

@@ -1,0 +1,85 @@
+"""What a LoRA is multiplied with: alpha by rank, wherever a trainer wrote it down."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from hijack.checkpoint.header import Header, parse_table
+from hijack.checkpoint.reader import open_tensors
+from hijack.errors import CheckpointError
+
+#: The table that diffusers writes into a header, and the file that PEFT writes.
+_METADATA = "lora_adapter_metadata"
+_FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def alpha_of(source: Header, module: str, key: str | None, rank: int) -> float:
+    """What the difference of one LoRA is multiplied with.
+
+    A tensor in the file outweighs what diffusers or PEFT say of the whole; without
+    either it is 1.
+
+    Args:
+        source: header of the LoRA file.
+        module: its name there.
+        key: of its alpha, if it has one.
+        rank: that alpha is held against; 0 where alpha has no meaning.
+
+    Raises:
+        CheckpointError: if alpha is no finite number.
+    """
+    if rank == 0:
+        return 1.0
+    if key is not None:
+        alpha, divisor = _read(source, key), float(rank)
+        where = f"{source.source}: {key}"
+    else:
+        where = f"{source.source}: {module}"
+        config, name = _config(source, module)
+        alpha = _listed(config, name, rank)
+        divisor = math.sqrt(rank) if config.get("use_rslora") is True else float(rank)
+    if not math.isfinite(alpha):
+        raise CheckpointError(
+            f"{where}: alpha is {alpha}, expected a finite number; the file is damaged"
+        )
+    return alpha / divisor
+
+
+def _read(source: Header, key: str) -> float:
+    tensor = open_tensors(source)[key]
+    if tensor.numel() != 1:
+        raise CheckpointError(
+            f"{source.source}: {key}: is {list(tensor.shape)}, expected one number"
+        )
+    return float(tensor)
+
+
+def _config(source: Header, module: str) -> tuple[Mapping[str, Any], str]:
+    """PEFT's config that counts for a module, and the module's name in it."""
+    table = parse_table(source.metadata.get(_METADATA, ""))
+    component, _, name = module.partition(".")
+    start = f"{component}."
+    config = {k.removeprefix(start): v for k, v in table.items() if k.startswith(start)}
+    if config:
+        return config, name
+    file = next((info.file for info in source.tensors.values()), None)
+    if file is None or file.name != _FILE or not file.with_name(_CONFIG).is_file():
+        return {}, module
+    config = parse_table(file.with_name(_CONFIG).read_bytes())
+    return config, module.removeprefix("base_model.model.")
+
+
+def _listed(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """Alpha of a module: its own, or that of all; the rank where there is neither."""
+    alpha = config.get("lora_alpha", rank)
+    patterns = config.get("alpha_pattern")
+    for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
+        if f".{name}".endswith(f".{pattern}"):
+            alpha = own
+            break
+    try:
+        return float(alpha)
+    except (TypeError, ValueError):
+        return math.nan
