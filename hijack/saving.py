@@ -49,7 +49,8 @@ def save(
             {suffix: TensorInfo.of(tensor) for suffix, tensor in made.items()},
         )
     metadata: dict[str, str] = {}
-    marks = [of.finish(layers, tensors.keys()) for of, layers in spelled.items()]
+    others = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
+    marks = [of.finish(layers, others) for of, layers in spelled.items()]
     for mark in marks:
         metadata |= mark.metadata
         coded |= mark.tensors

@@ -108,7 +108,9 @@ class Scheme(abc.ABC):
                 f"{tuple(shape)} ({type(error).__name__}: {error}); override "
                 "create_params to say which tensors the layer has"
             ) from error
-        device = torch.empty(0).device if device is None else device
+        device = torch.empty(0).device if device is None else torch.device(device)
+        if device.type == "meta":  # zeros there cost torch seconds of imports
+            return qdata, params
         return (
             torch.zeros_like(qdata, device=device),
             {name: torch.zeros_like(t, device=device) for name, t in params.items()},

@@ -220,11 +220,11 @@ class _Job:
         for key, info in self.header.tensors.items():
             for name, planned in self._planned(key, info, left).items():
                 self._add(name, planned)
-        others = [
-            key
-            for key in self.header.tensors
+        others = {
+            key: info
+            for key, info in self.header.tensors.items()
             if key not in self.owners and key not in left
-        ]
+        }
         marks = self._marks(others)
         for key, tensor in marks.tensors.items():
             self._add(key, TensorInfo.of(tensor))
@@ -257,7 +257,7 @@ class _Job:
         self.plan[key] = info
         self.order.append(key)
 
-    def _marks(self, others: Sequence[str]) -> FileMarks:
+    def _marks(self, others: Mapping[str, TensorInfo]) -> FileMarks:
         target = next(iter(self.layers.values())).target
         spelled = {name: layer.spelled() for name, layer in self.layers.items()}
         return target.finish(spelled, others)

@@ -225,13 +225,13 @@ class Dialect:
         return [block_size]
 
     def finish(
-        self, layers: Mapping[str, Spelled], others: Collection[str]
+        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
     ) -> FileMarks:
         """What a file has to say as a whole.
 
         Args:
             layers: layer to what was encoded of it.
-            others: keys of all other tensors of the file.
+            others: key to dtype and shape of all other tensors of the file.
         """
         marked = {
             layer: {"scheme": spelled.scheme, "params": list(spelled.params)}

@@ -86,7 +86,8 @@ class QuantizePlan:
         for key in header.tensors:
             if key not in left:
                 self._plan(key)
-        others = [s.key for s in self.steps if s.layer is None]
+        loose = [step.key for step in self.steps if step.layer is None]
+        others = {key: self.tensors[key] for key in loose}
         self.marks = dialect.finish(self.spelled, others)
         self.metadata |= self.marks.metadata
         for key, tensor in self.marks.tensors.items():

@@ -14,7 +14,7 @@ from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import FileMarks, Row, Spelled
 from hijack.checkpoint.foreign import FILE_MARKER as LAYER_TABLE
 from hijack.checkpoint.foreign import LAYER_MARKER, comfy_marker
-from hijack.checkpoint.header import DTYPE_NAMES, Header, join, parse_table
+from hijack.checkpoint.header import DTYPE_NAMES, Header, TensorInfo, join, parse_table
 from hijack.scheme import Scheme
 from schemes._fp8_blocks import (
     FP8_DTYPES,
@@ -250,9 +250,10 @@ class ComfyQuantDialect(FP8Dialect):
         """One scale for a weight, or MXFP8 if powers of two or its blocks are asked."""
         size = options.get("block_size")
         power = options.get("scale_dtype") in POWER_DTYPES
-        asked = parse_block_size(size or (1, mx.COLS), matrix_shape(shape))
-        if asked == (1, mx.COLS) and (size is not None or power):
-            mxfp8 = {"block_size": asked, "scale_dtype": POWER_DTYPES[0]}
+        block = parse_block_size((1, mx.COLS), matrix_shape(shape))
+        asked = parse_block_size(size or block, matrix_shape(shape))
+        if asked == block and (size is not None or power):
+            mxfp8 = {"block_size": block, "scale_dtype": POWER_DTYPES[0]}
             return {**options, **mxfp8}
         return {"block_size": "tensor", "scale_dtype": torch.float32, **options}
 
@@ -264,7 +265,7 @@ class ComfyQuantDialect(FP8Dialect):
         return [(1, mx.COLS), whole] if block_size == (1, mx.COLS) else [whole]
 
     def finish(
-        self, layers: Mapping[str, Spelled], others: Collection[str]
+        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
     ) -> FileMarks:
         """The table ComfyUI's own writers put into the header."""
         if not layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hijack.checkpoint.claim import Certainty
 from hijack.checkpoint.dialect import FileMarks, Row, Spelled
-from hijack.checkpoint.header import Header
+from hijack.checkpoint.header import Header, TensorInfo
 from schemes._fp8_blocks import (
     FP8_DTYPES,
     POWER_DTYPES,
@@ -106,7 +106,7 @@ class CompressedTensorsDialect(ConfiguredDialect):
         return with_defaults(options)
 
     def finish(
-        self, layers: Mapping[str, Spelled], others: Collection[str]
+        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
     ) -> FileMarks:
         """A config with one group for each kind of blocks."""
         if not layers:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from hijack.checkpoint.claim import Certainty
 from hijack.checkpoint.dialect import FileMarks, Row, Spelled
-from hijack.checkpoint.header import Header
+from hijack.checkpoint.header import Header, TensorInfo
 from hijack.errors import CheckpointError
 from schemes._fp8_blocks import (
     FP8_DTYPES,
@@ -110,7 +110,7 @@ class DeepSeekDialect(ConfiguredDialect):
         return [parse_block_size(size, matrix_shape(shape))]
 
     def finish(
-        self, layers: Mapping[str, Spelled], others: Collection[str]
+        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
     ) -> FileMarks:
         """The config of transformers' FineGrainedFP8Config.
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hijack.checkpoint.claim import Certainty
 from hijack.checkpoint.dialect import FileMarks, Row, Spelled
-from hijack.checkpoint.header import Header, join
+from hijack.checkpoint.header import Header, TensorInfo, join
 from schemes._fp8_blocks import Pair, block_size_of, matrix_shape, parse_block_size
 from schemes._fp8_dialects.base import Found, FP8Dialect, Said, is_power
 from schemes._fp8_dialects.markers import file_markers, marked
@@ -132,6 +132,8 @@ class MusubiDialect(FP8Dialect):
         own = (1, math.gcd(cols, k) if cols < k else k)
         return [usual, own] if cols < usual[1] else [own]
 
-    def finish(self, layers: Mapping[str, Spelled], others: Iterable[str]) -> FileMarks:
+    def finish(
+        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
+    ) -> FileMarks:
         """Nothing: the files have no marker."""
         return FileMarks()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import Dialect, FileMarks, Row, Spelled, native_claim
-from hijack.checkpoint.header import Header, join, parse_table
+from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
 from hijack.checkpoint.marker import marked_layers, native_marker
 from hijack.errors import ShapeError
 from hijack.scheme import Scheme
@@ -129,7 +130,7 @@ class TorchaoDialect(FP8Dialect):
         return [block_size] if finer == block_size else [finer]
 
     def finish(
-        self, layers: Mapping[str, Spelled], others: Collection[str]
+        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
     ) -> FileMarks:
         """The entries of all tensors, and their names."""
         if not layers:
@@ -138,7 +139,9 @@ class TorchaoDialect(FP8Dialect):
             key: json.dumps({"_type": "Tensor"}) for key in others if "." in key
         }
         for layer, spelled in layers.items():
-            metadata[join(layer, "weight")] = json.dumps(_float8_tensor(spelled))
+            metadata[join(layer, "weight")] = json.dumps(
+                _float8_tensor(spelled, _dense_dtype(layer, others))
+            )
         names = json.dumps(list(metadata))
         return FileMarks({**metadata, "tensor_names": names})
 
@@ -273,10 +276,20 @@ def _positive(sizes: Sequence[object]) -> Iterator[bool]:
     return (type(size) is int and size > 0 for size in sizes)
 
 
-def _float8_tensor(spelled: Spelled) -> dict[str, object]:
+def _dense_dtype(layer: str, others: Mapping[str, TensorInfo]) -> torch.dtype:
+    """The dtype a layer computes in: its bias's, else that of most other tensors."""
+    bias = others.get(join(layer, "bias"))
+    found = [bias] if bias is not None else others.values()
+    count = Counter(info.torch_dtype for info in found)
+    dense = [d for d, _ in count.most_common() if d in SCALE_DTYPES]
+    return next((d for d in dense if d is not None), torch.bfloat16)
+
+
+def _float8_tensor(spelled: Spelled, dense: torch.dtype) -> dict[str, object]:
     """What torchao's constructor takes; weights only, inputs stay as they are."""
     rows, cols = spelled.block_size or spelled.shape
-    dtype = {"_type": "torch.dtype", "_data": "bfloat16"}
+    name = str(dense).removeprefix("torch.")
+    dtype = {"_type": "torch.dtype", "_data": name}
     return {
         "_type": "Float8Tensor",
         "_data": {

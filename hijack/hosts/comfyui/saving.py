@@ -143,7 +143,8 @@ def spell(
     said = dict(metadata or {})
     for chosen, found in spelled.items():
         mine = {join(la, name) for la, one in found.items() for name in one.tensors}
-        marks = chosen.finish(found, [key for key in tensors if key not in mine])
+        others = {k: TensorInfo.of(t) for k, t in tensors.items() if k not in mine}
+        marks = chosen.finish(found, others)
         said |= marks.metadata
         tensors |= marks.tensors
     return tensors, said
