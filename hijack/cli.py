@@ -46,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _complain(f"{error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
-        _complain("interrupted; nothing was replaced")
+        kept = ", and the same command goes on from here"
+        more = kept if getattr(args, "resume", False) else ""
+        _complain(f"interrupted; nothing was replaced{more}")
         return 130
     return status
 

@@ -8,7 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hijack import cli
+import hijack
+from hijack import cli, commands
+from hijack.checkpoint import quantize_choice
+from hijack.checkpoint.architectures import Architecture
 from hijack.checkpoint.writer import CheckpointWriter
 
 
@@ -59,6 +62,113 @@ def test_quantize_takes_dtype_and_dialect(run, dense, tmp_path):
     tensors = load_file(path)
     assert tensors["a.weight"].dtype == torch.float8_e5m2
     assert tensors["a.weight_scale"].shape == (2, 4)
+
+
+def test_quantize_takes_scales_and_rules(run, dense, tmp_path):
+    """Their dtype, a search for them, and blocks of single layers."""
+    path = tmp_path / "q.safetensors"
+    words = ["--scale-dtype", "f16", "--scale-search", "4", "--rule", "a=1x32"]
+    assert run("quantize", dense, path, *words)[0] == 0
+    scale = load_file(path)["a.scale_weight"]
+    assert scale.dtype == torch.float16
+    assert scale.shape == (64, 4, 1)
+    run("quantize", dense, tmp_path / "plain", "--scale-dtype", "f16", "--rule", "a=32")
+    assert not torch.equal(scale, load_file(tmp_path / "plain")["a.scale_weight"])
+
+
+def test_quantize_merges_loras(run, dense, tmp_path):
+    """With their strengths; those of other layers only on request."""
+    path, lora = tmp_path / "q.safetensors", tmp_path / "l.safetensors"
+    parts = {"lora_A": torch.ones(1, 128), "lora_B": torch.ones(64, 1)}
+    layers = {f"{la}.{n}.weight": t.clone() for la in "ab" for n, t in parts.items()}
+    save_file(layers, lora)
+    words = ["--lora", f"{lora}:0.5", "--lora", lora]
+    status, _, err = run("quantize", dense, path, *words)
+    assert status == 1
+    assert "has no layer for b" in err
+    status, out, _ = run("quantize", dense, path, *words, "--ignore-unmatched", "-v")
+    assert status == 0
+    assert out.splitlines()[0] == "LoRA left out: b"
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(128, 64, bias=False)})
+    hijack.load(model, path)
+    weight = hijack.unwrap(model).a.weight.detach().float()
+    expected = load_file(dense)["a.weight"].float() + 1.5
+    assert (weight - expected).norm() / expected.norm() < 0.04
+
+
+def test_a_dry_run_shows_sizes_and_writes_nothing(run, dense, tmp_path):
+    """Even where a file is in the way."""
+    path = tmp_path / "q.safetensors"
+    path.write_bytes(b"precious")
+    status, out, _ = run("quantize", dense, path, "--dry-run")
+    assert status == 0
+    assert path.read_bytes() == b"precious"
+    rows = [line.split() for line in out.splitlines()]
+    assert ["1x64", "1"] in rows
+    assert out.splitlines()[-1].startswith("1 layers would be quantized, 0 left dense")
+    assert run("quantize", dense, path, "--force")[0] == 0
+    assert ["q.safetensors", f"{path.stat().st_size:,}"] in rows
+
+
+def test_shards_are_written_beside_their_index(run, dense, tmp_path):
+    """And replaced only if forced, as a file is."""
+    path = tmp_path / "q.safetensors"
+    words = ["quantize", dense, path, "--max-shard-size", "8KB"]
+    assert run(*words)[0] == 0
+    written = sorted(p.name for p in tmp_path.glob("q*"))
+    shards = [f"q-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert written == [*shards, "q.safetensors.index.json"]
+    status, _, err = run(*words)
+    assert status == 1
+    assert "q.safetensors.index.json: exists; pass --force" in err
+    assert run(*words, "--force")[0] == 0
+    assert run("identify", tmp_path / "q.safetensors.index.json")[0] == 0
+    status, _, err = run(*words[:-1], "8 parsecs", "--force")
+    assert status == 1
+    assert "max_shard_size: got '8 parsecs', expected" in err
+
+
+def test_defaults_are_shown(run, dense, tmp_path, monkeypatch):
+    """Those of a checkpoint's model, and those of every model known."""
+    assert "the model is not known" in run("quantize", "--show-defaults", dense)[1]
+    toy = Architecture("Toy", ("a*",), ("*.mod", "*.b"), "its makers", ())
+    for module in (commands.quantize, quantize_choice):
+        monkeypatch.setattr(module, "detect_architecture", lambda header: toy)
+    path, target = tmp_path / "toy.safetensors", tmp_path / "q.safetensors"
+    layers = ("a.0", "a.mod", "a.1")
+    save_file({f"{la}.weight": torch.ones(2, 64) for la in layers}, path)
+    status, out, _ = run("quantize", "--show-defaults", path)
+    assert status == 0
+    assert out.splitlines() == [
+        "Toy (its makers)",
+        "  include: a*",
+        "  exclude: *.mod *.b",
+    ]
+    status, out, _ = run("quantize", path, target, "-v")
+    assert "left dense: a.mod (not usual for Toy)" in out
+    assert "model: Toy" in out
+    words = ["--exclude", "default", "--exclude", "a.1", "--force"]
+    out = run("quantize", path, target, "-v", *words)[1]
+    assert "left dense: a.1 (excluded)" in out
+    assert "1 layers quantized, 2 left dense" in out
+
+
+def test_defaults_of_every_model_are_shown(run):
+    """Without a checkpoint."""
+    status, out, _ = run("quantize", "--show-defaults")
+    assert status == 0
+    assert out.count("include: ") == out.count("exclude: ") > 10
+    assert "Qwen-Image (musubi-tuner)" in out
+
+
+def test_a_config_is_written_on_request(run, dense, tmp_path):
+    """For dialects that have one."""
+    path = tmp_path / "out" / "q.safetensors"
+    path.parent.mkdir()
+    words = ["--dialect", "deepseek", "--write-config", "--workers", "1"]
+    assert run("quantize", dense, path, *words)[0] == 0
+    config = json.loads((path.parent / "config.json").read_text())
+    assert config["quantization_config"]["weight_block_size"] == [128, 128]
 
 
 def test_an_existing_file_is_replaced_only_if_forced(run, dense, tmp_path):
@@ -143,6 +253,10 @@ def test_bad_input_gives_one_readable_line(run, tmp_path):
         ["quantize", "a", "b", "--block-size", "0x3"],
         ["quantize", "a", "b", "--block-size", "1x2x3"],
         ["quantize", "a", "b", "--dtype", "int4"],
+        ["quantize"],
+        ["quantize", "a"],
+        ["quantize", "a", "b", "--workers", "many"],
+        ["quantize", "a", "b", "--scale-dtype", "int4"],
     ],
 )
 def test_wrong_words_end_with_status_2(words, capsys):
@@ -154,7 +268,8 @@ def test_wrong_words_end_with_status_2(words, capsys):
     assert err.count("\n") == 1
     assert err.startswith("hijack")
     assert "--help" in err
-    assert "expected" in err or "choose from" in err or "required" in err
+    said = ("expected", "choose from", "required", "invalid int value")
+    assert any(text in err for text in said)
 
 
 def test_an_interruption_ends_with_status_130(run, dense, tmp_path, monkeypatch):
@@ -169,6 +284,36 @@ def test_an_interruption_ends_with_status_130(run, dense, tmp_path, monkeypatch)
     assert status == 130
     assert err.splitlines()[-1] == "hijack: interrupted; nothing was replaced"
     assert [p.name for p in tmp_path.iterdir()] == [dense.name]
+
+
+def test_an_interruption_with_resume_is_gone_on_with(run, dense, tmp_path, monkeypatch):
+    """The message says so; the same command then finishes the file."""
+    path, whole = tmp_path / "q.safetensors", tmp_path / "whole.safetensors"
+    assert run("quantize", dense, whole)[0] == 0
+    real = CheckpointWriter.write
+
+    def interrupt(self, key, tensor):
+        real(self, key, tensor)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CheckpointWriter, "write", interrupt)
+    status, _, err = run("quantize", dense, path, "--resume")
+    assert status == 130
+    assert err.splitlines()[-1].endswith(
+        "replaced, and the same command goes on from here"
+    )
+    monkeypatch.undo()
+    assert run("quantize", dense, path, "--resume")[0] == 0
+    assert path.read_bytes() == whole.read_bytes()
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_device_that_is_not_there_is_reported(run, dense, tmp_path):
+    """In a line, not with torch's whole message."""
+    status, _, err = run("quantize", dense, tmp_path / "q", "--device", "cuda:99")
+    assert status == 1
+    assert "device: 'cuda:99' cannot be used; " in err
+    assert err.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_written_is_reported(run, dense, tmp_path):

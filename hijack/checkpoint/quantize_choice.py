@@ -223,13 +223,12 @@ def _listed(patterns: Patterns) -> list[str]:
 
 
 def _expand(patterns: Patterns, usual: Sequence[str] | None) -> Sequence[str] | None:
-    """Patterns with the usual ones in their place."""
+    """Patterns with the usual ones in their place; None are all there are."""
     if patterns is None:
         return usual
-    listed = []
-    for word in _listed(patterns):
-        listed += [word] if word != DEFAULT else list(usual or ())
-    return listed
+    own = ["*"] if usual is None else usual
+    words = [own if word == DEFAULT else [word] for word in _listed(patterns)]
+    return [pattern for word in words for pattern in word]
 
 
 def _matches(layer: str, patterns: Sequence[str]) -> bool:

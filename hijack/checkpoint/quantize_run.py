@@ -89,11 +89,6 @@ def _each(
 
     A step begins when there is a thread for it, and room in memory for what it costs.
     """
-    if workers == 1:
-        for step in steps:
-            do(step)
-            yield step
-        return
     with _pool(workers) as pool:
         running: dict[Future[None], Step] = {}
         for step in steps:

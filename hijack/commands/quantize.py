@@ -213,6 +213,6 @@ def _defaults(paths: Sequence[str]) -> str:
 def _patterns(known: Architecture) -> str:
     include, exclude = " ".join(known.include), " ".join(known.exclude)
     return (
-        f"{known.name}, as {known.source} has it\n"
+        f"{known.name} ({known.source})\n"
         f"  include: {include or 'all'}\n  exclude: {exclude or 'none'}"
     )
