@@ -158,7 +158,18 @@ class _Plan:
             shape = _weight_shape(module)
             made = scheme.decode(claim.cropped(shape), self.tensors)
             check_shape(scheme, made, shape, name)
+            self._check_names(name, claim, made)
             self.made[name] = made
+
+    def _check_names(self, name: str, claim: Claim, made: Quantized) -> None:
+        """Refuse a tensor that would take the place of one the layer was read from."""
+        taken = {join(name, param) for param in made[1]}.intersection(self.dense)
+        if taken:
+            raise CheckpointError(
+                f"{self.header.source}: {min(taken)}: is beside a layer read in "
+                f"dialect {claim.dialect}, which has no such tensor; expected a "
+                "layer in one dialect; convert the file it came from again"
+            )
 
     def _check_keys(self, strict: bool) -> None:
         current = self.model.state_dict()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hijack.checkpoint.claim import Claim
-from hijack.checkpoint.header import Header, TensorInfo, bits_of, join
+from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.checkpoint.identification import Identification
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.loss import Loss, measure
@@ -255,13 +255,9 @@ def _prefixes(one: Mapping[str, None], two: Mapping[str, None]) -> tuple[str, st
 
 
 def _is_floating(info: TensorInfo) -> bool:
-    """Whether a tensor holds numbers of its own, plain casts to FP8 among them.
-
-    Codes that share a byte are none: torch has no numbers for them.
-    """
-    whole = (bits_of(info.dtype) or 0) >= 8
+    """Whether a tensor holds numbers of its own, plain casts to FP8 among them."""
     dtype = info.torch_dtype
-    return whole and dtype is not None and dtype.is_floating_point
+    return info.real and dtype is not None and dtype.is_floating_point
 
 
 def _finite(number: float) -> float | None:

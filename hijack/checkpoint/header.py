@@ -97,6 +97,16 @@ class TensorInfo:
         return DTYPES.get(self.dtype)
 
     @property
+    def real(self) -> bool:
+        """Whether each element is a real number that torch can tell from the others.
+
+        Codes that share a byte are none: torch has them in pairs, as no number.
+        """
+        dtype = self.torch_dtype
+        whole = (bits_of(self.dtype) or 0) >= 8
+        return whole and dtype is not None and not dtype.is_complex
+
+    @property
     def torch_shape(self) -> tuple[int, ...]:
         """The shape as torch has it: two 4-bit numbers are one element."""
         if self.dtype == "F4" and self.shape:

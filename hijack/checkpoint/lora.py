@@ -271,7 +271,7 @@ def _empty(source: Header, key: str) -> Tensor:
     """A tensor of a LoRA without its data."""
     info = source.tensors[key]
     dtype = info.torch_dtype
-    if dtype is None or not dtype.is_floating_point:
+    if dtype is None or not dtype.is_floating_point or not info.real:
         raise CheckpointError(
             f"{source.source}: {key}: is {info.dtype}, expected floating point numbers"
         )

@@ -48,12 +48,13 @@ def alpha_of(source: Header, module: str, key: str | None, rank: int) -> float:
 
 
 def _read(source: Header, key: str) -> float:
-    tensor = open_tensors(source)[key]
-    if tensor.numel() != 1:
+    info = source.tensors[key]
+    if not info.real or math.prod(info.shape) != 1:
         raise CheckpointError(
-            f"{source.source}: {key}: is {list(tensor.shape)}, expected one number"
+            f"{source.source}: {key}: is {info.dtype} {list(info.shape)}, expected one "
+            "number"
         )
-    return float(tensor)
+    return float(open_tensors(source)[key])
 
 
 def _config(source: Header, module: str) -> tuple[Mapping[str, Any], str]:
@@ -81,5 +82,5 @@ def _listed(config: Mapping[str, Any], name: str, rank: int) -> float:
             break
     try:
         return float(alpha)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan

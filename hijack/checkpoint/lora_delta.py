@@ -142,7 +142,7 @@ def fit(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) -> int:
         good = _flat(difference.shape) == _flat(shape)
         if good and parts.keys() & {"lengths", "row_lengths"}:
             _lengths(difference.view(shape), parts)
-    except (RuntimeError, IndexError):  # torch's ways to say that shapes do not fit
+    except (RuntimeError, IndexError, TypeError):  # torch's words for shapes
         good = False
     if not good:
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in parts.items())

@@ -203,7 +203,10 @@ def _leads_out(shard: Path) -> bool:
         inside = shard.resolve().parent == folder.resolve()
         return shard.is_symlink() and not inside and "snapshots" not in folder.parts
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before 3.13
-        raise HeaderError(f"{shard}: cannot be read; {error}") from error
+        raise HeaderError(
+            f"{folder}: the shard {reprlib.repr(shard.name)} cannot be read; "
+            f"{getattr(error, 'strerror', error)}"
+        ) from error
 
 
 def _read_json(path: Path) -> Any:

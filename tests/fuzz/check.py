@@ -162,8 +162,9 @@ def _shapes_of(header: Header) -> dict[str, Any]:
         scheme = default_registry().get(claim.scheme)
         decoded = scheme.dequantize(*scheme.decode(claim, tensors), torch.float32)
         shapes[join(layer, "weight")] = (tuple(decoded.shape), True)
-    for key in header.tensors.keys() - used:
-        shapes[key] = (header.tensors[key].shape, False)
+    for key, info in header.tensors.items():
+        if key not in used:
+            shapes[key] = (info.shape, False)
     return shapes
 
 
@@ -190,9 +191,8 @@ def build(shapes: dict[str, Any], device: str) -> nn.Module:
 def _module(root: nn.Module, path: str) -> nn.Module:
     """The module of a name; made, with those around it, if it is not there."""
     for part in filter(None, path.split(".")):
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        root = root._modules[part]  # type: ignore[assignment]
+        # not add_module: bitsandbytes has X.weight beside X.weight.absmax
+        root = root._modules.setdefault(part, nn.Module())  # type: ignore[assignment]
     return root
 
 
@@ -214,7 +214,7 @@ def _readable(error: HijackError) -> None:
     """A message a user can be shown: some text, and not a whole file of it."""
     text = str(error)
     text.encode()
-    if not text or len(text) > 20_000:
+    if not text or len(text) > 5_000:
         raise RuntimeError(f"a message of {len(text)} letters: {text[:200]}") from error
 
 

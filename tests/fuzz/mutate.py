@@ -94,6 +94,7 @@ METADATA = (
     "fp8r",
 )
 SIZES = (0, 1, 2, 3, 7, 8, 16, 31, 32, 33, 64, 128, 2**31, 2**62)
+LONG = (3, 128, 2**22 + 1, 2**31, 2**62)
 BYTES = (b"\x00", b"\xff", b"\x7f", b"\x80", b"\x7f\xc0", b"\x80\x7f", b"\x00\x00\xc0")
 FLOATS = (b"\0\0\xc0\x7f", b"\0\0\x80\x7f", b"\0\0\0\0", b"\0\0\x80\xbf", b"\xff" * 4)
 NAMES = ("../x", "/etc/passwd", "..", ".", "", "a\\b", "C:x", "\0", "x" * 300, "absent")
@@ -241,6 +242,18 @@ def _reshape(parts: Parts, random: Random) -> None:
     resize(entry)
 
 
+def _empty(parts: Parts, random: Random) -> None:
+    """A layer without elements, one of whose sides is long: it takes no bytes."""
+    layer, long = _pick(parts, random).key.rpartition(".")[0], random.choice(LONG)
+    for entry in parts.entries:
+        if entry.key.rpartition(".")[0] == layer and len(entry.shape) > 1:
+            entry.shape = [long // (1 + ("scale" in entry.key)), 0]
+            entry.data = b""
+    if random.random() < 0.5:
+        block = [random.choice((1, 2)), random.choice((1, long)), 0]
+        parts.entries.append(Entry(f"{layer}.weight_block_size", "U8", block, b""))
+
+
 def _payload(parts: Parts, random: Random) -> None:
     """NaN, infinities, zeros, negative numbers, exponents of 0xFF."""
     entry = _pick(parts, random)
@@ -313,6 +326,7 @@ _STRUCTURAL: tuple[Callable[[Parts, Random], None], ...] = (
     _reshape,
     _reshape,
     _payload,
+    _empty,
     _swap,
     _marker,
     _metadata,
