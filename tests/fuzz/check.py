@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import hijack
+from hijack.checkpoint.compare import compare_files
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.lora import Loras
 from hijack.checkpoint.reader import open_tensors, read_header
@@ -198,16 +199,15 @@ def _module(root: nn.Module, path: str) -> nn.Module:
 
 def _identify(path: Path) -> None:
     found = hijack.identify(path)
-    json.loads(found.to_json()), found.as_table(), found.as_table(verbose=True)
-    found.to_json().encode()
-    found.as_table(verbose=True).encode()
+    for text in (found.to_json(), found.as_table(), found.as_table(verbose=True)):
+        text.encode()
+    json.loads(found.to_json())
 
 
 def _compare(path: Path) -> None:
-    from hijack.checkpoint.compare import compare_files
-
     found = compare_files(path, path)
-    json.loads(found.to_json()), found.as_table().encode()
+    found.as_table().encode()
+    json.loads(found.to_json())
 
 
 def _readable(error: HijackError) -> None:
