@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.write_line(
             "Tests marked thorough were left out: pass --thorough to run them."
         )
-    reports = terminalreporter.stats.get("passed", [])
+    reports = list(terminalreporter.stats.get("passed", []))
     reports += terminalreporter.stats.get("failed", [])
     found = [v for r in reports for k, v in r.user_properties if k == "matrix"]
     if not found:
