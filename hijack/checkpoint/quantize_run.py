@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import os
 import threading
@@ -18,6 +19,8 @@ from hijack.errors import CheckpointError
 
 #: Bytes of tensors in memory at once; only a single larger layer may take more.
 MEMORY = 1 << 28
+#: Bytes a layer takes before what it leaves behind is worth looking after.
+_LARGE = 1 << 24
 #: More threads than this wait for each other.
 MOST_WORKERS = 8
 
@@ -53,14 +56,33 @@ def run(plan: QuantizePlan, writer: CheckpointWriter, how: Way) -> None:
         if step.copied:
             writer.write_bytes(step.key, chunks(plan.header.tensors[step.key]))
             return
-        for name, tensor in plan.make(step, how.device).items():
-            writer.write(name, tensor)
+        _make(plan, step, writer, how.device)
+        if step.cost > _LARGE:
+            _give_back()
 
     with contextlib.closing(_each(steps, do, how.workers)) as finished:
         for step in finished:
             done += step.layer is not None
             if how.progress is not None and step.layer is not None:
                 how.progress(done, total, step.layer)
+
+
+def _make(
+    plan: QuantizePlan, step: Step, writer: CheckpointWriter, device: torch.device
+) -> None:
+    """Make and write what a step is for; nothing of it is held afterwards."""
+    for name, tensor in plan.make(step, device).items():
+        writer.write(name, tensor)
+
+
+def _give_back() -> None:
+    """Have the system take back memory that was freed.
+
+    glibc keeps some for each thread that ever computed; that of a few together is more
+    than a layer.
+    """
+    with contextlib.suppress(TypeError, AttributeError, OSError):  # another libc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def count_workers(asked: int | None) -> int:
