@@ -57,7 +57,7 @@ def _number(given: object) -> float:
     """A strength, or NaN if it is no number."""
     try:
         return float(given)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -144,7 +144,7 @@ class Loras:
         changes: dict[str, list[_Change]] = {}
         unmatched: list[str] = []
         names = Names(header.tensors)
-        for spec in specs:
+        for spec in [specs] if isinstance(specs, str) else specs:
             path, strength = parse_lora(spec)
             file = _File(read_header(path), strength, header)
             file.match(names)
@@ -221,7 +221,8 @@ class _File:
         where = f"{self.source.source}: {name}"
         weight, rows = self._needed(target.key, where), None
         if target.way:
-            rows = target.rows(weight.shape[0], math.prod(weight.shape[1:]))
+            height = weight.shape[0] if weight.shape else 0
+            rows = target.rows(height, math.prod(weight.shape[1:]))
         rank, apart = 0, {"bias", "up_bias", "alpha"}
         own = {part: key for part, key in parts.items() if part not in apart}
         if own:
@@ -304,6 +305,12 @@ def _grouped(source: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
                 "expected one LoRA for a layer"
             )
         parts[SUFFIXES[ending]] = key
+    if not modules:
+        raise CheckpointError(
+            f"{source.source}: holds no LoRA, its keys are such as "
+            f"{', '.join(strays[:3]) or 'none'}; expected X.lora_down.weight, "
+            "X.lora_A.weight or the like; is it a checkpoint?"
+        )
     for parts in modules.values():
         check_parts(parts, source.source)
     return modules, strays

@@ -96,10 +96,16 @@ class Names:
         for key in keys:
             name = key.removesuffix(".weight")
             target = Target(name, key)
-            for prefix in ("", *BASE_PREFIXES):
-                if name.startswith(prefix):
-                    _put(self._dotted, name[len(prefix) :], target)
-                    _put(self._flat, _flat(name[len(prefix) :]), target)
+            # Flux calls the weight of a norm its scale
+            for called in dict.fromkeys((name, name.removesuffix(".scale"))):
+                for prefix in ("", *BASE_PREFIXES):
+                    if called.startswith(prefix):
+                        self._put(called[len(prefix) :], target)
+
+    def _put(self, name: str, target: Target) -> None:
+        for table, spelled in ((self._dotted, name), (self._flat, _flat(name))):
+            known = table.get(spelled, target)
+            table[spelled] = target if known == target else None
 
     def find(self, module: str) -> Target | None:
         """What a name in a LoRA file means, or None.
@@ -135,10 +141,6 @@ class Names:
                 "that differ in more than prefixes, dots and underscores"
             )
         return target
-
-
-def _put(table: dict[str, Target | None], name: str, target: Target) -> None:
-    table[name] = target if table.get(name, target) == target else None
 
 
 def _flat(name: str) -> str:

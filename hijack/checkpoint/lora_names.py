@@ -61,6 +61,9 @@ single_transformer_blocks.{} single_blocks.{}
   double_stream_modulation_img.linear double_stream_modulation_img.lin
   double_stream_modulation_txt.linear double_stream_modulation_txt.lin
   single_stream_modulation.linear single_stream_modulation.lin
+distilled_guidance_layer distilled_guidance_layer
+  layers.{}.linear_1 layers.{}.in_layer
+  layers.{}.linear_2 layers.{}.out_layer
 time_text_embed .
   timestep_embedder.linear_1 time_in.in_layer
   timestep_embedder.linear_2 time_in.out_layer
@@ -166,6 +169,8 @@ context_embedder txt_in
   time_text_embed.timestep_embedder.linear_2 t_embedder.mlp.2
   time_text_embed.text_embedder.linear_1 c_embedder.linear_1
   time_text_embed.text_embedder.linear_2 c_embedder.linear_2
+. .
+  x_embedder.proj img_in.proj
 time_text_embed .
   timestep_embedder.linear_1 time_in.mlp.0
   timestep_embedder.linear_2 time_in.mlp.2
@@ -352,6 +357,8 @@ _LTX = """
 . .
   proj_in patchify_proj
   time_embed.{*} adaln_single.{*}
+  {*}.norm_q {*}.q_norm
+  {*}.norm_k {*}.k_norm
 """
 
 TABLES = (
