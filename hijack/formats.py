@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hijack
 from hijack.checkpoint.dialect import Row
-from hijack.checkpoint.foreign import FORMATS
+from hijack.checkpoint.foreign_formats import FORMATS
 
 _HEAD = """\
 # Formats

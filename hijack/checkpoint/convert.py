@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from hijack.checkpoint.config import write_config_beside
 from hijack.checkpoint.conversion import Conversion
 from hijack.checkpoint.copying import chunks, refuse_same_file
 from hijack.checkpoint.dialect import Dialect, FileMarks
-from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
 from hijack.checkpoint.identification import Identification
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.loss import Loss
@@ -154,6 +155,7 @@ class _Job:
             for name, layer in self.layers.items()
             for key in layer.claim.keys.values()
         }
+        self.left: set[str] = set()  # marks that hold no longer
         self.dropped: list[str] = []
         self.losses: dict[str, Loss] = {}
         self.plan: dict[str, TensorInfo] = {}
@@ -194,7 +196,7 @@ class _Job:
             for role in claim.unused:
                 if role not in layer.source.inputs:
                     continue
-                if layer.target.input_written:
+                if layer.target.input_written and not layer.inputs:
                     target = join(name, layer.target.input_written)
                     layer.inputs[claim.keys[role]] = target
                 elif drop:
@@ -208,14 +210,16 @@ class _Job:
 
     def finish(self) -> FileMarks:
         """Plan the file; returns what it says as a whole."""
-        left: set[str] = set()
-        by_source: dict[Dialect, list[str]] = {}
+        left = self.left
+        marking: dict[Dialect, list[str]] = {}
         for name, layer in self.layers.items():
-            by_source.setdefault(layer.source, []).append(name)
+            # any of them may have left a mark, not only the one that is read
+            for dialect in layer.scheme.all_dialects():
+                marking.setdefault(dialect, []).append(name)
         self._metadata = dict(self.header.metadata)
-        for source, names in by_source.items():
+        for dialect, names in marking.items():
             keys = self.header.tensors.keys()
-            self._metadata, gone = source.unmark(self._metadata, keys, names)
+            self._metadata, gone = dialect.unmark(self._metadata, keys, names)
             left |= gone
         for key, info in self.header.tensors.items():
             for name, planned in self._planned(key, info, left).items():
@@ -264,7 +268,9 @@ class _Job:
 
     def metadata(self, said: Mapping[str, str]) -> dict[str, str]:
         """The source's metadata without its marks, and the new ones."""
-        return {**self._metadata, **said}
+        kept = self._metadata
+        both = {key: _joined(kept[key], said[key]) for key in said if key in kept}
+        return {**kept, **said, **both}
 
     # -- writing -----------------------------------------------------------------------
 
@@ -274,7 +280,7 @@ class _Job:
         for key, info in self.header.tensors.items():
             owner = self.owners.get(key)
             layer = None if owner is None else self.layers[owner]
-            if layer is None and key in self.plan:
+            if layer is None and key not in self.left:
                 writer.write_bytes(key, chunks(info))
             elif layer is not None and key in layer.inputs:
                 writer.write_bytes(layer.inputs[key], chunks(info))
@@ -308,3 +314,11 @@ class _Job:
             before,
             sum(info.nbytes for info in self.plan.values()),
         )
+
+
+def _joined(kept: str, said: str) -> str:
+    """A new table of layers, with what the old one says of others."""
+    old, new = parse_table(kept).get("layers"), parse_table(said)
+    if not isinstance(old, dict) or not isinstance(new.get("layers"), dict):
+        return said
+    return json.dumps({**new, "layers": {**old, **new["layers"]}})

@@ -39,6 +39,10 @@ SCALE_NAMES = frozenset(
 CODE_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
 )
+#: Words in the names of tensors without which codes beside them are not what they are.
+_DECODING = ("scale", "zero_point", "svd_")
+#: Last parts of keys of scales of what a layer or its attention puts out.
+_OUTPUTS = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
 #: Dtypes of weights that are what they say, whatever a marker says of them.
 _PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 
@@ -199,14 +203,21 @@ def _orphans(
     foreign: Mapping[str, Foreign],
     unscaled: Iterable[str],
 ) -> tuple[str, ...]:
-    """Scales that nobody reads, also those of names nobody knows beside codes."""
+    """Scales that nobody reads, also those of names nobody knows beside codes.
+
+    A layer that is claimed may have more than its dialect knows, such as a scale that
+    its inputs are multiplied by; without it the weight would be another one.
+    """
     used = {key for claim in claims for key in claim.keys.values()}
     used |= {key for found in foreign.values() for key in found.keys}
-    lone = set(unscaled)
+    coded = {claim.layer for claim in claims}.union(unscaled)
     found = []
     for key in header.tensors:
         layer, _, name = key.rpartition(".")
-        odd = layer in lone and "scale" in name
-        if (odd or name in SCALE_NAMES) and key not in used:
+        if key in used or name in _OUTPUTS:
+            continue
+        if name in SCALE_NAMES or (
+            layer in coded and any(word in name for word in _DECODING)
+        ):
             found.append(key)
     return tuple(found)

@@ -13,7 +13,8 @@ from torch import Tensor
 from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import FileMarks, Row, Spelled
 from hijack.checkpoint.foreign import FILE_MARKER as LAYER_TABLE
-from hijack.checkpoint.foreign import LAYER_MARKER, comfy_marker
+from hijack.checkpoint.foreign import comfy_marker
+from hijack.checkpoint.foreign_formats import LAYER_MARKER
 from hijack.checkpoint.header import DTYPE_NAMES, Header, TensorInfo, join, parse_table
 from hijack.scheme import Scheme
 from schemes._fp8_blocks import (
@@ -233,8 +234,7 @@ class ComfyQuantDialect(FP8Dialect):
             named: dict[str, object] = {"format": code}
             tensors = {"weight": qdata, "weight_scale": scale.view(()).float()}
         elif qdata.ndim == 2 and _is_mx(qdata, scale, size):
-            # as convert_to_quant says it; ComfyUI needs the format alone
-            named = {"format": "mxfp8", "group_size": mx.COLS, "orig_shape": shape}
+            named = _mx_entry(shape)
             codes, plain = _pad(qdata, scale.view(torch.uint8))
             tensors = {"weight": codes, "weight_scale": mx.to_tiles(plain)}
         else:
@@ -270,10 +270,7 @@ class ComfyQuantDialect(FP8Dialect):
         """The table ComfyUI's own writers put into the header."""
         if not layers:
             return FileMarks()
-        table = {
-            layer: {"format": "mxfp8" if _has_tiles(spelled) else _format(spelled)}
-            for layer, spelled in layers.items()
-        }
+        table = {layer: _entry(spelled) for layer, spelled in layers.items()}
         text = json.dumps({"format_version": "1.0", "layers": table})
         return FileMarks({LAYER_TABLE: text})
 
@@ -294,8 +291,8 @@ class KijaiDialect(FP8Dialect):
     )
 
     def said(self, header: Header, found: Found) -> Said | None:
-        """Claim single scales that no marker or config claims."""
-        if comfy_marker(header, found.layer) is not None or header.quantization:
+        """Claim single scales that no marker claims; those of a config say more."""
+        if comfy_marker(header, found.layer) is not None:
             return None
         single = found.scale.shape in ((), (1,))
         return Said(Certainty.FITS, size=found.shape) if single else None
@@ -367,10 +364,15 @@ def _pad(qdata: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes.view(qdata.dtype), padded
 
 
-def _has_tiles(spelled: Spelled) -> bool:
-    return spelled.tensors["weight_scale"].dtype == "U8"
-
-
-def _format(spelled: Spelled) -> str:
+def _entry(spelled: Spelled) -> dict[str, object]:
+    """What a layer's own marker says, which ComfyUI replaces by this."""
+    if spelled.tensors["weight_scale"].dtype == "U8":
+        return _mx_entry(matrix_shape(spelled.shape))
     code = spelled.tensors["weight"].dtype
-    return next(name for name, dtype in CODES.items() if DTYPE_NAMES[dtype] == code)
+    names = (name for name, dtype in CODES.items() if DTYPE_NAMES[dtype] == code)
+    return {"format": next(names)}
+
+
+def _mx_entry(shape: Pair) -> dict[str, object]:
+    """As convert_to_quant says it; ComfyUI needs the format alone."""
+    return {"format": "mxfp8", "group_size": mx.COLS, "orig_shape": list(shape)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -55,7 +57,7 @@ class DeepSeekDialect(ConfiguredDialect):
     def said(self, header: Header, found: Found) -> Said | None:
         """The config's block size, or all if it says there are none."""
         config = header.quantization
-        if config.get("quant_method") not in (None, "fp8", "deepseek_fp8"):
+        if config.get("quant_method") not in (None, "fp8", "deepseek_fp8", "mxfp8"):
             return None
         if "weight_block_size" not in config:
             size = found.shape if found.grid == (1, 1) else None
@@ -136,7 +138,7 @@ class DeepSeekDialect(ConfiguredDialect):
                 "activation_scheme": "dynamic",
                 "weight_block_size": None if size is None else list(size),
                 **({"scale_fmt": "ue8m0"} if True in powers else {}),
-                "modules_to_not_convert": dense_layers(others),
+                "modules_to_not_convert": _patterns(dense_layers(others), layers),
             }
         )
 
@@ -155,6 +157,28 @@ class DeepSeekDialect(ConfiguredDialect):
                     "a file; quantize all layers with the same"
                 )
         return shared
+
+
+def _patterns(dense: Iterable[str], quantized: Iterable[str]) -> list[str]:
+    """Names as transformers matches them: as they are, or whole where need be.
+
+    It takes a name for everything below it and for every end of a longer one; dense
+    ``proj_out`` would keep it from reading the codes of ``blocks.0.proj_out``.
+    """
+    starts = sorted(quantized)
+    ends = sorted(name[::-1] for name in starts)
+    return [
+        f"^{re.escape(name)}$"
+        if _begins(starts, f"{name}.") or _begins(ends, name[::-1])
+        else name
+        for name in dense
+    ]
+
+
+def _begins(names: Sequence[str], start: str) -> bool:
+    """Whether one of some sorted names begins so."""
+    at = bisect.bisect_left(names, start)
+    return at < len(names) and names[at].startswith(start)
 
 
 def _exponents(scale: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from hijack.checkpoint.foreign import LAYER_MARKER, comfy_layers
+from hijack.checkpoint.foreign import comfy_layers
+from hijack.checkpoint.foreign_formats import LAYER_MARKER
 from hijack.checkpoint.header import Header, TensorInfo, join
 
 #: The tensor that marked a whole file, or one model in it.

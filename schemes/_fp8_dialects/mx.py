@@ -99,7 +99,7 @@ class PlainMXDialect(FP8Dialect):
         method = header.quantization.get("quant_method")
         if not is_mx(found) or marked(header, found.layer):
             return None
-        if method not in (None, "mxfp8"):
+        if method not in (None, "mxfp8", "modelopt"):
             return None
         sure = Certainty.GUESS if is_tiled(found) else Certainty.UNIQUE
         return Said(sure, "scales in plain order", (1, COLS))

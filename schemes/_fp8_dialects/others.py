@@ -19,6 +19,7 @@ from hijack.errors import ShapeError
 from hijack.scheme import Scheme
 from schemes._fp8_blocks import (
     FP8_DTYPES,
+    POWER_DTYPES,
     SCALE_DTYPES,
     Pair,
     block_size_of,
@@ -29,6 +30,7 @@ from schemes._fp8_blocks import (
     parse_block_size,
     possible_sizes,
 )
+from schemes._fp8_dialects import mx
 from schemes._fp8_dialects.base import Found, FP8Dialect, Said, is_power
 from schemes._fp8_dialects.markers import marked
 
@@ -48,8 +50,8 @@ class RowwiseDialect(FP8Dialect):
     )
 
     def said(self, header: Header, found: Found) -> Said | None:
-        """Claim a scale for each row, where no marker or config does."""
-        if header.quantization or marked(header, found.layer):
+        """Claim a scale for each row, where no marker does; a config says more."""
+        if marked(header, found.layer):
             return None
         rows = found.scale.shape == found.shape[:1] and found.shape[0] > 1
         return Said(Certainty.FITS, size=(1, found.shape[1])) if rows else None
@@ -65,12 +67,14 @@ class TorchaoDialect(FP8Dialect):
     name = "torchao"
     weight = _WEIGHT
     scales = (_SCALE,)
+    scale_dtypes = (*SCALE_DTYPES, *POWER_DTYPES)
+    ranks = (1, 2, 3)
     inputs = ()
     row = Row(
-        "torchao (Float8Tensor)",
+        "torchao (Float8Tensor, MXTensor)",
         "X._weight_qdata, X._weight_scale",
-        "F32 (N/R, K/C)",
-        "rows, all, or 128 x 128; must divide",
+        "F32 (N/R, K/C); MXTensor: F8_E8M0 (N, K/32), in plain order",
+        "rows, all, or 128 x 128; must divide; MXTensor: 1 x 32",
         "metadata `tensor_names`, and one entry for each",
         "yes",
     )
@@ -79,11 +83,17 @@ class TorchaoDialect(FP8Dialect):
         """The ``block_size`` of the layer's entry."""
         entry = parse_table(header.metadata.get(join(found.layer, "weight"), ""))
         kind, data = entry.get("_type"), entry.get("_data")
+        data = data if isinstance(data, dict) else {}
+        if found.scale.torch_dtype in POWER_DTYPES:
+            plain = mx.is_mx(found) and mx.is_plain(found)
+            if kind != "MXTensor" or not plain or data.get("is_swizzled_scales"):
+                return None
+            return Said(Certainty.MARKED, "metadata says MXTensor", (1, mx.COLS))
         if kind is None:
             return Said(Certainty.UNIQUE)
         if kind != "Float8Tensor":
             return None
-        given = data.get("block_size") if isinstance(data, dict) else None
+        given = data.get("block_size")
         if not given or not isinstance(given, list) or not all(_positive(given)):
             return Said(Certainty.MARKED, "metadata says Float8Tensor")
         size = parse_block_size((given[0], math.prod(given[1:])), found.shape)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.foreign import LAYER_MARKER, comfy_marker
+from hijack.checkpoint.foreign import comfy_marker
+from hijack.checkpoint.foreign_formats import LAYER_MARKER
 from hijack.checkpoint.header import Header, join
 
 #: The marker of a whole file, up to 0.3; from 0.4 on each layer has one.

@@ -1,0 +1,425 @@
+"""Dialects side by side: what each claims, what none may, and what conversion leaves.
+
+Headers are made by hand: what a file is must follow from names, dtypes, shapes and
+markers alone.
+"""
+
+import json
+import re
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import hijack
+import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from hijack.checkpoint.header import TensorInfo
+from hijack.checkpoint.identify import identify
+from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
+
+FP8 = torch.float8_e4m3fn
+
+
+def header_of(tensors, metadata=None, config=None, markers=None):
+    """A header of key to (dtype, *shape), and markers by key."""
+    infos = {key: TensorInfo(d, tuple(shape)) for key, (d, *shape) in tensors.items()}
+    said = {key: json.dumps(entry).encode() for key, entry in (markers or {}).items()}
+    return hijack.Header(infos, metadata or {}, config, "x", reader=said.get)
+
+
+def layer_of(scale, shape=(256, 256), dtype="F8_E4M3", name="weight_scale"):
+    """A weight and its scale, (dtype, *shape)."""
+    return {"a.weight": (dtype, *shape), f"a.{name}": scale}
+
+
+def quantization(**said):
+    """A ``config.json``."""
+    return {"quantization_config": said}
+
+
+def group_of(**weights):
+    """A config of compressed-tensors with one group of 8-bit floats."""
+    entry = {"weights": {"type": "float", "num_bits": 8, **weights}}
+    return quantization(quant_method="compressed-tensors", config_groups={"g": entry})
+
+
+def float8_tensor(kind, **data):
+    """What torchao's metadata says of a weight."""
+    return {"a.weight": json.dumps({"_type": kind, "_data": data})}
+
+
+TORCHAO = {"a._weight_qdata": ("F8_E4M3", 256, 256)}
+BANK = {"a._weight_qdata": ("F8_E4M3", 4, 256, 256)}
+MARK = {"a.comfy_quant": ("U8", 20)}
+FINE = quantization(quant_method="fp8", weight_block_size=[128, 128])
+
+#: What is read: tensors, what else the file says, dialect and block size.
+READ = {
+    "musubi blocks": (
+        layer_of(("BF16", 256, 4, 1), name="scale_weight"),
+        {},
+        ("musubi", (1, 64)),
+    ),
+    "musubi rows": (
+        layer_of(("BF16", 256, 1), name="scale_weight"),
+        {},
+        ("musubi", (1, 256)),
+    ),
+    "one scale": (
+        layer_of(("F32",), name="scale_weight"),
+        {},
+        ("musubi", (256, 256)),
+    ),
+    "marked as a whole": (
+        {**layer_of(("F32",), name="scale_weight"), "scaled_fp8": ("F8_E4M3", 2)},
+        {},
+        ("scaled_fp8", (256, 256)),
+    ),
+    "rows of convert_to_quant, older": (
+        layer_of(("F32", 256), name="scale_weight"),
+        {},
+        ("scaled_fp8", (1, 256)),
+    ),
+    "squares of convert_to_quant, older": (
+        layer_of(("F32", 4, 4), name="scale_weight"),
+        {},
+        ("scaled_fp8", (64, 64)),
+    ),
+    "ComfyUI": (
+        {**layer_of(("F32",)), **MARK},
+        {"markers": {"a.comfy_quant": {"format": "float8_e4m3fn"}}},
+        ("comfy_quant", (256, 256)),
+    ),
+    "tiles": (
+        layer_of(("U8", 128, 4), shape=(96, 64)),
+        {},
+        ("comfy_quant", (1, 32)),
+    ),
+    "plain powers": (layer_of(("U8", 96, 2), shape=(96, 64)), {}, ("mxfp8", (1, 32))),
+    "plain powers of ModelOpt": (
+        layer_of(("U8", 96, 2), shape=(96, 64)),
+        {"config": quantization(quant_method="modelopt")},
+        ("mxfp8", (1, 32)),
+    ),
+    "Kijai": (layer_of(("F32",)), {}, ("kijai", (256, 256))),
+    "AutoFP8, with the scale of an input": (
+        {**layer_of(("F32",)), "a.input_scale": ("F32",)},
+        {"config": quantization(quant_method="fp8", activation_scheme="static")},
+        ("kijai", (256, 256)),
+    ),
+    "Black Forest Labs": (layer_of(("F32", 256)), {}, ("fp8r", (1, 256))),
+    "DeepSeek": (
+        layer_of(("F32", 5, 2), shape=(576, 256), name="weight_scale_inv"),
+        {"config": FINE},
+        ("deepseek", (128, 128)),
+    ),
+    "DeepSeek without a config": (
+        layer_of(("F32", 2, 2), name="weight_scale_inv"),
+        {},
+        ("deepseek", (128, 128)),
+    ),
+    "DeepSeek's MXFP8": (
+        layer_of(("U8", 256, 8), name="weight_scale_inv"),
+        {"config": quantization(quant_method="mxfp8")},
+        ("deepseek", (1, 32)),
+    ),
+    "compressed-tensors blocks": (
+        layer_of(("BF16", 5, 2), shape=(576, 256)),
+        {"config": group_of(strategy="block", block_structure=[128, 128])},
+        ("compressed_tensors", (128, 128)),
+    ),
+    "compressed-tensors rows": (
+        layer_of(("BF16", 256, 1)),
+        {"config": group_of(strategy="channel")},
+        ("compressed_tensors", (1, 256)),
+    ),
+    "compressed-tensors MXFP8, of the shape of tiles": (
+        layer_of(("U8", 128, 4), shape=(128, 128)),
+        {"config": group_of(strategy="group", group_size=32)},
+        ("compressed_tensors", (1, 32)),
+    ),
+    "torchao rows": (
+        {**TORCHAO, "a._weight_scale": ("F32", 256, 1)},
+        {"metadata": float8_tensor("Float8Tensor", block_size=[1, 256])},
+        ("torchao", (1, 256)),
+    ),
+    "torchao rows of experts": (
+        {**BANK, "a._weight_scale": ("F32", 4, 256, 1)},
+        {"metadata": float8_tensor("Float8Tensor", block_size=[1, 1, 256])},
+        ("torchao", (1, 256)),
+    ),
+    "torchao powers": (
+        {**TORCHAO, "a._weight_scale": ("F8_E8M0", 256, 8)},
+        {"metadata": float8_tensor("MXTensor", block_size=32)},
+        ("torchao", (1, 32)),
+    ),
+    "quanto": (
+        {"a.weight._data": ("F8_E5M2", 8, 16), "a.weight._scale": ("BF16", 8, 1)},
+        {},
+        ("quanto", (1, 16)),
+    ),
+}
+
+#: What is named and not read.
+NAMED = {
+    "torchao powers in tiles": (
+        {**TORCHAO, "a._weight_scale": ("F8_E8M0", 256, 8)},
+        float8_tensor("MXTensor", block_size=32, is_swizzled_scales=True),
+        "torchao of another kind",
+    ),
+    "torchao integers": (
+        {"a._weight_qdata": ("U8", 8, 8), "a._weight_scale": ("BF16", 8, 1)},
+        float8_tensor("Int4Tensor"),
+        "torchao of another kind",
+    ),
+    "torchao experts": (
+        {"a._w1_qdata": ("F8_E4M3", 2, 8, 8), "a._w1_scale": ("F32", 2, 8, 1)},
+        {},
+        "torchao of another kind",
+    ),
+    "quanto 4-bit": (
+        {
+            "a.weight._data._data": ("U8", 4, 8),
+            "a.weight._scale": ("BF16", 8, 1),
+            "a.weight._shift": ("BF16", 8, 1),
+            "a.input_scale": ("BF16",),
+        },
+        {},
+        "quanto",
+    ),
+    "stacked experts": (
+        {
+            "a.gate_up_proj": ("F8_E4M3", 2, 256, 256),
+            "a.gate_up_proj_scale_inv": ("F32", 2, 2, 2),
+        },
+        {},
+        "stacked FP8 experts",
+    ),
+}
+
+#: What nobody may read a weight without.
+NEEDED = ("pre_quant_scale", "weight_zero_point", "svd_up", "scale", "weight_scale_2")
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_dialect_is_told_by_its_header(name):
+    """One claim, of the right dialect and blocks; nothing else is remarked on."""
+    tensors, said, expected = READ[name]
+    found = identify(header_of(tensors, **said))
+    claim = found.claims()["a"]
+    assert (claim.dialect, claim.block_size) == expected
+    assert found.clear
+    assert not claim.contradiction
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_format_without_a_scheme_is_named(name):
+    """It is no clear file, and nothing in it is an orphan."""
+    tensors, metadata, expected = NAMED[name]
+    found = identify(header_of(tensors, metadata))
+    assert {la: one.format for la, one in found.foreign.items()} == {"a": expected}
+    assert (found.layers, found.orphans, found.clear) == ({}, (), False)
+
+
+@pytest.mark.parametrize("extra", NEEDED)
+@pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
+def test_what_a_weight_cannot_be_read_without_is_an_orphan(extra, scale):
+    """A claim that knows nothing of such a tensor would decode to another weight."""
+    tensors = {**layer_of(("F32",), name=scale), f"a.{extra}": ("F32", 256)}
+    found = identify(header_of(tensors))
+    assert found.orphans == (f"a.{extra}",)
+    assert not found.clear
+
+
+@pytest.mark.parametrize("extra", ["output_scale", "k_scale"])
+def test_a_scale_of_outputs_says_nothing_of_the_weight(extra):
+    """Attention's scales may lie beside the weights of its projections."""
+    found = identify(header_of({**layer_of(("F32",)), f"a.{extra}": ("F32",)}))
+    assert found.clear
+
+
+def test_a_smoothed_weight_is_not_loaded():
+    """Its inputs must be multiplied too, which no dialect does."""
+    tensors = {
+        "a.weight": torch.ones(4, 4).to(FP8),
+        "a.weight_scale": torch.tensor(1.0),
+        "a.pre_quant_scale": torch.ones(4),
+    }
+    model = torch.nn.Module()
+    model.a = torch.nn.Linear(4, 4, bias=False)
+    with pytest.raises(UnconsumedScaleError, match=r"no scheme reads a\.pre_quant"):
+        hijack.load(model, tensors)
+
+
+#: Guesses: tensors, and what each assumption gives.
+GUESSED = {
+    "ragged rows": (
+        layer_of(("F32", 2, 2), shape=(192, 256), name="weight_scale_inv"),
+        {"128x128": ("deepseek", (128, 128)), "96x128": ("deepseek", (96, 128))},
+    ),
+    "powers in either order": (
+        layer_of(("U8", 128, 4), shape=(128, 128)),
+        {"mxfp8": ("mxfp8", (1, 32)), "comfy_quant": ("comfy_quant", (1, 32))},
+    ),
+    "rows that may be rotated": (
+        layer_of(("F32", 256, 1), name="scale"),
+        {"deepseek": ("deepseek", (1, 256))},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GUESSED)
+def test_a_guess_is_taken_only_if_it_is_assumed(name):
+    """Without a word the file is refused; each word gives its own reading."""
+    tensors, choices = GUESSED[name]
+    with pytest.raises(AmbiguousError, match="does not tell how to read it"):
+        identify(header_of(tensors)).claims()
+    for word, expected in choices.items():
+        claim = identify(header_of(tensors), assume=[word]).claims()["a"]
+        assert (claim.dialect, claim.block_size) == expected
+
+
+#: Marks that the shapes prove wrong, and how the layer is read.
+WRONG = {
+    "blocks that are rows": (
+        {**layer_of(("F32", 192), shape=(192, 100)), **MARK},
+        {"markers": {"a.comfy_quant": {"format": "float8_e4m3fn_blockwise"}}},
+        (1, 100),
+    ),
+    "E4M3 that is E5M2": (
+        {**layer_of(("F32",), dtype="F8_E5M2"), **MARK},
+        {"markers": {"a.comfy_quant": {"format": "float8_e4m3fn"}}},
+        (256, 256),
+    ),
+    "DeepSeek's blocks of another size": (
+        layer_of(("F32", 4, 4), name="weight_scale_inv"),
+        {"config": FINE},
+        (64, 64),
+    ),
+    "a group of other blocks": (
+        layer_of(("F32", 4, 4)),
+        {"config": group_of(strategy="block", block_structure=[128, 128])},
+        (64, 64),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_mark_that_the_shapes_prove_wrong_is_not_believed(name):
+    """The layer is read by its shapes."""
+    tensors, said, size = WRONG[name]
+    claim = identify(header_of(tensors, **said)).claims()["a"]
+    assert claim.block_size == size
+
+
+# -- conversion ------------------------------------------------------------------------
+
+
+def convert(folder, tensors, dialect, metadata=None, **options):
+    """A file of these tensors in another dialect: its tensors and metadata."""
+    save_file(tensors, folder / "in.safetensors", metadata)
+    hijack.convert_file(
+        folder / "in.safetensors", folder / "out.safetensors", dialect, **options
+    )
+    with safe_open(folder / "out.safetensors", "pt") as file:
+        said = file.metadata() or {}
+    return load_file(folder / "out.safetensors"), said
+
+
+def entry(**said):
+    """A layer's marker as a tensor."""
+    return torch.tensor(list(json.dumps(said).encode()), dtype=torch.uint8)
+
+
+def musubi(layer="a", n=64, k=128):
+    """A layer in blocks of 1 x 64, all of one scale."""
+    codes = torch.arange(n * k).reshape(n, k).remainder(7).float().to(FP8)
+    return {
+        f"{layer}.weight": codes,
+        f"{layer}.scale_weight": torch.full((n, k // 64, 1), 0.5),
+    }
+
+
+@pytest.mark.parametrize("dialect", ["deepseek", "hijack", "comfy_quant", "torchao"])
+def test_marks_that_nobody_believed_do_not_outlive_a_conversion(tmp_path, dialect):
+    """A musubi layer somebody marked for ComfyUI is marked as what it is now, alone."""
+    marked = {**musubi(), "a.comfy_quant": entry(format="float8_e4m3fn_blockwise")}
+    table = {"format_version": "1.0", "layers": {"a": {"format": "float8_e5m2"}}}
+    metadata = {
+        "_quantization_metadata": json.dumps(table),
+        "quantization_config": json.dumps({"quant_method": "sdnq"}),
+        "kept": "yes",
+    }
+    made, said = convert(tmp_path, marked, dialect, metadata)
+    assert said["kept"] == "yes"
+    assert "float8_e5m2" not in said.get("_quantization_metadata", "")
+    assert "sdnq" not in said.get("quantization_config", "")
+    assert ("a.comfy_quant" in made) == (dialect == "comfy_quant")
+    claim = identify(tmp_path / "out.safetensors").claims()["a"]
+    assert (claim.dialect, claim.contradiction) == (dialect, "")
+
+
+def test_the_marks_of_layers_that_are_carried_along_stay(tmp_path):
+    """ComfyUI's table names them and the layers that are converted."""
+    table = {"format_version": "1.0", "layers": {"b": {"format": "int8_tensorwise"}}}
+    tensors = {
+        **musubi(),
+        "b.weight": torch.ones(4, 4, dtype=torch.int8),
+        "b.weight_scale": torch.tensor(1.0),
+    }
+    metadata = {"_quantization_metadata": json.dumps(table)}
+    _, said = convert(tmp_path, tensors, "comfy_quant", metadata)
+    layers = json.loads(said["_quantization_metadata"])["layers"]
+    assert layers["b"] == {"format": "int8_tensorwise"}
+    assert layers["a"] == {"format": "float8_e4m3fn"}
+
+
+def quanto():
+    """A layer as quanto writes it, with its two scales of activations."""
+    return {
+        "a.weight._data": torch.ones(4, 8).to(FP8),
+        "a.weight._scale": torch.full((4, 1), 0.5),
+        "a.input_scale": torch.tensor(1.0),
+        "a.output_scale": torch.tensor(2.0),
+    }
+
+
+def test_a_scale_of_outputs_is_not_written_as_one_of_inputs(tmp_path):
+    """ComfyUI has a place for one of them; for the other only if it may be dropped."""
+    with pytest.raises(CheckpointError, match=r"a\.output_scale: is the scale of an"):
+        convert(tmp_path, quanto(), "comfy_quant")
+    made, _ = convert(tmp_path, quanto(), "comfy_quant", drop_input_scales=True)
+    assert made["a.input_scale"].item() == 1.0
+    assert "a.output_scale" not in made
+
+
+def test_dense_layers_do_not_hide_quantized_ones_of_like_names(tmp_path):
+    """transformers takes a name for every end of a longer one, and all below it."""
+    dense = {"a.weight": torch.ones(4), "up.weight": torch.ones(4), "n.weight": None}
+    dense["n.weight"] = torch.ones(4)
+    _, said = convert(
+        tmp_path, {**musubi("x.up"), **musubi("a.b"), **dense}, "deepseek"
+    )
+    names = json.loads(said["quantization_config"])["modules_to_not_convert"]
+    assert sorted(names) == ["^a$", "^up$", "n"]
+    for name in names:
+        for layer in ("x.up", "a.b"):
+            assert not re.match(rf"(?:{name})(?=\.|$)", layer)
+            assert not layer.endswith(name)
+
+
+def test_the_header_says_of_a_padded_weight_what_its_marker_says(tmp_path):
+    """ComfyUI replaces the marker by the header's entry; the shape is in both."""
+    weight = torch.ones(24, 40, dtype=torch.bfloat16)
+    save_file({"a.weight": weight}, tmp_path / "in.safetensors")
+    out = tmp_path / "out.safetensors"
+    hijack.quantize_file(
+        tmp_path / "in.safetensors", out, dialect="comfy_quant", block_size="1x32",
+        scale_dtype=torch.float8_e8m0fnu,
+    )  # fmt: skip
+    with safe_open(out, "pt") as file:
+        table = json.loads(file.metadata()["_quantization_metadata"])["layers"]
+        marker = json.loads(bytes(file.get_tensor("a.comfy_quant").tolist()))
+    assert table["a"] == marker
+    assert marker["orig_shape"] == [24, 40]
