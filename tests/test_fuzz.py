@@ -13,6 +13,7 @@ import hijack
 from hijack.checkpoint.compare import compare_files
 from hijack.checkpoint.lora import Loras
 from hijack.checkpoint.reader import read_header
+from hijack.checkpoint.text import shown
 from hijack.errors import CheckpointError, HeaderError, ShapeError
 from schemes._fp8_blocks import infer_block_size
 from tests.fuzz.case import Case
@@ -113,6 +114,25 @@ def test_packed_codes_are_not_compared():
     path = next(path for path in CORPUS if path.name == "packed_weight")
     with pytest.raises(CheckpointError, match="no weight in common"):
         compare_files(path / "model.safetensors", path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", ["scheme_surrogate", "params_surrogate", "params_long", "block_size_long"]
+)
+def test_nothing_a_file_says_makes_a_message_that_cannot_be_shown(name):
+    """Halves of letters are escaped, and what is long is cut short."""
+    path = next(path for path in CORPUS if path.name == name) / "model.safetensors"
+    text = hijack.identify(path).as_table(verbose=True)
+    assert text.encode().decode() == text
+    assert len(text) < 1000 + 3 * len(str(path))
+    assert r"\ud800" in text or "..." in text
+
+
+def test_text_that_can_be_shown_is_not_changed():
+    """Escapes are for what is not printable."""
+    assert shown("q says é") == "q says é"
+    assert shown("\x1b[31m\n\ud800") == r"\x1b[31m\n\ud800"
+    assert shown(["x"] * 500, 9) == "['x', 'x'..."
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 from hijack.checkpoint.claim import Claim
 from hijack.checkpoint.foreign import Foreign
 from hijack.checkpoint.header import TensorInfo
-from hijack.checkpoint.text import block_text, table
+from hijack.checkpoint.text import block_text, shown, table
 from hijack.errors import AmbiguousError, CheckpointError
 
 
@@ -75,7 +75,7 @@ class Identification:
         for layer, reason in self.contradictions.items():
             raise CheckpointError(
                 f"{self.source}: {layer}: metadata and tensors contradict each other; "
-                f"{reason}; get the file again, or quantize the original"
+                f"{shown(reason)}; get the file again, or quantize the original"
             )
         for layer, claims in self.ambiguous.items():
             raise AmbiguousError(f"{self.source}: {layer}: {_choice(claims)}")
@@ -113,9 +113,9 @@ class Identification:
     def _layer_rows(self) -> Iterator[list[str]]:
         for name, claim in self.layers.items():
             block, seen = block_text(claim.block_size), "; ".join(claim.evidence)
-            yield [name, claim.scheme, claim.dialect, block, seen]
+            yield [name, claim.scheme, claim.dialect, block, shown(seen)]
         for name, found in self.foreign.items():
-            yield [name, "-", found.format, "-", found.evidence]
+            yield [name, "-", found.format, "-", shown(found.evidence)]
 
     def _notes(self) -> Iterator[str]:
         """One line for each thing that is not a plain claim."""
@@ -135,10 +135,11 @@ class Identification:
         for layer, claims in self.ambiguous.items():
             yield f"ambiguous: {layer}: {_choice(claims)}"
         for layer, reason in self.contradictions.items():
-            yield f"contradiction: {layer}: {reason}"
+            yield f"contradiction: {layer}: {shown(reason)}"
         yield from self._misled()
         for scheme, count in sorted(Counter(self.unknown.values()).items()):
-            yield f"unknown: {count} layers are {scheme}, which is not registered"
+            name = shown(scheme)
+            yield f"unknown: {count} layers are {name}, which is not registered"
         for key in self.orphans:
             yield f"orphan: {key}: a scale that no scheme reads"
 
@@ -147,7 +148,7 @@ class Identification:
         wrong = [c for c in self.layers.values() if c.contradiction]
         for claim in wrong[:3]:
             block = block_text(claim.block_size)
-            yield f"wrong marker: {claim.contradiction}; read as {block}"
+            yield f"wrong marker: {shown(claim.contradiction)}; read as {block}"
         if len(wrong) > 3:
             yield f"wrong marker: {len(wrong) - 3} more layers"
 

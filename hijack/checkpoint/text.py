@@ -31,6 +31,16 @@ def parse_block_size(text: str) -> tuple[int, int] | int | str:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
+def shown(value: object, most: int = 300) -> str:
+    """What a file says, fit for a message: cut short, and no letter but printable ones.
+
+    JSON can spell halves of letters that no output can encode.
+    """
+    text = str(value)
+    short = text if len(text) <= most else f"{text[:most]}..."
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out rows in columns; columns of numbers are aligned to the right."""
     columns = list(zip(head, *rows, strict=True))
