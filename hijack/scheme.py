@@ -210,7 +210,11 @@ class Scheme(abc.ABC):
         self, header: Header, layer: str, dialects: Iterable[Dialect]
     ) -> list[Claim]:
         """The best founded claim; all there are if they are guesses."""
-        claims = [c for d in dialects for c in d.readings(self, header, layer)]
+        claims: list[Claim] = []
+        for claim in (c for d in dialects for c in d.readings(self, header, layer)):
+            if claim.certainty is Certainty.MARKED:
+                return [claim]  # none is better, and the first of equals is taken
+            claims.append(claim)
         best = max(claims, key=lambda claim: claim.certainty, default=None)
         guessed = best is not None and best.certainty is Certainty.GUESS
         return claims if guessed or best is None else [best]

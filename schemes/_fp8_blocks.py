@@ -7,8 +7,9 @@ A weight is seen as (N, K), all but the first of its dimensions flattened. Block
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +122,8 @@ def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
     return [(r, c) for r in rows for c in cols], sure_rows and sure_cols
 
 
-def _possible(size: int, blocks: int) -> tuple[list[int], bool]:
+@functools.lru_cache(maxsize=1024)
+def _possible(size: int, blocks: int) -> tuple[Sequence[int], bool]:
     """The same along one dimension; the exact division, if there is one, comes last."""
     if blocks == 1:
         return [size], True

@@ -291,7 +291,7 @@ def check_marker(scheme: Scheme, header: Header, layer: str) -> str | None:
         return None  # it looks at data, which is not here; loading will tell
     if block is None:
         return None
-    seen = scheme.recognise(dataclasses.replace(header, metadata={}), layer)
+    seen = scheme.native.recognise(scheme, header.bare, layer)
     size = None if seen is None else seen.block_size
     if size is None or list(size) == block:
         return None

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Collection, Mapping
 
 from hijack.checkpoint.foreign_formats import FORMATS, LAYER_MARKER, Format, Group
-from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
+from hijack.checkpoint.header import PLAIN_DTYPES, Header, TensorInfo, join
 
 #: Header metadata under which ComfyUI marks layers too.
 FILE_MARKER = "_quantization_metadata"
@@ -39,16 +38,7 @@ def comfy_marker(header: Header, layer: str) -> Mapping[str, object] | None:
 
 def comfy_layers(header: Header) -> Mapping[str, Mapping[str, object]]:
     """What the header's metadata says in ComfyUI's manner, by layer."""
-    text = header.metadata.get(FILE_MARKER)
-    return _parse_layers(text) if text else {}
-
-
-@functools.lru_cache(maxsize=4)
-def _parse_layers(text: str) -> Mapping[str, Mapping[str, object]]:
-    layers = parse_table(text).get("layers")
-    if not isinstance(layers, dict):
-        return {}
-    return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
+    return header.said_of_layers(FILE_MARKER)
 
 
 def find_foreign(header: Header, claimed: Collection[str]) -> dict[str, Foreign]:
@@ -78,7 +68,19 @@ def _groups(header: Header, claimed: Collection[str]) -> dict[str, Group]:
             layer, _, name = key.rpartition(".")
         if layer not in claimed:
             groups.setdefault(layer, {})[name] = info
-    return {layer: group for layer, group in groups.items() if len(group) > 1}
+    return {
+        layer: group
+        for layer, group in groups.items()
+        if len(group) > 1 and not _is_dense(group)
+    }
+
+
+def _is_dense(group: Group) -> bool:
+    """Whether all there is are a weight of plain numbers and a bias, as nearly all."""
+    weight = group.get("weight")
+    if weight is None or weight.dtype not in PLAIN_DTYPES:
+        return False
+    return len(group) == 2 and "bias" in group
 
 
 def _is(known: Format, header: Header, layer: str, group: Group) -> bool:

@@ -39,6 +39,8 @@ DTYPES: Mapping[str, torch.dtype | None] = {
 DTYPE_NAMES: Mapping[torch.dtype, str] = {
     dtype: name for name, dtype in DTYPES.items() if dtype is not None
 }
+#: Dtypes of weights that are what they say, whatever a marker says of them.
+PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 #: Bits of one element, for dtypes that torch lacks, or packs two to an element.
 _BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 #: Where configs and headers say how a model was quantized.
@@ -180,6 +182,23 @@ class Header:
             owners.setdefault(name, []).append(layer)
         return owners
 
+    @functools.cached_property
+    def bare(self) -> Header:
+        """The header without its metadata."""
+        return dataclasses.replace(self, metadata={})
+
+    @functools.cached_property
+    def memo(self) -> dict[Any, Any]:
+        """Answers that are asked for again for every layer; keys are their owners'."""
+        return {}
+
+    def said_of_layers(self, name: str) -> Mapping[str, Mapping[str, Any]]:
+        """What a JSON table in the metadata says under ``layers``, by layer."""
+        found: Mapping[str, Mapping[str, Any]] | None = self.memo.get(name)
+        if found is None:
+            found = self.memo[name] = layers_in(self.metadata.get(name, ""))
+        return found
+
     def marker(self, key: str) -> Mapping[str, Any] | None:
         """The JSON table in a small tensor of bytes, as ComfyUI marks layers with.
 
@@ -218,6 +237,14 @@ class Header:
 def join(layer: str, suffix: str) -> str:
     """Key of a layer's tensor: ``join("a.b", "weight")`` is ``"a.b.weight"``."""
     return f"{layer}.{suffix}" if layer else suffix
+
+
+def layers_in(text: str) -> dict[str, dict[str, Any]]:
+    """What a JSON table says under ``layers``, without what is no table itself."""
+    layers = parse_table(text).get("layers") if text else None
+    if not isinstance(layers, dict):
+        return {}
+    return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
 
 
 def parse_table(text: str | bytes) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import check_marker
 from hijack.checkpoint.foreign import Foreign, find_foreign
 from hijack.checkpoint.gguf import read_gguf
-from hijack.checkpoint.header import Header, join
+from hijack.checkpoint.header import PLAIN_DTYPES, Header, join
 from hijack.checkpoint.identification import Identification, words
-from hijack.checkpoint.marker import marked_layers
+from hijack.checkpoint.marker import METADATA_KEY
 from hijack.checkpoint.reader import Paths, read_header
 from hijack.errors import CheckpointError
 
@@ -43,8 +43,6 @@ CODE_DTYPES = frozenset(
 _DECODING = ("scale", "zero_point", "svd_")
 #: Last parts of keys of scales of what a layer or its attention puts out.
 _OUTPUTS = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
-#: Dtypes of weights that are what they say, whatever a marker says of them.
-_PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 
 
 def identify(
@@ -164,7 +162,7 @@ def _doubt(
     schemes = registry.schemes()
     contradictions: dict[str, str] = {}
     unknown: dict[str, str] = {}
-    for layer, marker in marked_layers(header.metadata).items():
+    for layer, marker in header.said_of_layers(METADATA_KEY).items():
         claim = layers.get(layer)
         settled = claim is not None and claim.certainty > Certainty.FITS
         if settled or not _holds_codes(header, layer, marker):
@@ -182,7 +180,7 @@ def _holds_codes(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:
     weight, names = header.tensors.get(join(layer, "weight")), marker.get("params")
     listed = names if isinstance(names, list) else []
     return weight is not None and (
-        weight.dtype not in _PLAIN
+        weight.dtype not in PLAIN_DTYPES
         or any(join(layer, str(name)) in header.tensors for name in listed)
     )
 

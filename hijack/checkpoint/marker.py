@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from hijack.checkpoint.header import Header
+from hijack.checkpoint.header import Header, layers_in
 
 #: Header metadata key under which hijack writes which scheme each layer has.
 METADATA_KEY = "hijack"
@@ -25,13 +24,12 @@ def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
 
 def native_marker(header: Header, layer: str) -> Mapping[str, Any] | None:
     """What hijack's own metadata says of a layer, or None."""
-    return marked_layers(header.metadata).get(layer)
+    return header.said_of_layers(METADATA_KEY).get(layer)
 
 
 def marked_layers(metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
     """What hijack's own metadata says, by layer."""
-    text = metadata.get(METADATA_KEY)
-    return _parse_marker(text) if text else {}
+    return layers_in(metadata.get(METADATA_KEY, ""))
 
 
 def without_layers(
@@ -47,14 +45,3 @@ def without_layers(
     else:
         rest.pop(METADATA_KEY, None)
     return rest
-
-
-@functools.lru_cache(maxsize=4)
-def _parse_marker(text: str) -> Mapping[str, Mapping[str, Any]]:
-    try:
-        layers = json.loads(text)["layers"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return {}
-    if not isinstance(layers, dict):
-        return {}
-    return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}

@@ -8,6 +8,7 @@ two disagree, the tensors are believed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
@@ -106,22 +107,23 @@ class FP8Dialect(Dialect):
 
     def find(self, header: Header, layer: str) -> Found | None:
         """The layer's codes and their scale, or None."""
-        weight_key = join(layer, self.weight)
-        weight = header.tensors.get(weight_key)
-        if weight is None or weight.torch_dtype not in FP8_DTYPES or not weight.shape:
-            return None
-        known = (pair for pair in self.scale_keys(layer) if pair[1] in header.tensors)
+        tensors = header.tensors
+        known = (pair for pair in self.scale_keys(layer) if pair[1] in tensors)
         name, key = next(known, ("", ""))
-        if not name or 0 in weight.shape:
+        if not name:
             return None
-        scale = header.tensors[key]
-        shape = matrix_shape(weight.shape)
-        grid = self.grid(scale.shape, shape)
-        if grid is None or scale.torch_dtype not in self.scale_dtypes:
+        weight_key = join(layer, self.weight)
+        weight, scale = tensors.get(weight_key), tensors[key]
+        if weight is None or weight.torch_dtype not in FP8_DTYPES:
+            return None
+        if scale.torch_dtype not in self.scale_dtypes:
+            return None
+        shape, grid = _cover(self, weight.shape, scale.shape)
+        if grid is None:
             return None
         roles = {"weight": weight_key, name: key}
         for extra in (*self.inputs, *self.asides):
-            if (key := join(layer, extra)) in header.tensors:
+            if (key := join(layer, extra)) in tensors:
                 roles[extra] = key
         return Found(layer, roles, weight, scale, shape, grid)
 
@@ -235,6 +237,16 @@ class FP8Dialect(Dialect):
             f"expected {can}; write it in dialect 'hijack', or choose another "
             "block_size"
         )
+
+
+@functools.lru_cache(maxsize=1024)
+def _cover(
+    dialect: FP8Dialect, weight: tuple[int, ...], scale: tuple[int, ...]
+) -> tuple[Pair, Pair | None]:
+    """The weight as (N, K) and its grid; layers of a model have few shapes."""
+    shape = matrix_shape(weight)
+    empty = not weight or 0 in weight
+    return shape, None if empty else dialect.grid(scale, shape)
 
 
 def is_power(scale: Tensor) -> bool:

@@ -23,12 +23,13 @@ def marked(header: Header, layer: str) -> bool:
 
 def file_marker(header: Header, layer: str) -> TensorInfo | None:
     """The older marker of the model a layer is in, or None."""
-    parts = layer.split(".")
-    for n in range(len(parts)):
-        found = header.tensors.get(join(".".join(parts[:n]), FILE_MARKER))
-        if found is not None:
-            return found
-    return None
+    model = layer.rpartition(".")[0]
+    if (FILE_MARKER, model) not in header.memo:
+        outer = file_marker(header, model) if model else None
+        own = header.tensors.get(join(model, FILE_MARKER))
+        header.memo[FILE_MARKER, model] = own if outer is None else outer
+    found: TensorInfo | None = header.memo[FILE_MARKER, model]
+    return found
 
 
 def file_markers(keys: Collection[str], layers: Iterable[str]) -> set[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import Dialect, FileMarks, Row, Spelled, native_claim
 from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
-from hijack.checkpoint.marker import marked_layers, native_marker
+from hijack.checkpoint.marker import METADATA_KEY, native_marker
 from hijack.errors import ShapeError
 from hijack.scheme import Scheme
 from schemes._fp8_blocks import (
@@ -199,7 +199,10 @@ class NativeFP8Dialect(Dialect):
 
     def layers(self, header: Header) -> Iterable[str]:
         """The layers with a scale of that name, and those the metadata names."""
-        return [*header.owners.get("weight_scale", ()), *marked_layers(header.metadata)]
+        return [
+            *header.owners.get("weight_scale", ()),
+            *header.said_of_layers(METADATA_KEY),
+        ]
 
     def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
         """Every block size the layer may have; more than one is a guess."""
