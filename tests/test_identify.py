@@ -141,6 +141,14 @@ def test_scales_of_nobody_are_orphans_and_plain_casts_are_not():
     assert found.unscaled == ("b",)
 
 
+def test_a_key_that_begins_with_a_dot_is_nobodys():
+    """The root's own weight has no dot before it."""
+    fp8 = torch.ones(2, 2).to(FP8)
+    tensors = {".weight": fp8, ".weight_scale_inv": torch.ones(1, 1)}
+    found = identify(hijack.Header.from_state_dict(tensors))
+    assert (found.layers, found.unscaled) == ({}, ())
+
+
 def test_a_dense_checkpoint_claims_nothing():
     """Ordinary weights, biases and norms are nobody's."""
     found = identify(header(a__weight=torch.ones(2, 2), a__bias=torch.ones(2)))

@@ -178,8 +178,9 @@ class Header:
         """Last part of a key to the layers with such a tensor, in file order."""
         owners: dict[str, list[str]] = {}
         for key in self.tensors:
-            layer, _, name = key.rpartition(".")
-            owners.setdefault(name, []).append(layer)
+            layer, dot, name = key.rpartition(".")
+            if layer or not dot:  # ".weight" is nobody's: the root's is "weight"
+                owners.setdefault(name, []).append(layer)
         return owners
 
     @functools.cached_property
