@@ -324,6 +324,10 @@ def embedding_forward(self: Any, input: Tensor) -> Tensor:
     weight, params = self.weight, _params(self)
     rows, cols = block_size_of(weight, params)
     index = input.reshape(-1)  # (M,)
+    if not len(index):
+        return weight.new_empty(
+            (*input.shape, weight.shape[1]), dtype=self._hijack.dtype
+        )
     found = {
         "weight_scale": as_grid(self.weight_scale)[index // rows],  # (M, K/C)
         "weight_block_size": weight.new_empty((1, cols, 0), dtype=torch.uint8),

@@ -78,7 +78,10 @@ def test_choices_are_files_and_formats(described):
 
     assert options("HijackLoadQuantized", "unet_name") == options_of_unet(described)
     assert options("HijackQuantizeModel", "scheme") == ["blockwise_fp8"]
-    assert options("HijackSaveQuantized", "dialect") == ["auto", "hijack", "musubi"]
+    dialects = options("HijackSaveQuantized", "dialect")
+    assert dialects[0] == "auto"
+    assert {"comfy_quant", "deepseek", "hijack", "musubi"} <= set(dialects)
+    assert not {"kijai", "scaled_fp8"} & set(dialects)  # are read and never written
     files = options("HijackInspectCheckpoint", "file")
     assert {"diffusion_models/fp8.safetensors", "loras/one.safetensors"} <= set(files)
 

@@ -22,6 +22,9 @@ from torch import nn
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 
+#: Held for the life of the process; one that is collected forgets its operators.
+LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
+
 SHAPES = {"blocks.0.q": (64, 128), "blocks.0.k": (32, 64), "blocks.1.q": (48, 96)}
 #: Neither 16 nor 128 divides these.
 RAGGED = {"blocks.0.q": (36, 40), "blocks.0.k": (24, 200), "blocks.1.q": (130, 24)}
@@ -153,8 +156,18 @@ def compressed_tensors():
             yield name, compare(made, ours(path, shapes, kind))
 
 
+def define_operators():
+    """Declare what a torchvision without its compiled half checks for at import."""
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            LIBRARY.define(
+                f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            )
+
+
 def transformers():
     """A Llama from a folder; and FP8Linear with blocks that are short."""
+    define_operators()
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.integrations import finegrained_fp8 as fp8
 

@@ -25,8 +25,8 @@ FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "vae", "loras")
 def dialects() -> list[str]:
     """Every dialect a registered scheme can be written in."""
     schemes = default_registry().schemes().values()
-    names = {dialect.name for scheme in schemes for dialect in scheme.all_dialects()}
-    return [AUTO, *sorted(names)]
+    known = {dialect for scheme in schemes for dialect in scheme.all_dialects()}
+    return [AUTO, *sorted({dialect.name for dialect in known if dialect.writes})]
 
 
 def save_quantized(
