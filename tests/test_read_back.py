@@ -17,17 +17,20 @@ import pytest
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "tests" / "golden" / "read_back.py"
 VARIABLE = "HIJACK_TEST_READERS"
+#: What a program needs besides, to load such files.
+ALSO = {"transformers": ("accelerate",), "compressed_tensors": ("transformers",)}
 PROGRAMS = ("torchao", "compressed_tensors", "transformers", "comfy_kitchen")
 
 
 def python_with(program):
     """A Python that can import a program, or None."""
-    if importlib.util.find_spec(program):
+    needed = (program, *ALSO.get(program, ()))
+    if all(importlib.util.find_spec(name) for name in needed):
         return sys.executable
     named = os.environ.get(VARIABLE)
     if named is None:
         return None
-    asks = f"import importlib.util as u; print(bool(u.find_spec({program!r})))"
+    asks = f"import importlib.util as u; print(all(map(u.find_spec, {needed!r})))"
     found = subprocess.run([named, "-c", asks], capture_output=True, check=True)
     return named if found.stdout.strip() == b"True" else None
 
