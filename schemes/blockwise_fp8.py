@@ -324,17 +324,16 @@ def embedding_forward(self: Any, input: Tensor) -> Tensor:
     weight, params = self.weight, _params(self)
     rows, cols = block_size_of(weight, params)
     index = input.reshape(-1)  # (M,)
+    shape = (*input.shape, weight.shape[1])
     if not len(index):
-        return weight.new_empty(
-            (*input.shape, weight.shape[1]), dtype=self._hijack.dtype
-        )
+        return torch.empty(shape, dtype=self._hijack.dtype, device=weight.device)
     found = {
         "weight_scale": as_grid(self.weight_scale)[index // rows],  # (M, K/C)
         "weight_block_size": weight.new_empty((1, cols, 0), dtype=torch.uint8),
     }
     codes = weight.view(torch.uint8)[index].view(weight.dtype)  # (M, K)
     dense = self._hijack.scheme.dequantize(codes, found, self._hijack.dtype)
-    result: Tensor = dense.view(*input.shape, weight.shape[1])
+    result: Tensor = dense.view(shape)
     return result
 
 
