@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import torch
@@ -136,6 +137,19 @@ def check_lora(patcher, dense, expected):
             found["removed"][f"{name} {mode}"] = same
 
 
+def check_forgetting(patcher, dense):
+    """A LoRA that is taken away is held by no layer, on no device."""
+    made = case.lora(dense, LORAS["large"])
+    tensor = weakref.ref(next(iter(made.values())))
+    changed = case.with_lora(patcher, made)
+    outputs(changed, "all", 1)
+    found["LoRA held"] = tensor() is not None
+    del changed, made
+    outputs(patcher, "all", 1)
+    gc.collect()
+    found["LoRA forgotten"] = tensor() is None
+
+
 def check_saving(patcher, coded):
     """ModelSave writes codes and scales as they came, also of evicted weights."""
     found["saved"] = {}
@@ -219,6 +233,7 @@ def main():
     patcher = patchers["kept"]
     check_size(patcher, coded)
     check_lora(patcher, dense, expected)
+    check_forgetting(patcher, dense)
     check_saving(patcher, coded)
     del patchers
     check_unloading(patcher, large)

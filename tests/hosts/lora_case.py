@@ -8,6 +8,7 @@ Prints one JSON object: the name of each check, and what was found.
 # ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
 from __future__ import annotations
 
+import inspect
 import json
 import os
 
@@ -28,6 +29,7 @@ from comfy_case import (
     same,
     with_lora,
 )
+from safetensors.torch import load_file
 
 found = {}
 NAME = f"diffusion_model.{LAYER}"
@@ -173,6 +175,55 @@ def check_hooks(patcher, reference, dense):
     found["hooks restored"] = same(codes(patcher), before)
 
 
+def check_model_as_lora(patcher, reference, bf16):
+    """A hook that makes a model of another one; every step takes the original."""
+    other = {f"diffusion_model.{key}": t.flip(0) for key, t in bf16.items()}
+    outputs = []
+    for model in (patcher, reference):
+        changed = model.clone()
+        hooks = comfy.hooks.create_hook_model_as_lora(other, None, 0.5, 0.0)
+        target = comfy.hooks.create_target_dict(comfy.hooks.EnumWeightTarget.Model)
+        changed.register_all_hook_patches(hooks, target)
+        comfy.model_management.load_models_gpu([changed])
+        clean = output(changed)
+        changed.patch_hooks(hooks)
+        outputs.append([output(changed) for _ in range(2)])
+        changed.patch_hooks(None)
+        changed.detach()
+    found["model as lora effect"] = error(outputs[1][0], clean)
+    found["model as lora"] = [error(*pair) for pair in zip(*outputs, strict=True)]
+
+
+def check_extracting(patcher, dense):
+    """The LoRA that ComfyUI extracts is the difference, as it is of a dense model."""
+    from comfy_extras.nodes_lora_extract import LORAType, calc_lora_model
+
+    given = patcher.model_state_dict()[f"{NAME}.weight"].type(torch.float32)
+    found["given to compute with"] = error(given, dense[f"{LAYER}.weight"])
+    management = comfy.model_management
+    changed = with_lora(patcher, lora(dense, 0.5))
+    expected = comfy.lora.calculate_weight(
+        changed.patches[f"{NAME}.weight"], dense[f"{LAYER}.weight"].clone(), NAME
+    )
+    load_models = management.load_models_gpu
+    if "comfy_patched_weights" in inspect.getsource(calc_lora_model):
+        ways = {"full": None, "low vram": 1000}
+    else:  # weights are all loaded and patched before they are read
+        ways = {"full": None}
+    found["extracted"] = {}
+    for way, memory in ways.items():
+        first_output(changed, memory)
+        if memory is not None:
+            management.load_models_gpu = lambda *_, **__: None  # as little as there is
+        made = calc_lora_model(changed, 8, "", "", {}, LORAType.FULL_DIFF)
+        management.load_models_gpu = load_models
+        path = str(comfy_case.FOLDER / "extracted.safetensors")
+        comfy_case.comfy.utils.save_torch_file(made, path)
+        difference = load_file(path)[f"{NAME}.diff"]
+        found["extracted"][way] = error(difference.float(), expected)
+    changed.detach()
+
+
 def check_model_merging(patcher, reference, bf16):
     """ModelMergeSimple with an ordinary model, and of two quantized ones."""
     other = {key: tensor.flip(0) for key, tensor in bf16.items()}
@@ -234,6 +285,8 @@ def main():
     check_slices(patcher, reference, dense)
     check_rounds(patcher, coded, dense)
     check_hooks(patcher, reference, dense)
+    check_model_as_lora(patcher, reference, bf16)
+    check_extracting(patcher, dense)
     check_model_merging(patcher, reference, bf16)
     check_merging(patcher, reference, dense)
 

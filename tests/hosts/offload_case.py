@@ -76,6 +76,36 @@ def check(patcher, dense, expected):
     changed.unpatch_model(CPU)
 
 
+def check_merged(patcher, reference, other):
+    """Merged with another model, whose weights ComfyUI has no room for on the device.
+
+    Args:
+        patcher: the model.
+        reference: the output it has merged.
+        other: the other model's state dict.
+    """
+    changed, second = patcher.clone(), case.load(other)
+    for key, patch in second.get_key_patches("diffusion_model.").items():
+        changed.add_patches({key: patch}, 0.3, 0.7)
+    found["merged"], found["beyond plan"] = {}, {}
+    for name, memory in {"all": 0, "none": 1}.items():
+        before = bytes_on_device()
+        changed.patch_model(changed.load_device, lowvram_model_memory=memory)
+        found["merged"][name] = case.error(output(changed), reference)
+        kept = bytes_on_device() - before
+        found["beyond plan"][name] = kept - changed.model.model_loaded_weight_memory
+        changed.unpatch_model(CPU)
+    changed.detach()
+
+
+def bytes_on_device():
+    """How much memory the device's tensors take that anybody still holds."""
+    gc.collect()
+    held = [t for t in gc.get_objects() if type(t) is device_double.OnDevice]
+    storages = [tensor.inner.untyped_storage() for tensor in held]
+    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+
+
 def check_sizes(patcher, coded):
     """ComfyUI plans with the bytes of codes and scales, all of them."""
     network = patcher.model.diffusion_model.state_dict()
@@ -113,7 +143,12 @@ def main():
     for name, amplitude in LORAS.items():
         changed = case.with_lora(reference, case.lora(dense, amplitude))
         expected[name] = with_memory(changed, 0)
-    del reference, changed
+    other = {key: tensor.flip(0) for key, tensor in bf16.items()}
+    merged, second = reference.clone(), case.load(other)
+    for key, patch in second.get_key_patches("diffusion_model.").items():
+        merged.add_patches({key: patch}, 0.3, 0.7)
+    expected["merged"] = with_memory(merged, 0)
+    del reference, changed, merged, second
     device_double.start()
     aimdo_double.prepare_cuda()
     management.get_torch_device = lambda: DEVICE
@@ -122,6 +157,7 @@ def main():
     found["device"] = str(patcher.load_device)
     check_sizes(patcher, coded)
     check(patcher, dense, expected)
+    check_merged(patcher, expected["merged"], other)
     management.unload_all_models()
     gc.collect()
     found["left"] = left_on_device(patcher.model)

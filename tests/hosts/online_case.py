@@ -125,6 +125,63 @@ def check_progress(dense, recipe, online):
         found["nothing chosen"] = f"{type(caught).__name__}: {caught}"
 
 
+def check_sampling(tensors, recipe, online):
+    """A branch of the workflow has another sampling than the one that is quantized."""
+    import comfy.model_sampling as sampling
+
+    class Sampling(sampling.ModelSamplingDiscreteFlow, sampling.CONST):
+        pass
+
+    dense = load(tensors)
+    clean = dense.model.model_sampling.sigmas.clone()
+    branch = dense.clone()
+    shifted = Sampling(branch.model.model_config)
+    shifted.set_parameters(shift=9.0)
+    branch.add_object_patch("model_sampling", shifted)
+    comfy.model_management.load_models_gpu([branch])
+    made = online.quantize_model(dense, recipe)
+    found["sampling"] = [
+        torch.equal(dense.model.model_sampling.sigmas, shifted.sigmas),
+        torch.equal(made.model.model_sampling.sigmas, clean),
+    ]
+
+
+def check_bypass(dense, tensors, recipe, online):
+    """A LoRA in bypass mode is refused before the model, and works after it."""
+    load_bypass = getattr(comfy.sd, "load_bypass_lora_for_models", None)
+    if load_bypass is None:
+        return
+    made = lora(tensors, 2.0)
+    try:
+        online.quantize_model(load_bypass(dense, None, made, 1.0, 0)[0], recipe)
+    except Exception as caught:
+        found["bypass"] = f"{type(caught).__name__}: {caught}"
+    quantized = online.quantize_model(dense, recipe)
+    expected = first_output(with_lora(quantized, made))
+    after = load_bypass(quantized, None, made, 1.0, 0)[0]
+    found["bypass after"] = error(first_output(after), expected)
+
+
+def check_native(tensors, recipe, online):
+    """ComfyUI's own scaled FP8, with scales of inputs, is quantized like any other."""
+    file, meant = {"scaled_fp8": torch.empty(2, dtype=comfy_case.FP8)}, {}
+    for key, tensor in tensors.items():
+        file[key] = tensor
+        if comfy_models.is_quantized(key, tensor):
+            layer_name = key.removesuffix(".weight")
+            scale = tensor.float().abs().max() / 448
+            file[key] = (tensor.float() / scale).to(comfy_case.FP8)
+            file[f"{layer_name}.scale_weight"] = scale
+            file[f"{layer_name}.scale_input"] = torch.tensor(1.0)
+            meant[key] = file[key].float() * scale
+    made = online.quantize_model(load(file, fp8_optimizations=True), recipe)
+    key = f"{comfy_case.LAYER}.weight"
+    weight = online.read_weight(made, f"diffusion_model.{key}")
+    expected = recipe.apply(meant[key], key).dense(torch.float32)
+    found["native"] = error(weight, expected)
+    found["native works"] = bool(first_output(made).isfinite().all())
+
+
 def check_memory(tensors, recipe, online):
     """The original model goes when nothing but the quantized one is left."""
     dense = load(tensors)
@@ -161,6 +218,9 @@ def main():
     changed.add_object_patch("diffusion_model.forward", "of the other model")
     check_patcher(dense, online.quantize_model(changed, recipe))
     check_memory(tensors, recipe, online)
+    check_sampling(tensors, recipe, online)
+    check_bypass(dense, tensors, recipe, online)
+    check_native(tensors, recipe, online)
 
 
 if __name__ == "__main__":

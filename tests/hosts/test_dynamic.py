@@ -109,6 +109,12 @@ def test_loras_are_exact_in_every_step(found, size, mode):
     assert found["removed"][f"{size} {mode}"]
 
 
+def test_a_lora_that_is_gone_takes_no_memory(found):
+    """The next model's load lets go of its file and of its copies on the device."""
+    assert found["LoRA held"]
+    assert found["LoRA forgotten"]
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_saved_checkpoint_has_the_layers_as_they_came(found, mode):
     """ModelSave writes codes and scales bit for bit, wherever the weights are."""

@@ -42,6 +42,18 @@ def test_lora_hooks_come_and_go(case):
     assert case["hooks restored"]
 
 
+def test_a_model_as_lora_works_in_every_step(case):
+    """The original weight it is compared with is still there in the second one."""
+    assert case["model as lora effect"] > 1000 * ROUNDING
+    assert max(case["model as lora"]) < ROUNDING
+
+
+def test_extracted_loras_are_of_decoded_weights(case):
+    """What ComfyUI computes with is no codes, loaded or not; but for half precision."""
+    assert case["given to compute with"] < ROUNDING
+    assert max(case["extracted"].values()) < 1e-3
+
+
 def test_models_merge(case):
     """ModelMergeSimple takes quantized models on both sides."""
     assert case["merged with dense"] < ROUNDING

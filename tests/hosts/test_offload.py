@@ -35,6 +35,12 @@ def test_unloading_a_part_keeps_the_output(case):
     assert case["lora partially unloaded"] < ROUNDING
 
 
+def test_another_model_s_weights_do_not_stay_on_the_device(case):
+    """Merged, a model is right, and takes the memory ComfyUI has planned for it."""
+    assert max(case["merged"].values()) < ROUNDING
+    assert case["beyond plan"] == {"all": 0, "none": 0}
+
+
 def test_sizes_count_the_scales(case):
     """ComfyUI plans with every byte of codes and scales."""
     assert case["sizes"][0] == case["sizes"][1]

@@ -57,3 +57,25 @@ def test_quantizing_again_and_saving(case):
 def test_choosing_no_layer_is_an_error(case):
     """It says what to change."""
     assert case["nothing chosen"].startswith("HijackError: QwenImage: no layer is left")
+
+
+def test_another_branch_s_sampling_is_not_taken_over(case):
+    """What a node has put into the model for another branch is not the model's own."""
+    assert case["sampling"] == [True, True]
+
+
+def test_a_lora_in_bypass_mode_is_refused(case):
+    """Handed on, it would be lost without a word; after quantizing it takes effect."""
+    if "bypass after" not in case:
+        pytest.skip("this ComfyUI has no bypass mode")
+    assert case["bypass"] == (
+        "HijackError: QwenImage: a LoRA in bypass mode cannot be merged; load it with "
+        "the Load LoRA node, or in bypass mode after Quantize Model"
+    )
+    assert case["bypass after"] < ROUNDING
+
+
+def test_comfyui_s_own_scaled_layers_are_quantized(case):
+    """Their scales go into the decoded weight, and have no place in the new model."""
+    assert case["native"] < 0.01
+    assert case["native works"]

@@ -127,6 +127,22 @@ def test_names_nobody_converts_leave_the_state_dict_alone():
     assert set(given) == {"q"}
 
 
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_views_of_codes_in_inference_mode(where):
+    """As of any tensor there, wherever the codes were made; ComfyUI runs nodes so."""
+    with torch.inference_mode(where == "inside"):
+        tensor = coded(16, (1, 64))
+    with torch.inference_mode():
+        dense = tensor.dense(torch.float32)
+        for weight in (tensor, tensor.standing_for(torch.float32)):
+            assert torch.equal(weight[2], dense[2])
+            assert torch.equal(weight.view(-1), dense.view(-1))
+            assert torch.equal(weight.chunk(2)[1], dense.chunk(2)[1])
+            assert torch.equal(torch.eye(128) @ weight.t(), dense.t())
+            summed = torch.ones(4, 128).add_(weight[:4])
+            assert torch.equal(summed, 1 + dense[:4])
+
+
 def test_codes_are_not_written_into():
     """A write would go to a decoded copy and be lost; it is refused instead."""
     with pytest.raises(HijackError, match="cannot write into a quantized weight"):

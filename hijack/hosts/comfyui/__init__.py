@@ -106,20 +106,25 @@ def patches() -> list[Patch]:
         Patch(sys.modules["comfy.lora"], "calculate_weight", make_calculate_weight),
         Patch(sys.modules["comfy.utils"], "copy_to_param", make_copy_to_param),
         Patch(sys.modules["comfy.utils"], "save_torch_file", make_save_torch_file),
-        *_unloading(),
+        *_patcher_methods(),
         *_other_doors(),
     ]
 
 
-def _unloading() -> list[Patch]:
-    """Where dynamic VRAM gives memory back, in releases that have it."""
-    from hijack.hosts.comfyui.linear import make_partially_unload
+def _patcher_methods() -> list[Patch]:
+    """Where weights are asked for and memory is given back, as far as it is there."""
+    from hijack.hosts.comfyui.linear import make_model_state_dict, make_partially_unload
 
     module = sys.modules["comfy.model_patcher"]
-    patcher: Any = getattr(module, "ModelPatcherDynamic", object)
-    if "partially_unload" not in vars(patcher):
-        return []
-    return [Patch(patcher, "partially_unload", make_partially_unload)]
+    found = []
+    for name, method, make in (
+        ("ModelPatcher", "model_state_dict", make_model_state_dict),
+        ("ModelPatcherDynamic", "partially_unload", make_partially_unload),
+    ):
+        owner: Any = getattr(module, name, object)  # dynamic VRAM is new
+        if method in vars(owner):
+            found.append(Patch(owner, method, make))
+    return found
 
 
 def _other_doors() -> list[Patch]:

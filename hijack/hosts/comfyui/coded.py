@@ -144,6 +144,11 @@ class Coded(Tensor):
             dtype,
         )
 
+    def for_state_dict(self) -> Coded:
+        """The same in a state dict, where any cast decodes it."""
+        shape = tuple(self.shape)
+        return Coded(self.qdata, self.tensors, self.coding, shape, self.patches)
+
     def patched(self, patches: Addition) -> Coded:
         """The same, with more to be added to it."""
         return self._with(self.qdata, self.tensors, (*self.patches, patches))
@@ -221,7 +226,9 @@ class Coded(Tensor):
             raise DTypeError(
                 f"{func}: cannot write into a quantized weight; decode it first"
             )
-        args, kwargs = tree_map_only(Coded, _float32, (args, kwargs))
+        # A view of what is made in inference mode cannot be one of this tensor.
+        with torch.inference_mode(False):
+            args, kwargs = tree_map_only(Coded, _float32, (args, kwargs))
         return func(*args, **kwargs)
 
 

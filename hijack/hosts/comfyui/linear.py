@@ -74,6 +74,7 @@ class QuantizedLinear:
         entries = () if function is None else function.patches[function.key]
         show = merging() or all(isinstance(entry, Merge) for entry in entries)
         self._shown, self._hidden = (function, None) if show else (None, function)
+        self._known = None  # a new function each time; the last one's copies can go
 
     def _load_from_state_dict(
         self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
@@ -261,11 +262,12 @@ class QuantizedLinear:
             weight: as `convert_weight` and ComfyUI's ``calculate_weight`` made it.
             inplace_update: ignored: the codes may be a read-only map of the file.
             seed: to round stochastically with.
-            return_weight: return the weight, quantized, and take nothing.
+            return_weight: return the weight and take nothing. A `Coded` one is
+                decoded, for it is to be computed with; saving is done elsewhere.
         """
         coded = self.carrier.unwrap(self.weight)
-        if return_weight and isinstance(weight, Coded) and weight.patches:
-            weight = weight.dense(torch.float32)
+        if return_weight and isinstance(weight, Coded):
+            return weight.dense(torch.float32)
         if isinstance(weight, Coded):
             new = self.carrier.wrap(weight, self.compute_dtype)
         elif coded is None or tuple(weight.shape) != tuple(coded.shape):
@@ -321,6 +323,26 @@ def make_partially_unload(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(self, *args, **kwargs)
 
     return partially_unload
+
+
+def make_model_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
+    """The replacement of ``ModelPatcher.model_state_dict``.
+
+    ComfyUI computes with what it gives, and saves what other functions give. Codes
+    without their scales would be garbage, such as in a LoRA that is extracted.
+    """
+
+    @functools.wraps(original)
+    def model_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = original(self, *args, **kwargs)
+        for path, module in self.model.named_modules(remove_duplicate=False):
+            key = f"{path}.weight"
+            if key in found and isinstance(module, QuantizedLinear):
+                coded = module.carrier.unwrap(module.weight)
+                found[key] = module.weight if coded is None else coded.for_state_dict()
+        return found
+
+    return model_state_dict
 
 
 def add_low_rank(output: Tensor, input: Tensor, patches: list[Patches]) -> Tensor:

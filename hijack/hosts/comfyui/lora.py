@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from hijack.hosts.comfyui.coded import Coded
 
@@ -165,17 +166,18 @@ def _low_rank(entry: Entry, shape: Sequence[int]) -> _Pair | None:
     return _Pair(up, down, float(scale), offset)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """A patch with its tensors on a device, so that no forward moves them again."""
-    if isinstance(value, Tensor):
-        return value if isinstance(value, Coded) else value.to(device)
-    if type(value) is tuple or isinstance(value, list):
-        return type(value)(_moved(item, device) for item in value)
-    if isinstance(value, sys.modules["comfy.weight_adapter"].WeightAdapterBase):
-        moved = copy.copy(value)
-        moved.weights = _moved(value.weights, device)
-        return moved
-    return value
+def _moved(entry: Entry, device: torch.device) -> Entry:
+    """A patch with its adapter on a device, so that no forward moves it again.
+
+    Another model's weight, or a difference of that size, stays where it is: ComfyUI
+    moves it at each use, and has set no room aside for it.
+    """
+    strength, adapter, *rest = entry
+    if not isinstance(adapter, sys.modules["comfy.weight_adapter"].WeightAdapterBase):
+        return entry
+    moved = copy.copy(adapter)
+    moved.weights = tree_map_only(Tensor, lambda t: t.to(device), adapter.weights)
+    return (strength, moved, *rest)
 
 
 # -- ComfyUI's functions ---------------------------------------------------------------

@@ -23,6 +23,10 @@ from hijack.hosts.comfyui.lazy import Lazy, Recipe
 
 #: Where ComfyUI keeps the network in its models.
 NETWORK = "diffusion_model"
+#: Under what name it injects LoRAs in bypass mode.
+BYPASS = "bypass_lora"
+#: Parameters of ComfyUI's own quantized layers that a decoded weight has no use for.
+NATIVE_SCALES = ("scale_weight", "scale_input", "input_scale")
 #: Called with the number of layers done and of all layers, after each.
 Progress = Callable[[int, int], None]
 
@@ -123,9 +127,11 @@ def quantize_model(
         A new ModelPatcher, as if loaded from a quantized file.
 
     Raises:
-        HijackError: if no layer is chosen, or one cannot be quantized.
+        HijackError: if no layer is chosen, one cannot be quantized, or a LoRA cannot
+            be merged.
     """
     model = patcher.model
+    _refuse_bypass(patcher)
     chosen = selection.choose(type(model.model_config).__name__, include, exclude)
     quantizer = Quantizer(recipe, chosen, progress)
     state_dict: dict[str, Tensor] = {}
@@ -243,8 +249,12 @@ def read_weight(patcher: Any, key: str) -> Tensor:
 
 def _own_tensors(network: nn.Module) -> list[tuple[str, Tensor]]:
     """Parameters and saved buffers: of a quantized layer the weight alone."""
+    own = dict(network.named_parameters(remove_duplicate=False))
     found: list[tuple[str, Tensor]] = []
-    found += network.named_parameters(remove_duplicate=False)
+    for key, tensor in own.items():
+        path, _, name = key.rpartition(".")
+        if name not in NATIVE_SCALES or join(path, "weight") not in own:
+            found.append((key, tensor))
     for path, module in network.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
             if name not in module._non_persistent_buffers_set:
@@ -301,6 +311,14 @@ def _refuse_quantized(header: Header) -> None:
         raise CheckpointError(
             f"{header.source}: is quantized already; expected dense weights; load it "
             "with the Load Diffusion Model node, which hijack extends"
+        )
+
+
+def _refuse_bypass(patcher: Any) -> None:
+    if BYPASS in patcher.injections:  # its hooks hold the layers of this model
+        raise HijackError(
+            f"{type(patcher.model).__name__}: a LoRA in bypass mode cannot be merged; "
+            "load it with the Load LoRA node, or in bypass mode after Quantize Model"
         )
 
 
