@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -191,8 +191,24 @@ class Scheme(abc.ABC):
         for dialect in self.all_dialects():
             for layer in dialect.layers(header):
                 dialects.setdefault(layer, {})[dialect] = None
+        known: dict[Hashable, list[Claim]] = {}
         for layer, asked in dialects.items():
-            yield from self._best_claims(header, layer, asked)
+            kind = self.likeness(header, layer)
+            if kind in known:
+                yield from (claim.of(layer) for claim in known[kind])
+                continue
+            claims = self._best_claims(header, layer, asked)
+            if kind is not None and all(_is_general(claim) for claim in claims):
+                known[kind] = claims
+            yield from claims
+
+    def likeness(self, header: Header, layer: str) -> Hashable | None:
+        """All that the claims to a layer depend on, but for its name.
+
+        Layers with equal answers are recognised once, which makes large files fast.
+        None, as here, has every layer recognised for itself.
+        """
+        return None
 
     # -- services ----------------------------------------------------------------------
 
@@ -291,17 +307,25 @@ class Scheme(abc.ABC):
         a dense weight of the stored shape. A format without parameters never fits: any
         plain tensor would.
         """
-        try:
-            qdata, params = self.create_params(weight.shape, torch.float32, "meta")
-        except HijackError:
+        asked = (self, weight.shape)  # layers of a model have few shapes
+        if asked not in header.memo:
+            header.memo[asked] = self._default_params(weight.shape)
+        made: dict[str, Tensor] = header.memo[asked]
+        if len(made) < 2 or not _same(weight, made["weight"]):
             return None
-        if not params or not _same(weight, qdata):
-            return None
-        for name, tensor in params.items():
+        for name, tensor in made.items():
             info = header.tensors.get(join(layer, name))
             if info is None or not _same(info, tensor):
                 return None
-        return tuple(params)
+        return tuple(made)[1:]
+
+    def _default_params(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
+        """What a dense weight of a shape would become, on meta; nothing if refused."""
+        try:
+            qdata, params = self.create_params(shape, torch.float32, "meta")
+        except HijackError:
+            return {}
+        return {"weight": qdata, **params}
 
     def __deepcopy__(self, memo: object) -> Scheme:
         return self
@@ -346,6 +370,13 @@ class Scheme(abc.ABC):
         self, module: nn.Module, scheme: Scheme
     ) -> Callable[..., Tensor] | None:
         return self.bind_forward(module) if scheme is self else None
+
+
+def _is_general(claim: Claim) -> bool:
+    """Whether nothing but the layer's name is peculiar in a claim."""
+    start = f"{claim.layer}." if claim.layer else ""
+    own = all(key.startswith(start) for key in claim.keys.values())
+    return own and not claim.contradiction  # which names the layer
 
 
 def _same(info: TensorInfo, tensor: Tensor) -> bool:

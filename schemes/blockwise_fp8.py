@@ -24,7 +24,7 @@ References: DeepSeek-V3 technical report (arXiv 2412.19437), section 3.3; musubi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -55,6 +55,7 @@ from schemes._fp8_blocks import (
     reblock,
 )
 from schemes._fp8_dialects import DIALECTS, NATIVE
+from schemes._fp8_dialects.markers import likeness
 
 # -- the scheme ----------------------------------------------------------------------
 
@@ -155,6 +156,10 @@ class BlockwiseFP8(hijack.Scheme):
     def options_like(self, dtype: torch.dtype) -> dict[str, Any]:
         """Scales of that dtype, where it is one of theirs."""
         return {"scale_dtype": dtype if dtype in SCALE_DTYPES else torch.float32}
+
+    def likeness(self, header: hijack.Header, layer: str) -> Hashable | None:
+        """The layer's tensors, and what the markers of all dialects say of it."""
+        return likeness(header, layer)
 
     def block_size(
         self, qdata: Tensor, params: Mapping[str, Tensor]

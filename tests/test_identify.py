@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hijack
+from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.checkpoint.identify import identify
 from hijack.errors import AmbiguousError, CheckpointError
 from schemes.blockwise_fp8 import BlockwiseFP8
@@ -290,3 +291,125 @@ def test_no_metadata_makes_a_plugin_fail(scheme, params, block_size):
             found.as_table(verbose=True)
             found.to_json()
     assert registry.problems == []
+
+
+# -- layers that are alike -------------------------------------------------------------
+
+
+def scaled(name, dtype, *shape):
+    """A scale of a weight of (64, 64)."""
+    return {name: TensorInfo(dtype, shape)}
+
+
+#: Tensors beside a weight, each of which several dialects have something to say about.
+SCALES = [
+    scaled("scale_weight", "F32"),
+    scaled("scale_weight", "F32", 64, 1),
+    scaled("scale_weight", "F32", 2, 2),
+    scaled("scale_weight", "F32", 3, 3),
+    scaled("weight_scale", "F32"),
+    scaled("weight_scale", "F32", 64),
+    scaled("weight_scale", "F32", 64, 1),
+    scaled("weight_scale", "BF16", 2, 2),
+    scaled("weight_scale", "U8", 64, 2),
+    scaled("weight_scale", "U8", 128, 4),
+    scaled("weight_scale_inv", "F32", 2, 2),
+    scaled("_weight_scale", "F32", 64, 1),
+    scaled("weight._scale", "F32", 64, 1),
+]
+EXTRAS = [
+    {},
+    scaled("bias", "F32", 60),
+    scaled("input_scale", "F32"),
+    scaled("scaled_fp8", "F8_E5M2", 0),
+]
+WEIGHTS = {"_weight_scale": "_weight_qdata", "weight._scale": "weight._data"}
+MARKERS = [
+    {"format": "float8_e4m3fn"},
+    {"format": "float8_e4m3fn_blockwise", "group_size": 32},
+    {"format": "mxfp8", "orig_shape": [60, 64]},
+    {"scheme": "blockwise_fp8", "params": ["weight_scale"], "block_size": [32, 32]},
+    {"_type": "Float8Tensor", "_data": {"block_size": [1, 64]}},
+]
+#: musubi-tuner replaces every ".weight" in the key of a scale.
+LAYERS = ("a", "a.b", "a.c", "a.weight.d", "a.weight.e", "")
+
+
+@st.composite
+def headers(draw):
+    """Headers of layers, some alike, and some alike but for what markers say."""
+    choices = draw(st.lists(st.sampled_from(SCALES), min_size=1, max_size=2))
+    table = draw(st.sampled_from(["hijack", "_quantization_metadata", "torchao"]))
+    tensors, texts, said = {}, {}, {}
+    for layer in LAYERS:
+        parts = {**draw(st.sampled_from(choices)), **draw(st.sampled_from(EXTRAS))}
+        weight = WEIGHTS.get(next(iter(parts)), "weight")
+        marker = draw(st.sampled_from([None, *MARKERS]))
+        if marker is not None and draw(st.booleans()):
+            text = json.dumps(marker).encode()
+            texts[join(layer, "comfy_quant")] = text
+            parts["comfy_quant"] = TensorInfo("U8", (len(text),))
+        elif marker is not None:
+            said[layer] = marker
+        for name, info in {weight: TensorInfo("F8_E4M3", (64, 64)), **parts}.items():
+            key = join(layer, name)
+            if name == "scale_weight":
+                key = key.replace(".weight", ".scale_weight")
+            tensors[key] = info
+    metadata = {table: json.dumps({"layers": said})}
+    if table == "torchao":
+        metadata = {join(la, "weight"): json.dumps(entry) for la, entry in said.items()}
+    return Header(tensors, metadata, reader=texts.get)
+
+
+@given(headers())
+@settings(max_examples=300, deadline=None)
+def test_layers_that_are_alike_are_recognised_as_each_would_be(header):
+    """Recognising one of each kind finds what recognising every one finds."""
+    found = identify(header, registry_of(BlockwiseFP8()))
+    assert found == identify(header, registry_of(OneByOne()))
+
+
+class OneByOne(BlockwiseFP8):
+    """Recognises every layer for itself."""
+
+    def likeness(self, header, layer):
+        """No layer is like another."""
+        return None
+
+
+def test_layers_whose_scales_have_odd_keys_are_not_alike():
+    """What does not stand beside the weight is looked at for every layer."""
+    weight = TensorInfo("F8_E4M3", (64, 64))
+    tensors = {
+        "a.weight.one.weight": weight,
+        "a.scale_weight.one.scale_weight": TensorInfo("F32", (3, 3)),
+        "a.weight.two.weight": weight,
+        "a.scale_weight.two.scale_weight": TensorInfo("F32", (64, 1)),
+    }
+    found = identify(Header(tensors), registry_of(BlockwiseFP8()))
+    assert set(found.layers) == {"a.weight.two"}
+    assert found.orphans == ("a.scale_weight.one.scale_weight",)
+
+
+def test_layers_of_one_shape_are_planned_once():
+    """A scheme's tensors for a shape are made once, however many layers have it."""
+    asked = []
+
+    class Plain(hijack.Scheme):
+        name = "plain_int8"
+
+        def quantize(self, weight, **options):
+            asked.append(tuple(weight.shape))
+            return weight.to(torch.int8), {"weight_scale": weight[:, :1].float()}
+
+        def dequantize(self, qdata, params, dtype):
+            return qdata.to(dtype)
+
+    tensors = {}
+    for number in range(20):
+        tensors[f"{number}.weight"] = TensorInfo("I8", (4 + number % 2, 8))
+        tensors[f"{number}.weight_scale"] = TensorInfo("F32", (4 + number % 2, 1))
+    found = identify(Header(tensors), registry_of(Plain()))
+    assert len(found.layers) == 20
+    assert asked == [(4, 8), (5, 8)]

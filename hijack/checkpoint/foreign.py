@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Hashable, Mapping
 
 from hijack.checkpoint.foreign_formats import FORMATS, LAYER_MARKER, Format, Group
-from hijack.checkpoint.header import PLAIN_DTYPES, Header, TensorInfo, join
+from hijack.checkpoint.header import (
+    PLAIN_DTYPES,
+    Header,
+    TensorInfo,
+    join,
+    signature,
+)
 
 #: Header metadata under which ComfyUI marks layers too.
 FILE_MARKER = "_quantization_metadata"
@@ -49,13 +55,22 @@ def find_foreign(header: Header, claimed: Collection[str]) -> dict[str, Foreign]
         claimed: layers that schemes read.
     """
     found = {}
+    known: dict[Hashable, tuple[Format, str] | None] = {}  # many layers are alike
     for layer, group in _groups(header, claimed).items():
-        for known in FORMATS:
-            if _is(known, header, layer, group):
-                keys = tuple(join(layer, name) for name in group)
-                found[layer] = Foreign(known.name, _evidence(group), keys, known.rivals)
-                break
+        kind = signature(group), repr(comfy_marker(header, layer))
+        if kind not in known:
+            known[kind] = _name(header, layer, group)
+        if (named := known[kind]) is not None:
+            (of, evidence), keys = named, tuple(join(layer, name) for name in group)
+            found[layer] = Foreign(of.name, evidence, keys, of.rivals)
     return found
+
+
+def _name(header: Header, layer: str, group: Group) -> tuple[Format, str] | None:
+    """The first format of the table that a layer is in, and the evidence."""
+    fits = (known for known in FORMATS if _is(known, header, layer, group))
+    found = next(fits, None)
+    return None if found is None else (found, _evidence(group))
 
 
 def _groups(header: Header, claimed: Collection[str]) -> dict[str, Group]:

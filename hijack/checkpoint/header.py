@@ -174,12 +174,21 @@ class Header:
         return given if isinstance(given, dict) else {}
 
     @functools.cached_property
+    def parts(self) -> Mapping[str, Mapping[str, TensorInfo]]:
+        """Layer to the last parts of its keys, in file order; "" is the root."""
+        parts: dict[str, dict[str, TensorInfo]] = {}
+        for key, info in self.tensors.items():
+            layer, dot, name = key.rpartition(".")
+            if layer or not dot:  # ".weight" is nobody's: the root's is "weight"
+                parts.setdefault(layer, {})[name] = info
+        return parts
+
+    @functools.cached_property
     def owners(self) -> Mapping[str, Sequence[str]]:
         """Last part of a key to the layers with such a tensor, in file order."""
         owners: dict[str, list[str]] = {}
-        for key in self.tensors:
-            layer, dot, name = key.rpartition(".")
-            if layer or not dot:  # ".weight" is nobody's: the root's is "weight"
+        for layer, parts in self.parts.items():
+            for name in parts:
                 owners.setdefault(name, []).append(layer)
         return owners
 
@@ -212,7 +221,7 @@ class Header:
         if info.dtype not in ("U8", "I8") or info.nbytes > MAX_MARKER:
             return {}
         text = None if self.reader is None else self.reader(key)
-        return parse_table(text or b"")
+        return _parse_marker(text or b"")
 
     @classmethod
     def from_state_dict(
@@ -235,6 +244,11 @@ class Header:
                 yield key[: -len(".weight")]
 
 
+def signature(parts: Mapping[str, TensorInfo]) -> tuple[object, ...]:
+    """What layers have in common whose tensors have equal names, dtypes and shapes."""
+    return tuple([(name, info.dtype, info.shape) for name, info in parts.items()])
+
+
 def join(layer: str, suffix: str) -> str:
     """Key of a layer's tensor: ``join("a.b", "weight")`` is ``"a.b.weight"``."""
     return f"{layer}.{suffix}" if layer else suffix
@@ -246,6 +260,12 @@ def layers_in(text: str) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, dict):
         return {}
     return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
+
+
+@functools.lru_cache(maxsize=256)
+def _parse_marker(text: bytes) -> Mapping[str, Any]:
+    """`parse_table` for what most layers of a file have alike."""
+    return parse_table(text)
 
 
 def parse_table(text: str | bytes) -> dict[str, Any]:

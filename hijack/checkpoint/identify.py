@@ -97,12 +97,16 @@ def _weigh(
     claims: Iterable[Claim],
 ) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
     """The best founded claim to each layer, and the layers where that is undecided."""
-    by_layer: dict[str, list[Claim]] = {}
+    first: dict[str, Claim] = {}
+    contested: dict[str, list[Claim]] = {}
     for claim in claims:
-        by_layer.setdefault(claim.layer, []).append(claim)
+        known = first.setdefault(claim.layer, claim)
+        if known is not claim:
+            contested.setdefault(claim.layer, [known]).append(claim)
     layers: dict[str, Claim] = {}
     ambiguous: dict[str, tuple[Claim, ...]] = {}
-    for layer, rivals in by_layer.items():
+    for layer, claim in first.items():
+        rivals = contested.get(layer, [claim])
         best = max(claim.certainty for claim in rivals)
         top = [claim for claim in rivals if claim.certainty == best]
         if best is Certainty.GUESS or len({claim.scheme for claim in top}) > 1:
@@ -189,8 +193,9 @@ def _unscaled(header: Header, known: set[str]) -> tuple[str, ...]:
     """Layers whose weight is codes that nobody has anything to say about."""
     return tuple(
         layer
-        for layer in header.owners.get("weight", ())
-        if header.tensors[join(layer, "weight")].dtype in CODE_DTYPES
+        for layer, parts in header.parts.items()
+        if "weight" in parts
+        and parts["weight"].dtype in CODE_DTYPES
         and layer not in known
     )
 
@@ -209,13 +214,12 @@ def _orphans(
     used = {key for claim in claims for key in claim.keys.values()}
     used |= {key for found in foreign.values() for key in found.keys}
     coded = {claim.layer for claim in claims}.union(unscaled)
+    decoding = {n for n in header.owners if any(word in n for word in _DECODING)}
     found = []
     for key in header.tensors:
         layer, _, name = key.rpartition(".")
         if key in used or name in _OUTPUTS:
             continue
-        if name in SCALE_NAMES or (
-            layer in coded and any(word in name for word in _DECODING)
-        ):
+        if name in SCALE_NAMES or (name in decoding and layer in coded):
             found.append(key)
     return tuple(found)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 
-from hijack.checkpoint.foreign import comfy_layers
+from hijack.checkpoint.foreign import comfy_layers, comfy_marker
 from hijack.checkpoint.foreign_formats import LAYER_MARKER
-from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.header import Header, TensorInfo, join, signature
+from hijack.checkpoint.marker import native_marker
 
 #: The tensor that marked a whole file, or one model in it.
 FILE_MARKER = "scaled_fp8"
+#: What torchao calls the codes of a weight.
+WEIGHT_DATA = "_weight_qdata"
 
 
 def marked(header: Header, layer: str) -> bool:
@@ -30,6 +33,25 @@ def file_marker(header: Header, layer: str) -> TensorInfo | None:
         header.memo[FILE_MARKER, model] = own if outer is None else outer
     found: TensorInfo | None = header.memo[FILE_MARKER, model]
     return found
+
+
+def likeness(header: Header, layer: str) -> Hashable | None:
+    """A layer's tensors and all that any marker says of it, or None.
+
+    None where the layer's tensors have keys that are not of the layer: musubi-tuner's
+    odd ones, and quanto's parts of a weight.
+    """
+    parts = header.parts.get(layer, {})
+    if ".weight" in layer or not ("weight" in parts or WEIGHT_DATA in parts):
+        return None
+    said: list[object] = []
+    if FILE_MARKER in header.owners:
+        marker = file_marker(header, layer)
+        said.append(None if marker is None else marker.dtype)
+    if header.metadata or LAYER_MARKER in parts:
+        said += map(repr, (comfy_marker(header, layer), native_marker(header, layer)))
+        said.append(header.metadata.get(join(layer, "weight")))  # torchao's
+    return signature(parts), *said
 
 
 def file_markers(keys: Collection[str], layers: Iterable[str]) -> set[str]:

@@ -32,9 +32,9 @@ from schemes._fp8_blocks import (
 )
 from schemes._fp8_dialects import mx
 from schemes._fp8_dialects.base import Found, FP8Dialect, Said, is_power
-from schemes._fp8_dialects.markers import marked
+from schemes._fp8_dialects.markers import WEIGHT_DATA, marked
 
-_WEIGHT, _SCALE = "_weight_qdata", "_weight_scale"
+_SCALE = "_weight_scale"
 
 
 class RowwiseDialect(FP8Dialect):
@@ -65,7 +65,7 @@ class TorchaoDialect(FP8Dialect):
     """
 
     name = "torchao"
-    weight = _WEIGHT
+    weight = WEIGHT_DATA
     scales = (_SCALE,)
     scale_dtypes = (*SCALE_DTYPES, *POWER_DTYPES)
     ranks = (1, 2, 3)
@@ -123,7 +123,7 @@ class TorchaoDialect(FP8Dialect):
         if qdata.ndim != 2 or is_power(scale) or not divides(shape, size):
             can = "floating scales of blocks that divide a 2-D weight"
             raise self.cannot(qdata, params, can)
-        return {_WEIGHT: qdata, _SCALE: scale.float()}
+        return {WEIGHT_DATA: qdata, _SCALE: scale.float()}
 
     def fit_options(
         self, shape: tuple[int, ...], options: Mapping[str, Any]
