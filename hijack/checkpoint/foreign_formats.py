@@ -94,6 +94,18 @@ def _torchao(header: Header, layer: str, group: Group) -> bool:
     )
 
 
+def _compressed_int8(header: Header, layer: str, group: Group) -> bool:
+    """Integers that the config is of; without one they may be anybody's."""
+    config = _method("compressed-tensors")(header, layer, group)
+    return config and group["weight"].dtype == "I8"
+
+
+def _fnuz(header: Header, layer: str, group: Group) -> bool:
+    """FP8 as AMD's older units have it, whose codes are half of what they look like."""
+    scaled = any("scale" in name for name in group)
+    return scaled and group["weight"].dtype.endswith("FNUZ")
+
+
 def _stacked(header: Header, layer: str, group: Group) -> bool:
     """FP8 codes under a name of their own, and a scale named after them."""
     return any(
@@ -321,7 +333,36 @@ FORMATS: tuple[Format, ...] = (
         "compressed-tensors int8",
         Row("compressed-tensors", "X.weight, X.weight_scale", "any", "any", _CONFIG),
         needs=("weight", "weight_scale"),
+        test=_compressed_int8,
+    ),
+    Format(
+        "int8 without a marker",
+        Row("many", "X.weight, X.weight_scale", "any", "any; maybe rotated", "none"),
+        needs=("weight", "weight_scale"),
         test=_of("weight", "I8"),
+    ),
+    Format(
+        "FP8 FNUZ",
+        Row(
+            "vLLM on AMD's older units",
+            "X.weight, X.weight_scale or another",
+            "any",
+            "any; codes with another bias, and no minus zero",
+            "the dtype F8_E4M3FNUZ or F8_E5M2FNUZ",
+        ),
+        needs=("weight",),
+        test=_fnuz,
+    ),
+    Format(
+        "HQQ",
+        Row(
+            "hqq, transformers",
+            "X.W_q, X.scale, X.zero",
+            "model's dtype",
+            "groups of 64, 1- to 8-bit integers, packed",
+            "the key X.W_q",
+        ),
+        needs=("W_q", "scale", "zero"),
     ),
     Format(
         "DeepSeek FP4 experts",

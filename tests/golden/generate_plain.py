@@ -246,6 +246,19 @@ def write_foreign():
             "weight": torch.ones(16, 32, dtype=i8),
             "scale": torch.ones(16, 2, dtype=u8),
         },
+        "int8 without a marker": {
+            "weight": int8,
+            "weight_scale": torch.ones(16, 1),
+        },
+        "FP8 FNUZ": {
+            "weight": torch.ones(16, 32).to(torch.float8_e4m3fnuz),
+            "weight_scale": torch.ones(16, 1),
+        },
+        "HQQ": {
+            "W_q": torch.ones(8, 32, dtype=u8),
+            "scale": torch.ones(8, 1, dtype=f16),
+            "zero": torch.ones(8, 1, dtype=f16),
+        },
     }
     write(
         "foreign_layouts",
