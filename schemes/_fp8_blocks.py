@@ -111,7 +111,9 @@ def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
 
     A grid does not tell the block where blocks may be short: 192 rows in 2 blocks are
     2 x 96 or 128 + 64. Writers take powers of two; so an exact division is sure if it
-    gives one, or if no power of two gives the same grid.
+    gives one, or if no power of two gives the same grid. A scale for each column is
+    never sure: nobody is known to write such, and of a square weight it may be the
+    scale of each row, lying down.
 
     Args:
         shape: (N, K) of the weight.
@@ -119,7 +121,9 @@ def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
     """
     rows, sure_rows = _possible(shape[0], grid[0])
     cols, sure_cols = _possible(shape[1], grid[1])
-    return [(r, c) for r in rows for c in cols], sure_rows and sure_cols
+    columns = shape[0] > 1 and shape[1] > 1 and grid == (1, shape[1])
+    sizes = [(r, c) for r in rows for c in cols]
+    return sizes, sure_rows and sure_cols and not columns
 
 
 @functools.lru_cache(maxsize=1024)

@@ -134,6 +134,11 @@ def test_the_config_is_written_beside_the_file_only_if_asked_for(musubi, tmp_pat
     assert (config["model_type"], config["n"]) == ("qwen", [1, 2])
     assert config["quantization_config"]["weight_block_size"] == [1, 64]
     assert len(list(folder.iterdir())) == 2
+    with pytest.raises(CheckpointError, match="torchao has no quantization_config"):
+        hijack.convert_file(
+            musubi, folder / "b.safetensors", "torchao", write_config=True
+        )
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_ragged_blocks_stay_what_they_are(tmp_path):

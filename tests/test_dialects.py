@@ -262,6 +262,10 @@ GUESSED = {
         layer_of(("U8", 128, 4), shape=(128, 128)),
         {"mxfp8": ("mxfp8", (1, 32)), "comfy_quant": ("comfy_quant", (1, 32))},
     ),
+    "columns, or rows lying down": (
+        layer_of(("F32", 1, 256)),
+        {"256x1": ("hijack", (256, 1))},
+    ),
     "rows that may be rotated": (
         layer_of(("F32", 256, 1), name="scale"),
         {"deepseek": ("deepseek", (1, 256))},

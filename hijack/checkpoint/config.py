@@ -6,10 +6,25 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from hijack.checkpoint.dialect import FileMarks
 from hijack.checkpoint.header import CONFIG_KEY
 from hijack.checkpoint.partial import replace, write_durably
 from hijack.checkpoint.reader import read_config
 from hijack.errors import CheckpointError
+
+
+def config_of(marks: FileMarks, dialect: str) -> Mapping[str, object]:
+    """What a file in a dialect has to say in ``config.json``.
+
+    Raises:
+        CheckpointError: if readers of the dialect expect none.
+    """
+    if marks.config is None:
+        raise CheckpointError(
+            f"write_config: dialect {dialect} has no quantization_config; expected one "
+            "such as deepseek; leave write_config out"
+        )
+    return marks.config
 
 
 def write_config_beside(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hijack.checkpoint.config import write_config_beside
+from hijack.checkpoint.config import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
 from hijack.checkpoint.copying import chunks, refuse_same_file
 from hijack.checkpoint.dialect import Dialect, FileMarks
@@ -101,7 +101,8 @@ def convert_file(
         AmbiguousError: if the file does not tell how to read a layer.
         UnconsumedScaleError: if it holds a scale that nobody reads.
         CheckpointError: if nothing in it is quantized; if layers cannot be converted,
-            naming them; or if writing fails.
+            naming them; if a config is asked for that the dialect does not have; or
+            if writing fails.
     """
     header = read_header(src)
     refuse_same_file(src, header, Path(dst))
@@ -110,12 +111,13 @@ def convert_file(
     job = _Job(header, found, dialect, options, requantize)
     job.place_inputs(drop_input_scales)
     marks = job.finish()
+    config = config_of(marks, dialect) if write_config else None
     with open_writer(dst, job.plan, job.metadata(marks.metadata), job.order) as writer:
         job.run(writer, progress)
         for key, tensor in marks.tensors.items():
             writer.write(key, tensor)
-    if write_config and marks.config is not None:
-        write_config_beside(Path(dst), header.config, marks.config)
+    if config is not None:
+        write_config_beside(Path(dst), header.config, config)
     return job.report(found)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from hijack.checkpoint.config import write_config_beside
+from hijack.checkpoint.config import config_of, write_config_beside
 from hijack.checkpoint.copying import refuse_same_file
 from hijack.checkpoint.destination import Destination, destination, parse_size
 from hijack.checkpoint.header import Header
@@ -241,12 +241,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
     """What to say in ``config.json``; not where that is the source's too."""
-    config = plan.marks.config
-    if config is None:
-        raise CheckpointError(
-            f"write_config: dialect {plan.dialect.name} has no quantization_config; "
-            "expected one such as deepseek; leave write_config out"
-        )
+    config = config_of(plan.marks, plan.dialect.name)
     for info in plan.header.tensors.values():
         if info.file is not None and info.file.parent.resolve() == dst.parent.resolve():
             raise CheckpointError(
