@@ -7,6 +7,7 @@ two disagree, the tensors are believed.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,7 +75,7 @@ class Said:
     contradiction: str = ""
 
 
-class FP8Dialect(Dialect):
+class FP8Dialect(Dialect, abc.ABC):
     """Codes with a multiplying scale.
 
     Attributes:
@@ -101,9 +102,9 @@ class FP8Dialect(Dialect):
         owners = [header.owners.get(name, ()) for name in self.scales]
         return owners[0] if len(owners) == 1 else [la for own in owners for la in own]
 
+    @abc.abstractmethod
     def said(self, header: Header, found: Found) -> Said | None:
         """What the file says of a layer, or None if the dialect does not write it."""
-        raise NotImplementedError
 
     def find(self, header: Header, layer: str) -> Found | None:
         """The layer's codes and their scale, or None."""
