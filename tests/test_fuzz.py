@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 import hijack
 from hijack.checkpoint.compare import compare_files
 from hijack.checkpoint.lora import Loras
-from hijack.checkpoint.reader import read_header
+from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.checkpoint.text import shown
 from hijack.errors import CheckpointError, HeaderError, ShapeError
 from schemes._fp8_blocks import infer_block_size
@@ -107,6 +107,15 @@ def test_a_weight_without_elements_has_no_blocks():
     for marker in (None, (2, 1, 0)):
         with pytest.raises(ShapeError, match="expected a weight with elements"):
             infer_block_size((2**22 + 1, 0), (2**21 + 1, 0), marker)
+
+
+def test_packed_rows_that_torch_cannot_hold_are_refused():
+    """Two 4-bit numbers are one element of torch's; a row of one would be none."""
+    path = next(path for path in CORPUS if path.name == "packed_rows_of_one")
+    header = read_header(path / "model.safetensors")
+    key = next(key for key, info in header.tensors.items() if info.dtype == "F4")
+    with pytest.raises(CheckpointError, match="rows that end within a byte"):
+        open_tensors(header)[key]
 
 
 def test_packed_codes_are_not_compared():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import mmap
 import os
 import reprlib
@@ -124,6 +125,12 @@ class _MappedTensors(Mapping[str, Tensor]):
         shape = info.torch_shape
         if raw.numel() == 0:
             return torch.empty(shape, dtype=dtype)
+        if raw.numel() != math.prod(shape) * dtype.itemsize:
+            raise CheckpointError(
+                f"{key}: {info.dtype} of shape {list(info.shape)} has rows that end "
+                "within a byte; expected rows of an even length, as torch holds them; "
+                "store it as U8"
+            )
         if raw.storage_offset() % dtype.itemsize:  # a writer that does not align
             raw = raw.clone()
         return raw.view(dtype).view(shape)
