@@ -114,7 +114,7 @@ def test_packed_rows_that_torch_cannot_hold_are_refused():
     path = next(path for path in CORPUS if path.name == "packed_rows_of_one")
     header = read_header(path / "model.safetensors")
     key = next(key for key, info in header.tensors.items() if info.dtype == "F4")
-    with pytest.raises(CheckpointError, match="rows that end within a byte"):
+    with pytest.raises(CheckpointError, match=r"end within a byte|not known to torch"):
         open_tensors(header)[key]
 
 
