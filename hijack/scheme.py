@@ -251,6 +251,21 @@ class Scheme(abc.ABC):
             )
         return known[name]
 
+    def written(self, name: str | None = None) -> Dialect:
+        """The dialect of that name, to write in; as `dialect`.
+
+        Raises:
+            CheckpointError: if there is none, or it is only read.
+        """
+        found = self.dialect(name)
+        if not found.writes:
+            able = sorted(one.name for one in self.all_dialects() if one.writes)
+            raise CheckpointError(
+                f"dialect {found.name}: is read, and never written; expected one of "
+                f"{', '.join(able)}"
+            )
+        return found
+
     def written_as(
         self,
         name: str | None,

@@ -191,6 +191,8 @@ def test_blocks_the_dialect_lacks_are_refused_by_name(musubi, tmp_path):
         CheckpointError, match=r"of 8 layers cannot be.*blocks\.0\.k.*--requantize"
     ):
         hijack.convert_file(musubi, there, "comfy_quant")
+    with pytest.raises(CheckpointError, match="dialect kijai: is read, and never"):
+        hijack.convert_file(musubi, there, "kijai", requantize=True)
     assert not there.exists()
 
 

@@ -137,6 +137,28 @@ def test_the_native_dialect_marks_its_layers(source, tmp_path):
     assert error.norm() / dense.norm() < 0.04
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "musubi"),
+        ({"block_size": "row"}, "musubi"),
+        ({"block_size": (64, 128)}, "hijack"),
+        ({"rules": "blocks.*.proj=32x32"}, "hijack"),
+        ({"scale_dtype": torch.float8_e8m0fnu}, "hijack"),
+    ],
+)
+def test_without_a_dialect_one_is_taken_that_has_words_for_it(
+    source, tmp_path, given, expected
+):
+    """All layers in the scheme's first, or all in its own."""
+    path = tmp_path / "q.safetensors"
+    report = hijack.quantize_file(source, path, **given)
+    claims = hijack.identify(path).claims().values()
+    assert len(claims) == 2
+    assert {claim.dialect for claim in claims} == {report.dialect} == {expected}
+    assert f"dialect {expected}" in str(report)
+
+
 def test_progress_is_called_after_each_layer(source, tmp_path):
     """The callback gets counts and names."""
     seen = []
@@ -195,9 +217,9 @@ def test_wrong_arguments_are_refused(source, tmp_path):
     refused(source, tmp_path, CheckpointError, "none: cannot be", loras=["none:1"])
     refused(source, tmp_path, CheckpointError, "device: 'x' cannot be", device="x")
     refused(source, tmp_path, CheckpointError, "workers: got 0, expected", workers=0)
-    refused(
-        source, tmp_path, CheckpointError, "dialect musubi: cannot", block_size=(32, 32)
-    )
+    words = {"dialect": "musubi", "block_size": (32, 32)}
+    refused(source, tmp_path, CheckpointError, "dialect musubi: cannot", **words)
+    refused(source, tmp_path, CheckpointError, "never written; exp", dialect="kijai")
 
 
 def test_the_source_is_never_overwritten(source, tmp_path):

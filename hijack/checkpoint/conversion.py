@@ -58,11 +58,11 @@ class Conversion:
         """What the header alone tells of a layer.
 
         Raises:
-            CheckpointError: if its scheme has no such dialect.
+            CheckpointError: if its scheme has no such dialect, or does not write it.
             HijackError: if its tensors do not fit each other.
         """
         scheme = default_registry().get(claim.scheme)
-        source, target = scheme.dialect(claim.dialect), scheme.dialect(dialect)
+        source, target = scheme.dialect(claim.dialect), scheme.written(dialect)
         infos = {key: header.tensors[key] for key in claim.keys.values()}
         meta = {
             key: torch.empty(info.torch_shape, dtype=info.torch_dtype, device="meta")

@@ -20,7 +20,7 @@ from hijack.checkpoint.header import Header
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.layout import lay_out_files
 from hijack.checkpoint.lora import Loras, Spec, parse_lora
-from hijack.checkpoint.quantize_choice import Patterns, choose
+from hijack.checkpoint.quantize_choice import Choice, Patterns, choose
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import Progress as Progress
 from hijack.checkpoint.quantize_run import Way, count_workers, run
@@ -44,6 +44,7 @@ class QuantizeReport:
         blocks: block size, as people write it, to the number of layers with it.
         merged: keys of the tensors that LoRAs were merged into.
         unmatched: names in LoRA files of layers that the checkpoint lacks.
+        dialect: how the quantized layers are spelled.
         architecture: name of the model's, "" if it is not known.
         files: name to size of each file written, but for the index of shards.
         written: False after a dry run.
@@ -56,6 +57,7 @@ class QuantizeReport:
     blocks: Mapping[str, int] = dataclasses.field(default_factory=dict)
     merged: tuple[str, ...] = ()
     unmatched: tuple[str, ...] = ()
+    dialect: str = ""
     architecture: str = ""
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
     written: bool = True
@@ -64,7 +66,8 @@ class QuantizeReport:
         done = "quantized" if self.written else "would be quantized"
         text = (
             f"{len(self.layers)} layers {done}, {len(self.skipped)} left dense, "
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, "
+            f"dialect {self.dialect}"
         )
         if self.merged:
             text += f", LoRAs merged into {len(self.merged)} tensors"
@@ -105,7 +108,8 @@ def quantize_file(
             replaced, but the file it leads to.
         scheme: a registered name, or a scheme.
         block_size: the scheme's block size; None takes the dialect's default.
-        dialect: how to spell the quantized layers; None takes the scheme's first.
+        dialect: how to spell the quantized layers; None takes the scheme's first, or
+            its own where that has no words for the blocks asked for.
         loras: files to merge first, such as ``"style.safetensors:0.8"`` or (path,
             strength). They are merged in float32 into all tensors they change.
         include: fnmatch patterns on layer names; None is those of the model's
@@ -152,7 +156,7 @@ def quantize_file(
         options["block_size"] = block_size
     choice = choose(header, include, exclude, rules)
     merged = Loras.open(loras, header, ignore_unmatched)
-    plan = QuantizePlan(chosen, chosen.dialect(dialect), choice, options, merged)
+    plan = _plan(chosen, dialect, choice, options, merged)
     how = Way(_device(device), count_workers(workers), progress)
     config = _config(plan, Path(dst)) if write_config else None
     report = _report(plan, place, size, written=not dry_run)
@@ -161,6 +165,23 @@ def quantize_file(
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
+
+
+def _plan(
+    scheme: Scheme,
+    dialect: str | None,
+    choice: Choice,
+    options: Mapping[str, Any],
+    loras: Loras,
+) -> QuantizePlan:
+    """In the dialect asked for; in no one's, in the first of those that can."""
+    first = scheme.written(dialect)
+    try:
+        return QuantizePlan(scheme, first, choice, options, loras)
+    except CheckpointError:
+        if dialect is not None or first is scheme.native:
+            raise
+    return QuantizePlan(scheme, scheme.native, choice, options, loras)
 
 
 def _write(
@@ -193,6 +214,7 @@ def _report(
         dict(kinds.most_common()),
         tuple(key for key in plan.header.tensors if plan.loras.touches(key)),
         plan.loras.unmatched,
+        plan.dialect.name,
         "" if known is None else known.name,
         dict(zip(place.names(len(sizes)), sizes, strict=True)),
         written,

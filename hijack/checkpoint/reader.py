@@ -244,7 +244,9 @@ def _open(path: Path) -> Iterator[BinaryIO]:
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
-            raise HeaderError(f"{path}: is a folder, expected a file")
+            raise HeaderError(
+                f"{path}: is a folder, expected a file, or the index of its shards"
+            )
         if not stat.S_ISREG(mode):
             raise HeaderError(f"{path}: is a pipe or a device, expected a file")
         with path.open("rb") as file:

@@ -89,7 +89,9 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="try N scales for each block and take the one with the least error",
     )
-    parser.add_argument("--dialect", help="default is the scheme's first")
+    parser.add_argument(
+        "--dialect", help="default is the scheme's first that has words for the blocks"
+    )
 
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:

@@ -222,8 +222,7 @@ class FP8Dialect(Dialect, abc.ABC):
             CheckpointError: always.
         """
         raise CheckpointError(
-            f"dialect {self.name}: is read, and never written; expected one that "
-            "is written; see docs/formats.md"
+            f"dialect {self.name}: is read, and never written; see docs/formats.md"
         )
 
     def cannot(
