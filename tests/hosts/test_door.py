@@ -228,6 +228,22 @@ def test_a_marker_that_cannot_be_true_is_read_through(registry):
         )
 
 
+def test_the_old_marker_of_a_rewritten_file_is_void(registry):
+    """0.4 to 0.7 leave it beside layers they mark as E4M3, whatever they are."""
+    codes = torch.randn(16, 64).to(torch.float8_e5m2)
+    state_dict = {
+        "scaled_fp8": torch.empty(0, dtype=torch.float8_e5m2),
+        "other.scaled_fp8": torch.empty(0, dtype=E4M3),
+        "a.weight": codes,
+        "a.weight_scale": torch.tensor(0.5),
+        "a.comfy_quant": marker("float8_e4m3fn"),
+    }
+    read = markers.read_through(state_dict)
+    assert set(read) == {"other.scaled_fp8", "a.weight", "a.scale_weight"}
+    assert encode_claimed(state_dict, "", registry=registry)
+    assert torch.equal(state_dict["a.weight"].dense(torch.float32), codes.float() / 2)
+
+
 def test_one_wrong_marker_makes_its_kind_doubtful(registry):
     """With one FP8 marker wrong, all layers marked so are ours, not only that one."""
     state_dict = {**block_file(), **{f"own{k[1:]}": t for k, t in SCALED.items()}}

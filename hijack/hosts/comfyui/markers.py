@@ -51,7 +51,12 @@ def read_through(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor = found.pop(join(layer, new), None)
                 if tensor is not None:
                     found[join(layer, old)] = tensor
-    for marker in [key for key in found if key.rpartition(".")[2] == FILE_MARKER]:
+        for marker in _file_markers(found):  # 0.4 to 0.7 leave it, and read it no more
+            if any(
+                name.startswith(marker.removesuffix(FILE_MARKER)) for name in layers
+            ):
+                del found[marker]
+    for marker in _file_markers(found):
         prefix = marker.removesuffix(FILE_MARKER)
         if any(_not_one_scale(found, key) for key in found if key.startswith(prefix)):
             del found[marker]
@@ -88,6 +93,10 @@ def _formats() -> Collection[str]:
     quant_ops = sys.modules.get("comfy.quant_ops")
     known: Collection[str] = getattr(quant_ops, "QUANT_ALGOS", ())
     return known
+
+
+def _file_markers(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [key for key in tensors if key.rpartition(".")[2] == FILE_MARKER]
 
 
 def _contradicts(tensors: Mapping[str, Tensor], layer: str) -> bool:
