@@ -284,6 +284,13 @@ def test_a_guess_is_taken_only_if_it_is_assumed(name):
         assert (claim.dialect, claim.block_size) == expected
 
 
+def test_the_likeliest_guess_is_the_one_suggested():
+    """Blocks of a power of two, for a user who takes the hint as it stands."""
+    tensors = layer_of(("F32", 2, 2), shape=(200, 256), name="weight_scale_inv")
+    with pytest.raises(AmbiguousError, match=r"--assume 128x128`"):
+        identify(header_of(tensors)).claims()
+
+
 #: Marks that the shapes prove wrong, and how the layer is read.
 WRONG = {
     "blocks that are rows": (

@@ -120,7 +120,8 @@ class Dialect:
     def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
         """Every way to read ``layer``; several only where the file does not tell.
 
-        Those of which one must be assumed have the certainty GUESS.
+        Those of which one must be assumed have the certainty GUESS; the likeliest comes
+        first.
         """
         claim = self.recognise(scheme, header, layer)
         if claim is not None:

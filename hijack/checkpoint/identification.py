@@ -213,7 +213,10 @@ def _choice(claims: Iterable[Claim]) -> str:
             "disable the others with HIJACK_DISABLE"
         )
     readings = [f"{c.dialect} {block_text(c.block_size)}" for c in claims]
-    differing = [sorted({texts[at] for texts in map(words, claims)}) for at in (1, 2)]
+    # in the order claimed: a scheme yields the likeliest reading first
+    differing = [
+        dict.fromkeys(texts[at] for texts in map(words, claims)) for at in (1, 2)
+    ]
     choices = [name for names in differing if len(names) > 1 for name in names]
     first = (choices or [words(claims[0])[2]])[0]
     return (
