@@ -73,6 +73,15 @@ def test_shards_and_index_are_those_of_transformers(tmp_path):
     assert header.tensors.keys() == plan.keys()
 
 
+def test_messages_call_a_set_by_one_name(tmp_path):
+    """By its index, or by the first shard: there may be hundreds."""
+    write(tmp_path, 1)
+    parts = [tmp_path / name for name in shards(3)]
+    assert read_header(tmp_path / INDEX).source == str(tmp_path / INDEX)
+    assert read_header(parts).source == f"{parts[0]} and 2 more"
+    assert read_header(parts[:1]).source == str(parts[0])
+
+
 def test_one_shard_is_a_set_too(tmp_path):
     """The destination is an index, however little there is."""
     write(tmp_path, 1, count=1)

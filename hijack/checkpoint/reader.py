@@ -61,7 +61,6 @@ def read_header(source: Paths) -> Header:
             )
         tensors |= found
         metadata |= extra
-    names = ", ".join(str(path) for path in paths)
     absent = sorted(named - tensors.keys())
     if absent:
         raise HeaderError(
@@ -69,7 +68,8 @@ def read_header(source: Paths) -> Header:
             "no shard holds; the shards are of another checkpoint, or incomplete"
         )
     config = read_config(paths[0].parent)
-    return Header(tensors, metadata, config, names, _SmallTensors(tensors))
+    name = _name(source, paths)
+    return Header(tensors, metadata, config, name, _SmallTensors(tensors))
 
 
 def open_tensors(header: Header) -> Mapping[str, Tensor]:
@@ -168,6 +168,14 @@ def _shards(source: Paths) -> tuple[list[Path], set[str]]:
         return paths, set()
     path = Path(source)
     return _indexed(path) if path.name.endswith(".index.json") else ([path], set())
+
+
+def _name(source: Paths, shards: Sequence[Path]) -> str:
+    """What to call a checkpoint; it may have hundreds of shards."""
+    if isinstance(source, str | os.PathLike):
+        return str(source)
+    more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
+    return f"{shards[0]}{more}"
 
 
 def _indexed(path: Path) -> tuple[list[Path], set[str]]:
