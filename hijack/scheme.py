@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -187,19 +188,18 @@ class Scheme(abc.ABC):
         Of a layer that may be read in several ways, all of which are guesses, every
         one is claimed.
         """
-        dialects: dict[str, dict[Dialect, None]] = {}
-        for dialect in self.all_dialects():
-            for layer in dialect.layers(header):
-                dialects.setdefault(layer, {})[dialect] = None
-        known: dict[Hashable, list[Claim]] = {}
-        for layer, asked in dialects.items():
+        named = {d: dict.fromkeys(d.layers(header)) for d in self.all_dialects()}
+        known: dict[Hashable, list[Callable[[str], Claim]]] = {}
+        for layer in dict.fromkeys(itertools.chain.from_iterable(named.values())):
             kind = self.likeness(header, layer)
             if kind in known:
-                yield from (claim.of(layer) for claim in known[kind])
+                for same in known[kind]:
+                    yield same(layer)
                 continue
+            asked = [dialect for dialect in named if layer in named[dialect]]
             claims = self._best_claims(header, layer, asked)
             if kind is not None and all(_is_general(claim) for claim in claims):
-                known[kind] = claims
+                known[kind] = [claim.namesake() for claim in claims]
             yield from claims
 
     def likeness(self, header: Header, layer: str) -> Hashable | None:

@@ -1,5 +1,6 @@
 """Headers are read strictly: every malformed one is refused by name."""
 
+import gc
 import json
 import os
 import struct
@@ -292,3 +293,19 @@ def test_any_json_is_read_or_refused(tmp_path_factory, table, metadata, data):
     except HijackError:
         return
     identify(header)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_left_as_it_was(tmp_path, enabled):
+    """It is paused while a header is read, whether that succeeds or not."""
+    path = tmp_path / "m.safetensors"
+    save_file({"a.weight": torch.ones(2)}, path)
+    (gc.enable if enabled else gc.disable)()
+    try:
+        read_header(path)
+        assert gc.isenabled() == enabled
+        with pytest.raises(HeaderError):
+            read_header(tmp_path / "none.safetensors")
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()

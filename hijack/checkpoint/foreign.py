@@ -76,13 +76,12 @@ def _name(header: Header, layer: str, group: Group) -> tuple[Format, str] | None
 def _groups(header: Header, claimed: Collection[str]) -> dict[str, Group]:
     """Last parts of keys by layer; ``X.weight.absmax`` is ``weight.absmax`` of X."""
     groups: dict[str, dict[str, TensorInfo]] = {}
-    for key, info in header.tensors.items():
-        layer, dot, rest = key.partition(".weight.")
-        name = f"weight.{rest}"
-        if not dot:
-            layer, _, name = key.rpartition(".")
+    for owner, parts in header.parts.items():
+        layer, dot, rest = f"{owner}.".partition(".weight.")
+        layer, within = (layer, f"weight.{rest}") if dot else (owner, "")
         if layer not in claimed:
-            groups.setdefault(layer, {})[name] = info
+            group = groups.setdefault(layer, {})
+            group.update({within + name: info for name, info in parts.items()})
     return {
         layer: group
         for layer, group in groups.items()

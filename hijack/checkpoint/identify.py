@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.dialect import check_marker
 from hijack.checkpoint.foreign import Foreign, find_foreign
+from hijack.checkpoint.garbage import uncollected
 from hijack.checkpoint.gguf import read_gguf
 from hijack.checkpoint.header import PLAIN_DTYPES, Header, join
 from hijack.checkpoint.identification import Identification, words
@@ -45,6 +46,7 @@ _DECODING = ("scale", "zero_point", "svd_")
 _OUTPUTS = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
 
 
+@uncollected()
 def identify(
     source: Paths | Header,
     registry: Registry | None = None,
@@ -106,10 +108,12 @@ def _weigh(
     layers: dict[str, Claim] = {}
     ambiguous: dict[str, tuple[Claim, ...]] = {}
     for layer, claim in first.items():
-        rivals = contested.get(layer, [claim])
-        best = max(claim.certainty for claim in rivals)
-        top = [claim for claim in rivals if claim.certainty == best]
-        if best is Certainty.GUESS or len({claim.scheme for claim in top}) > 1:
+        top = [claim]
+        if layer in contested:
+            best = max(claim.certainty for claim in contested[layer])
+            top = [claim for claim in contested[layer] if claim.certainty == best]
+        guessed = top[0].certainty is Certainty.GUESS
+        if guessed or (len(top) > 1 and len({claim.scheme for claim in top}) > 1):
             ambiguous[layer] = tuple(top)
         else:
             layers[layer] = top[0]
@@ -217,8 +221,10 @@ def _orphans(
     decoding = {n for n in header.owners if any(word in n for word in _DECODING)}
     found = []
     for key in header.tensors:
+        if key in used:
+            continue
         layer, _, name = key.rpartition(".")
-        if key in used or name in _OUTPUTS:
+        if name in _OUTPUTS:
             continue
         if name in SCALE_NAMES or (name in decoding and layer in coded):
             found.append(key)

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from hijack.checkpoint.garbage import uncollected
 from hijack.checkpoint.header import Header, TensorInfo, bits_of, bytes_of
 from hijack.errors import CheckpointError, HeaderError
 
@@ -35,6 +36,7 @@ _MAGIC = {
 _APART = frozenset("/\\\0")
 
 
+@uncollected()
 def read_header(source: Paths) -> Header:
     """Read what a checkpoint says about itself; no tensor data is read.
 
