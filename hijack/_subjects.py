@@ -54,11 +54,12 @@ def realistic_weight(
         seed: of the random numbers.
     """
     random = torch.Generator().manual_seed(seed)
-    weight = torch.randn(*shape, generator=random)
-    rows = torch.randn(shape[0], generator=random).mul(0.3).exp()
-    weight *= 0.02 * rows.view(-1, *[1] * (len(shape) - 1))
-    if outliers:
-        weight[torch.rand(*shape, generator=random) < 0.002] *= 8
+    with torch.device("cpu"):  # where the generator is, whatever is the default
+        weight = torch.randn(*shape, generator=random)
+        rows = torch.randn(shape[0], generator=random).mul(0.3).exp()
+        weight *= 0.02 * rows.view(-1, *[1] * (len(shape) - 1))
+        if outliers:
+            weight[torch.rand(*shape, generator=random) < 0.002] *= 8
     return weight.to(device, dtype)
 
 
@@ -97,7 +98,8 @@ def weights(
 
 
 def _floats(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(7))
+    random = torch.Generator().manual_seed(7)
+    return torch.randn(*shape, generator=random, device="cpu")
 
 
 #: Module type to the subjects it is tested with.

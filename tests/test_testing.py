@@ -15,6 +15,7 @@ from torch import nn
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack import _conformance, testing
+from hijack._subjects import SUBJECTS
 from hijack.testing import SchemeConformance, realistic_weight, registered, sqnr_db
 from tests import broken_schemes as broken
 
@@ -260,6 +261,16 @@ def test_realistic_weight_has_outliers():
     assert heavy.abs().max() > 2 * plain.abs().max()
     assert torch.equal(plain, realistic_weight((64, 256)))
     assert not torch.equal(plain, realistic_weight((64, 256), seed=1))
+
+
+def test_subjects_are_made_under_any_default_device():
+    """The kit's random numbers come from the CPU's generator, also for a GPU."""
+    with torch.device("meta"):
+        assert torch.equal(
+            realistic_weight((64, 256)).cpu(), realistic_weight((64, 256))
+        )
+        inputs = [make()[1] for makers in SUBJECTS.values() for make in makers]
+    assert all(x.device.type == "cpu" for x in inputs if x.is_floating_point())
 
 
 def test_registered_gives_the_name_back():
