@@ -1,8 +1,9 @@
-"""Decode FP8 on the CPU with integer operations, bit for bit as cast and multiply.
+"""Decode FP8 faster than torch casts and multiplies, and bit for bit the same.
 
-torch casts FP8 to bfloat16 one element at a time, which takes longer than the matrix
-product it is for. But the bits of an FP8 number, moved to the right place, are those of
-a bfloat16 or float32 number whose exponent has another bias ::
+On the CPU with integer operations. torch casts FP8 to bfloat16 one element at a time,
+which takes longer than the matrix product it is for. But the bits of an FP8 number,
+moved to the right place, are those of a bfloat16 or float32 number whose exponent has
+another bias ::
 
     e4m3       s eeee mmm            (-1)^s * 2^(e-7)   * 1.mmm
     bfloat16   s 0000eeee mmm0000    (-1)^s * 2^(e-127) * 1.mmm
@@ -10,10 +11,10 @@ a bfloat16 or float32 number whose exponent has another bias ::
 so sign extension, a shift, a mask and a multiplication by scale * 2^(127-7) decode it,
 subnormal numbers and zeros as well. It fails for the codes of inf and NaN, for scales
 so large that the power of two overflows, and where the processor flushes subnormal
-numbers to zero; `can_decode` says no to these.
+numbers to zero; `can_decode` says no to these. Everything goes through buffers that
+each thread keeps between calls, so that a weight is never held dense as a whole.
 
-Everything goes through buffers that each thread keeps between calls, so that a weight
-is never held dense as a whole.
+On a GPU with a cast and one multiplication in place, which move a third of the bytes.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+
+from schemes._fp8_blocks import decode_scale
 
 #: FP8 dtype to (left shift within 16 bits, 127 - bias of the exponent, first code that
 #: is no finite number).
@@ -60,20 +63,25 @@ def can_decode(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> bool:
         scale: (ceil(N/R), ceil(K/C)).
         size: (R, C), the block size.
     """
-    if torch.compiler.is_compiling() or type(codes) not in _PLAIN:
-        return False
     return (
-        codes.device.type == "cpu" == scale.device.type
-        and type(scale) in _PLAIN
+        are_plain(codes, scale)
+        and codes.device.type == "cpu" == scale.device.type
         and size[1] >= MIN_COLS
         and codes.numel() > 0
         and codes.dtype in FORMATS
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._is_tracing()
         and _SUBNORMAL * 1.0 != 0.0  # subnormal numbers are not flushed to zero
         and _scale_fits(scale)
         and _is_clean(codes)
+    )
+
+
+def are_plain(*tensors: Tensor) -> bool:
+    """Whether operations on these are run as they are called, and watched by nobody."""
+    return not torch.compiler.is_compiling() and (
+        all(type(tensor) in _PLAIN for tensor in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch._C._is_tracing()
     )
 
 
@@ -120,6 +128,43 @@ def dequantize(
     out = torch.empty((n, k), dtype=dtype, device="cpu")
     _decode(codes, scale, size, slice(0, n), out)
     return out
+
+
+def multiply_in_place(
+    codes: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
+    """`dequantize` for a GPU, where the memory that is read and written takes the time.
+
+    Every FP8 number is exact in the 16-bit dtypes, and a GPU multiplies dtypes of any
+    kind without a copy of either, in float32, and rounds once; one dtype is faster.
+
+    Args:
+        codes: (N, K), for which `are_plain` holds.
+        scale: (ceil(N/R), ceil(K/C)).
+        size: (R, C), the block size.
+        dtype: floating dtype of the result.
+
+    Returns:
+        (N, K) of ``dtype``.
+    """
+    dense = codes.to(dtype if dtype in DENSE else torch.float32)
+    if scale.dtype != dense.dtype:
+        scale = decode_scale(scale)
+    for rows, up, r in _spans(codes.shape[0], size[0]):
+        for cols, along, c in _spans(codes.shape[1], size[1]):
+            factor = scale[up, along][:, None, :, None]
+            blocks = dense[rows, cols].view(len(factor), r, -1, c)
+            blocks.mul_(factor)
+    return dense.to(dtype)
+
+
+def _spans(length: int, block: int) -> Iterator[tuple[slice, slice, int]]:
+    """Where whole blocks are, then the short one: elements, scales, size of a block."""
+    whole = length // block if length else 0
+    if whole:
+        yield slice(whole * block), slice(whole), block
+    if whole * block < length:
+        yield slice(whole * block, None), slice(whole, None), length - whole * block
 
 
 def linear(

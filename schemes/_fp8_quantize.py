@@ -1,6 +1,6 @@
 """Scales and FP8 codes of the blocks of a weight: `schemes.blockwise_fp8` as it writes.
 
-Everything goes through the rows in chunks, so that temporaries stay in the cache.
+Everything goes through the rows in chunks, so that temporaries stay small.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from schemes._fp8_blocks import POWER_DTYPES, decode_scale, matrix_shape
 
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8
-#: Elements worked on at a time.
+#: Elements worked on at a time: on the CPU what fits the cache, elsewhere enough that
+#: starting an operation takes no time beside it.
 CHUNK = 1 << 18
+DEVICE_CHUNK = 1 << 24
 #: Candidates of a search at most: as many as bfloat16 has in an octave.
 MAX_CANDIDATES = 128
 #: Share of a squared error that the sums may be wrong by.
@@ -53,7 +55,8 @@ def absmax_scale(
     _check_finite(amax, weight)  # (N, ceil(K/C))
     amax = F.pad(amax.float(), (0, 0, 0, -len(amax) % rows))
     amax = amax.view(-1, rows, amax.shape[1]).amax(1)
-    scale = amax / torch.finfo(dtype).max
+    # by a tensor: a GPU multiplies by the reciprocal of a number, which rounds twice
+    scale = amax / amax.new_tensor(torch.finfo(dtype).max)
     if scale_dtype in POWER_DTYPES:
         return _round_up_to_power(scale)
     scale = scale.to(scale_dtype)
@@ -118,7 +121,7 @@ def search_scale(
     if scale.dtype not in POWER_DTYPES:
         table = _ErrorTable(dtype, scale.dtype, candidates, weight.device)
     # rows at a time, so that an error for each candidate of each block fits too
-    step = CHUNK // (plain.shape[1] * max(size[1], candidates))
+    step = _chunk(weight) // (plain.shape[1] * max(size[1], candidates))
     group = max(step // size[0], 1)
     found = []
     for start in range(0, len(plain), group):
@@ -183,20 +186,22 @@ class _ErrorTable:
         device: torch.device,
     ) -> None:
         self.scale_dtype = scale_dtype
-        self.numbers = torch.arange(candidates, dtype=torch.int32, device=device)
+        # on the CPU, so that the table is the same everywhere
+        numbers = torch.arange(candidates, dtype=torch.int32, device="cpu")
         # (J,) float32, in [1, 2], as the scale's dtype has them
-        mantissas = torch.exp2(self.numbers.float() / candidates)
-        self.mantissas = mantissas.to(scale_dtype).float()
+        mantissas = torch.exp2(numbers.float() / candidates).to(scale_dtype).float()
         # the largest element is less than this power of two times the scale's
         reach = int(math.log2(torch.finfo(dtype).max)) + 2
         # of the first row, less the scale's
         self.lowest = reach - self.EXPONENTS
-        row = torch.arange(self.EXPONENTS * 128, device=device)[:, None]
+        row = torch.arange(self.EXPONENTS * 128, device="cpu")[:, None]
         element = torch.ldexp((128 + row % 128).float(), row // 128 + self.lowest - 7)
-        scale = 2 * self.mantissas
+        scale = 2 * mantissas
         rounded = (element / scale).to(dtype).float() * scale
-        self.errors = (rounded - element).square_()  # (16 * 128, J)
-        self.errors[0] = 0
+        errors = (rounded - element).square_()  # (16 * 128, J)
+        errors[0] = 0
+        self.numbers = numbers.to(device)
+        self.mantissas, self.errors = mantissas.to(device), errors.to(device)
 
     def likely(self, pieces: _Pieces, scale: Tensor) -> Tensor:
         """For each block of (g, ceil(K/C)) the candidate of the least error, float32.
@@ -307,7 +312,11 @@ def encode(
 
 def _step(weight: Tensor) -> int:
     """How many rows (N, K) has in a chunk."""
-    return max(CHUNK // weight.shape[1], 1)
+    return max(_chunk(weight) // weight.shape[1], 1)
+
+
+def _chunk(weight: Tensor) -> int:
+    return CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
 
 
 def _blocks(weight: Tensor, cols: int) -> Tensor:

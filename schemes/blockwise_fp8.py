@@ -149,6 +149,8 @@ class BlockwiseFP8(hijack.Scheme):
         codes, scale = qdata.reshape(shape), as_grid(params["weight_scale"])
         if _fp8_decode.can_decode(qdata, scale, size) and dtype in _fp8_decode.DENSE:
             dense = _fp8_decode.dequantize(codes, scale, size, dtype)  # (N, K)
+        elif codes.is_cuda and _fp8_decode.are_plain(codes, scale):
+            dense = _fp8_decode.multiply_in_place(codes, scale, size, dtype)
         else:
             dense = _multiply(codes.float(), decode_scale(scale), size).to(dtype)
         return dense.view(qdata.shape)
@@ -302,16 +304,17 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     Returns:
         (..., N) of ``input``'s dtype.
     """
-    weight, scale, bias = self.weight, as_grid(self.weight_scale), self.bias
-    params = _params(self)
+    weight, bias, params = self.weight, self.bias, _params(self)
     dtype = input.dtype if input.is_floating_point() else self._hijack.dtype
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    if not torch.compiler.is_compiling() and input.shape[-1:] == weight.shape[1:]:
-        size = block_size_of(weight, params)
-        if _fp8_decode.can_multiply(input, bias) and _fp8_decode.can_decode(
-            weight, scale, size
-        ):
+    if (
+        not torch.compiler.is_compiling()
+        and input.shape[-1:] == weight.shape[1:]
+        and _fp8_decode.can_multiply(input, bias)
+    ):
+        scale, size = as_grid(params["weight_scale"]), block_size_of(weight, params)
+        if _fp8_decode.can_decode(weight, scale, size):
             return _fp8_decode.linear(input, weight, scale, size, bias)
     return F.linear(input, self._hijack.scheme.dequantize(weight, params, dtype), bias)
 
