@@ -1,6 +1,7 @@
 """Real ComfyUI servers and processes for tests."""
 
 import contextlib
+import importlib.util
 import itertools
 import json
 import os
@@ -42,6 +43,25 @@ def version(folder):
     """The version a ComfyUI says it is."""
     text = (folder / "comfyui_version.py").read_text()
     return re.search(r'__version__ = "(.*)"', text).group(1)
+
+
+def has_dynamic_vram(folder):
+    """Whether a release can load weights when they are used, and has what it needs."""
+    text = (folder / "comfy" / "model_patcher.py").read_text("utf-8")
+    available = importlib.util.find_spec("comfy_aimdo") is not None
+    return available and "class ModelPatcherDynamic" in text
+
+
+def run_case(script, release, folder, *arguments):
+    """What a script of ``tests/hosts`` found, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, script, release, folder, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def _numbers(text):

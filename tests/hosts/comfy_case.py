@@ -1,6 +1,6 @@
 """Run by tests in a fresh process: what hijack does inside one real ComfyUI.
 
-Usage: comfy_case.py COMFYUI FOLDER
+Usage: comfy_case.py COMFYUI FOLDER [--ARGUMENT-OF-COMFYUI ...]
 
 Prints one JSON object: the name of each check, and what was found. Files go to FOLDER.
 """
@@ -25,7 +25,7 @@ import launch
 from safetensors.torch import save_file
 
 ROOT, FOLDER = sys.argv[1], Path(sys.argv[2])
-launch.prepare(ROOT)
+launch.prepare(ROOT, *(a for a in sys.argv[3:] if a.startswith("--")))
 
 import comfy.model_detection
 import comfy.model_management

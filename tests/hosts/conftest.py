@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -37,12 +35,5 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture(scope="module")
 def case(request, tmp_path_factory):
     """What the module's ``CASE``, a script here, found with one release."""
-    folder = tmp_path_factory.mktemp("files")
-    script = HERE / request.module.CASE
-    done = subprocess.run(
-        [sys.executable, script, RELEASES[request.param], folder],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    script, root = HERE / request.module.CASE, RELEASES[request.param]
+    return comfy_harness.run_case(script, root, tmp_path_factory.mktemp("files"))

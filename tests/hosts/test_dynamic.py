@@ -7,37 +7,17 @@ hijack's Python code do; it says nothing of speed or of the driver.
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
+import comfy_harness  # its folder is put on the path in conftest.py
 import pytest
 
 HERE = Path(__file__).parent
-COMFYUI_TESTS = HERE.parent / "comfyui"
-if str(COMFYUI_TESTS) not in sys.path:
-    sys.path.insert(0, str(COMFYUI_TESTS))
-
-import comfy_harness  # noqa: E402 - found through the path set above
-
-
-def has_dynamic_vram(folder):
-    """Whether a release can load weights when they are used."""
-    patcher = folder / "comfy" / "model_patcher.py"
-    return "class ModelPatcherDynamic" in patcher.read_text("utf-8")
-
-
 RELEASES = {
     version: folder
     for version, folder in comfy_harness.releases().items()
-    if has_dynamic_vram(folder)
+    if comfy_harness.has_dynamic_vram(folder)
 }
-MISSING = [
-    name
-    for name in ("aiohttp", "comfy_aimdo")
-    if importlib.util.find_spec(name) is None
-]
 MODES = ("all", "none", "half")
 #: Two ways to compute the same in float32 differ by less.
 ROUNDING = 1e-5
@@ -48,7 +28,9 @@ pytestmark = [
     pytest.mark.skipif(
         not RELEASES, reason="no ComfyUI with dynamic VRAM: set HIJACK_TEST_COMFYUI"
     ),
-    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {MISSING}"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("aiohttp") is None, reason="not installed: aiohttp"
+    ),
 ]
 
 
@@ -62,13 +44,7 @@ def release(request):
 def found(release, tmp_path_factory):
     """What one process with that release found."""
     folder = tmp_path_factory.mktemp("files")
-    done = subprocess.run(
-        [sys.executable, HERE / "dynamic_case.py", release, folder],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return comfy_harness.run_case(HERE / "dynamic_case.py", release, folder)
 
 
 def test_the_double_runs_comfyui_s_dynamic_vram(found):

@@ -5,16 +5,12 @@ The table is printed after the tests; ``docs/comfyui-matrix.md`` is such a table
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import comfy_harness  # its folder is put on the path in conftest.py
 import pytest
 
-HERE = Path(__file__).parent
+SCRIPT = Path(__file__).with_name("matrix_case.py")
 RELEASES = comfy_harness.releases()
 
 pytestmark = pytest.mark.comfyui
@@ -38,32 +34,13 @@ DYNAMIC = ("plain", "LoRA", "LoRA big", "LoRA removed", "quantize on load")
 DYNAMIC = (*DYNAMIC, "save and reload")
 
 
-def has_dynamic_vram(folder: Path) -> bool:
-    """Whether a release can load weights when they are used."""
-    text = (folder / "comfy" / "model_patcher.py").read_text("utf-8")
-    available = importlib.util.find_spec("comfy_aimdo") is not None
-    return available and "class ModelPatcherDynamic" in text
-
-
-def run(folder, *arguments):
-    """What one process found."""
-    done = subprocess.run(
-        [sys.executable, HERE / "matrix_case.py", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 @pytest.fixture(scope="module")
 def row(request, tmp_path_factory, release):
     """Scheme to cell to error, for one release."""
-    folder = tmp_path_factory.mktemp("matrix")
-    found = run(folder, RELEASES[release], folder)
-    if has_dynamic_vram(RELEASES[release]):
-        dynamic = run(folder, RELEASES[release], folder, "dynamic")
+    folder, root = tmp_path_factory.mktemp("matrix"), RELEASES[release]
+    found = comfy_harness.run_case(SCRIPT, root, folder)
+    if comfy_harness.has_dynamic_vram(root):
+        dynamic = comfy_harness.run_case(SCRIPT, root, folder, "dynamic")
         for scheme, cells in dynamic.items():
             found[scheme] |= {f"DynamicVRAM: {k}": v for k, v in cells.items()}
     return found
@@ -81,7 +58,7 @@ def test_every_cell_is_exact(row, scheme, release, record_property):
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_dynamic_vram_is_exact(row, scheme, release):
     """The same where ComfyUI loads weights when they are used."""
-    if not has_dynamic_vram(RELEASES[release]):
+    if not comfy_harness.has_dynamic_vram(RELEASES[release]):
         pytest.skip(f"{release} has no dynamic VRAM")
     found = {cell: row[scheme][f"DynamicVRAM: {cell}"] for cell in DYNAMIC}
     assert {c: v for c, v in found.items() if v > CELLS[c]} == {}
