@@ -33,12 +33,12 @@ COLUMNS = "| layer | threads | M | musubi / hijack | musubi / bf16 | hijack / bf
 RULE = "|---|---:|---:|---:|---:|---:|"
 
 
-def layers(n: int, k: int) -> tuple[list[nn.Module], list[Tensor]]:
+def layers(n: int, k: int, device: str) -> tuple[list[nn.Module], list[Tensor]]:
     """Wrapped Linears with 1 x 64 blocks, and dense weights, (N, K) bfloat16 each."""
     count = max(POOL_BYTES // (n * k), 2)
     linears, weights = [], []
     for _ in range(count):
-        linear = nn.Linear(k, n, bias=False, dtype=torch.bfloat16)
+        linear = nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device=device)
         weights.append(linear.weight.detach().clone())
         linear.requires_grad_(False)
         linears.append(hijack.wrap_module(linear, "blockwise_fp8", block_size=(1, 64)))
@@ -74,22 +74,24 @@ def with_musubis_names(linear: Any) -> SimpleNamespace:
     return SimpleNamespace(weight=linear.weight, scale_weight=scale, bias=None)
 
 
-def measure(n: int, k: int, sizes: list[int], rounds: int, threads: int) -> None:
-    """Print one row for each M."""
-    linears, weights = layers(n, k)
+def measure(n: int, k: int, where: str, sizes: list[int], rounds: int) -> None:
+    """Print one row for each M; ``where`` is a number of threads, or ``cuda``."""
+    on_gpu = where == "cuda"
+    linears, weights = layers(n, k, "cuda" if on_gpu else "cpu")
     for m in sizes:
-        x = torch.randn(m, k, dtype=torch.bfloat16)
+        x = torch.randn(m, k, dtype=torch.bfloat16, device=weights[0].device)
         runs = runs_for(x, linears, weights)
         with torch.inference_mode():
             if "musubi" in runs:
                 assert_same(runs["hijack"](0), runs["musubi"](0))
-            seconds = alternate(runs, rounds, repeat=2 if m < 1024 else 1)
+            repeat = 20 if on_gpu else 2 if m < 1024 else 1
+            seconds = alternate(runs, rounds, repeat)
         hijack_s, bf16 = seconds["hijack"], seconds["bf16"]
         other = seconds.get("musubi")
         faster = f"{ratio(other, hijack_s):.2f}" if other else "-"
         bound = f"{ratio(other, bf16):.2f}" if other else "-"
         print(
-            f"| {k} -> {n} | {threads} | {m} | {faster} | {bound} | "
+            f"| {k} -> {n} | {where} | {m} | {faster} | {bound} | "
             f"{ratio(hijack_s, bf16):.2f} |",
             flush=True,
         )
@@ -111,15 +113,18 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", nargs="+", type=int, default=None)
+    parser.add_argument("--gpu", action="store_true", help="not on the CPU")
     args = parser.parse_args()
     if musubi() is None:
         print(f"{MUSUBI} is not set: measured without musubi-tuner\n")
     print(f"{machine()}\n\n{COLUMNS}\n{RULE}")
-    for threads in args.threads or sorted({1, torch.get_num_threads()}):
-        torch.set_num_threads(threads)
+    threads = args.threads or sorted({1, torch.get_num_threads()})
+    for where in ["cuda"] if args.gpu else threads:
+        if not args.gpu:
+            torch.set_num_threads(where)
         for shape in args.shapes:
             k, n = map(int, shape.split("x"))
-            measure(n, k, args.rows, args.rounds, threads)
+            measure(n, k, str(where), args.rows, args.rounds)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def alternate(
             start = time.perf_counter()
             for again in range(repeat):
                 call(turn * repeat + again)
+            if torch.cuda.is_initialized():  # what was started must be done
+                torch.cuda.synchronize()
             elapsed = (time.perf_counter() - start) / repeat
             if turn:
                 seconds[name].append(elapsed)
@@ -47,7 +49,7 @@ def ratio(over: list[float], under: list[float]) -> float:
 
 
 def machine() -> str:
-    """Processor, its features that matter here, and torch."""
+    """Processor, its features that matter here, the GPU if there is one, and torch."""
     name, flags = platform.processor() or platform.machine(), set[str]()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -59,4 +61,5 @@ def machine() -> str:
                 flags = set(value.split())
     known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
     has = ", ".join(f"{flag} {'yes' if flag in flags else 'no'}" for flag in known)
-    return f"{name} ({has}); torch {torch.__version__}"
+    gpu = f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{name} ({has}){gpu}; torch {torch.__version__}"
