@@ -121,9 +121,13 @@ def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
     """
     rows, sure_rows = _possible(shape[0], grid[0])
     cols, sure_cols = _possible(shape[1], grid[1])
-    columns = shape[0] > 1 and shape[1] > 1 and grid == (1, shape[1])
     sizes = [(r, c) for r in rows for c in cols]
-    return sizes, sure_rows and sure_cols and not columns
+    return sizes, sure_rows and sure_cols and not columns_of(shape, grid)
+
+
+def columns_of(shape: Pair, grid: Pair) -> bool:
+    """Whether there is a scale for each column, and so no sure reading."""
+    return shape[0] > 1 and shape[1] > 1 and grid == (1, shape[1])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -52,6 +52,7 @@ def float8_tensor(kind, **data):
 TORCHAO = {"a._weight_qdata": ("F8_E4M3", 256, 256)}
 BANK = {"a._weight_qdata": ("F8_E4M3", 4, 256, 256)}
 MARK = {"a.comfy_quant": ("U8", 20)}
+ROWWISE = "float8_e4m3fn_rowwise"
 FINE = quantization(quant_method="fp8", weight_block_size=[128, 128])
 
 #: What is read: tensors, what else the file says, dialect and block size.
@@ -222,6 +223,14 @@ def test_a_format_without_a_scheme_is_named(name):
     assert (found.layers, found.orphans, found.clear) == ({}, (), False)
 
 
+def test_a_weight_that_is_marked_as_rotated_is_not_read():
+    """The other words of such a marker are those of a weight that is not."""
+    said = {"a.comfy_quant": {"format": ROWWISE, "convrot": True}}
+    found = identify(header_of({**layer_of(("F32", 256)), **MARK}, markers=said))
+    assert found.foreign["a"].format == "comfy_quant of another kind"
+    assert not found.layers
+
+
 @pytest.mark.parametrize("extra", NEEDED)
 @pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
 def test_what_a_weight_cannot_be_read_without_is_an_orphan(extra, scale):
@@ -266,6 +275,10 @@ GUESSED = {
         layer_of(("F32", 1, 256)),
         {"256x1": ("hijack", (256, 1))},
     ),
+    "columns, or rows lying down, where a marker says rows": (
+        {**layer_of(("F32", 1, 256)), **MARK},
+        {"256x1": ("comfy_quant", (256, 1))},
+    ),
     "rows that may be rotated": (
         layer_of(("F32", 256, 1), name="scale"),
         {"deepseek": ("deepseek", (1, 256))},
@@ -277,10 +290,11 @@ GUESSED = {
 def test_a_guess_is_taken_only_if_it_is_assumed(name):
     """Without a word the file is refused; each word gives its own reading."""
     tensors, choices = GUESSED[name]
+    header = header_of(tensors, markers={"a.comfy_quant": {"format": ROWWISE}})
     with pytest.raises(AmbiguousError, match="does not tell how to read it"):
-        identify(header_of(tensors)).claims()
+        identify(header).claims()
     for word, expected in choices.items():
-        claim = identify(header_of(tensors), assume=[word]).claims()["a"]
+        claim = identify(header, assume=[word]).claims()["a"]
         assert (claim.dialect, claim.block_size) == expected
 
 

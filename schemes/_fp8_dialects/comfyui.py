@@ -23,6 +23,8 @@ from schemes._fp8_blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
+    columns_of,
+    divides,
     grid_shape,
     matrix_shape,
     parse_block_size,
@@ -130,8 +132,8 @@ class ComfyQuantDialect(FP8Dialect):
         if marker is None:
             return self._unmarked(header, found)
         name = str(marker.get("format", ""))
-        if name not in CODES:
-            return None
+        if name not in CODES or marker.get("convrot"):
+            return None  # a rotated weight is another weight
         tiles = mx.is_mx(found) and mx.is_tiled(found)
         if (found.scale.torch_dtype in POWER_DTYPES) != (name in _MX) or (
             name in _MX and not tiles
@@ -161,7 +163,8 @@ class ComfyQuantDialect(FP8Dialect):
     def _sizes(self, found: Found, said: Said) -> tuple[list[Pair], bool]:
         """Its writers never cut a block short, but a block may be any that divides."""
         sizes, sure = super()._sizes(found, said)
-        if sure or found.shape[0] % found.grid[0] or found.shape[1] % found.grid[1]:
+        exact = divides(found.shape, found.grid)
+        if sure or not exact or columns_of(found.shape, found.grid):
             return sizes, sure
         return sizes[-1:], True
 
