@@ -77,6 +77,20 @@ READ = {
         {},
         ("scaled_fp8", (256, 256)),
     ),
+    "marked as a whole, under today's name": (
+        {
+            **layer_of(("F32",)),
+            "a.input_scale": ("F32",),
+            "scaled_fp8": ("F8_E4M3", 2),
+        },
+        {},
+        ("scaled_fp8", (256, 256)),
+    ),
+    "marked as a whole, rows under today's name": (
+        {**layer_of(("F32", 256)), "scaled_fp8": ("F8_E4M3", 2)},
+        {},
+        ("scaled_fp8", (1, 256)),
+    ),
     "rows of convert_to_quant, older": (
         layer_of(("F32", 256), name="scale_weight"),
         {},
@@ -101,6 +115,11 @@ READ = {
     "plain powers of ModelOpt": (
         layer_of(("U8", 96, 2), shape=(96, 64)),
         {"config": quantization(quant_method="modelopt")},
+        ("mxfp8", (1, 32)),
+    ),
+    "plain powers of ModelOpt, of the shape of tiles": (
+        layer_of(("U8", 128, 4), shape=(128, 128)),
+        {"config": quantization(quant_method="modelopt", quant_algo="MXFP8")},
         ("mxfp8", (1, 32)),
     ),
     "Kijai": (layer_of(("F32",)), {}, ("kijai", (256, 256))),
@@ -282,6 +301,10 @@ GUESSED = {
     "rows that may be rotated": (
         layer_of(("F32", 256, 1), name="scale"),
         {"deepseek": ("deepseek", (1, 256))},
+    ),
+    "one scale of a weight that may be rotated": (
+        layer_of(("F32", 1, 1), name="scale"),
+        {"deepseek": ("deepseek", (256, 256))},
     ),
 }
 

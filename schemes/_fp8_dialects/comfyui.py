@@ -56,12 +56,12 @@ class ScaledFP8Dialect(FP8Dialect):
     """
 
     name = "scaled_fp8"
-    scales = ("scale_weight",)
+    scales = ("scale_weight", "weight_scale")
     ranks = (1, 2, 3)
-    inputs = ("scale_input",)
+    inputs = ("scale_input", "input_scale")
     row = Row(
-        "ComfyUI up to 0.3; convert_to_quant's older path",
-        "X.weight, X.scale_weight, X.scale_input",
+        "ComfyUI up to 0.3; convert_to_quant's older path; Kijai",
+        "X.weight, X.scale_weight, X.scale_input; also X.weight_scale, X.input_scale",
         "F32 (); convert_to_quant: (N,), (N/C, K/C) or (N, K/C, 1)",
         "all; convert_to_quant: rows, C x C, 1 x C",
         "a tensor `scaled_fp8`, whose dtype is the codes'",
@@ -69,11 +69,14 @@ class ScaledFP8Dialect(FP8Dialect):
 
     def said(self, header: Header, found: Found) -> Said | None:
         """Claim what the marker covers, and grids nobody else writes under the name."""
+        own = "scale_weight" in found.keys  # today's name is that of others too
         if join(found.layer, LAYER_MARKER) in header.tensors:
+            return None
+        if not own and comfy_marker(header, found.layer) is not None:
             return None
         marker = file_marker(header, found.layer)
         if marker is None:
-            return Said(Certainty.UNIQUE) if _converted(found) else None
+            return Said(Certainty.UNIQUE) if own and _converted(found) else None
         dtype = marker.dtype if marker.dtype.startswith("F8") else "F8_E4M3"
         problem = ""
         if dtype != found.weight.dtype:

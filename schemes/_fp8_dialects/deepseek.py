@@ -61,9 +61,10 @@ class DeepSeekDialect(ConfiguredDialect):
             return None
         if "weight_block_size" not in config:
             size = found.shape if found.grid == (1, 1) else None
-            # SDNQ's rows look the same, and may be rotated
-            rows = "scale" in found.keys and found.grid == (found.shape[0], 1)
-            return Said(Certainty.GUESS if rows else Certainty.UNIQUE, size=size)
+            # SDNQ's rows and single scales look the same, and may be rotated
+            one = found.grid in ((found.shape[0], 1), (1, 1))
+            sdnq = "scale" in found.keys and one
+            return Said(Certainty.GUESS if sdnq else Certainty.UNIQUE, size=size)
         size = found.shape
         given = config["weight_block_size"]
         block = pair(given)

@@ -77,7 +77,7 @@ class PlainMXDialect(FP8Dialect):
     """MXFP8 with scales in plain order, and nothing that says so.
 
     Where 128 divides the rows and also 4 the scales of one, ComfyUI's tiles have the
-    same shape: then either is a guess.
+    same shape: then either is a guess, unless a config names a method that has no tiles.
     """
 
     name = "mxfp8"
@@ -101,5 +101,6 @@ class PlainMXDialect(FP8Dialect):
             return None
         if method not in (None, "mxfp8", "modelopt"):
             return None
-        sure = Certainty.GUESS if is_tiled(found) else Certainty.UNIQUE
+        tiles = method is None and is_tiled(found)
+        sure = Certainty.GUESS if tiles else Certainty.UNIQUE
         return Said(sure, "scales in plain order", (1, COLS))
