@@ -216,7 +216,66 @@ NAMED = {
         {},
         "stacked FP8 experts",
     ),
+    "stacked experts, a scale for each row": (
+        {"a.down_proj": ("F8_E4M3", 2, 64, 32), "a.down_proj_scale": ("F32", 2, 64, 1)},
+        {},
+        "stacked FP8 experts",
+    ),
+    "torchao of before": (
+        {
+            "a.weight:qdata": ("F8_E4M3", 64, 64),
+            "a.weight:scale": ("F32", 64, 1),
+            "a.bias:_data": ("F32", 64),
+        },
+        float8_tensor("Float8Tensor", block_size=[1, 64]),
+        "torchao of another kind",
+    ),
+    "GPTQ without an order of columns": (
+        {
+            "a.qweight": ("I32", 8, 128),
+            "a.qzeros": ("I32", 2, 16),
+            "a.scales": ("F16", 2, 128),
+        },
+        {},
+        "GPTQ",
+    ),
+    "AWQ": (
+        {
+            "a.qweight": ("I32", 64, 16),
+            "a.qzeros": ("I32", 2, 16),
+            "a.scales": ("F16", 2, 128),
+        },
+        {},
+        "AWQ",
+    ),
+    "packed integers without zeros": (
+        {"a.qweight": ("I32", 8, 128), "a.scales": ("F16", 2, 128)},
+        {},
+        "packed integers of another kind",
+    ),
+    "DeepSeek's FP4 experts": (
+        layer_of(("F8_E8M0", 64, 2), shape=(64, 32), dtype="I8", name="scale"),
+        {},
+        "DeepSeek FP4 experts",
+    ),
+    "SDNQ's integers without its config": (
+        layer_of(("F32", 64, 1), shape=(64, 64), dtype="I8", name="scale"),
+        {},
+        "integers without a marker",
+    ),
 }
+
+def test_a_config_tells_which_nvfp4_it_is():
+    """Where the shapes are ComfyUI's too, which has no config."""
+    tensors = {
+        **layer_of(("F8_E4M3", 128, 8), shape=(128, 64), dtype="U8"),
+        "a.weight_scale_2": ("F32",),
+    }
+    config = quantization(quant_method="modelopt", quant_algo="NVFP4")
+    assert identify(header_of(tensors)).foreign["a"].rivals
+    found = identify(header_of(tensors, config=config)).foreign["a"]
+    assert (found.format, found.rivals) == ("ModelOpt nvfp4", ())
+
 
 #: What nobody may read a weight without.
 NEEDED = ("pre_quant_scale", "weight_zero_point", "svd_up", "scale", "weight_scale_2")

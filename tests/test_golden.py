@@ -38,7 +38,12 @@ READ = [name for name in NAMES if expected_of(name).get("layers")]
 AMBIGUOUS = [name for name in NAMES if "assume" in expected_of(name)]
 FOREIGN = [name for name in NAMES if expected_of(name).get("foreign")]
 #: Told by headers made by hand, in test_dialects.py: their files are no small ones.
-BY_HAND = {"torchao of another kind", "stacked FP8 experts"}
+BY_HAND = {
+    "torchao of another kind",
+    "stacked FP8 experts",
+    "packed integers of another kind",
+    "integers without a marker",
+}
 
 
 def readings_of(name):

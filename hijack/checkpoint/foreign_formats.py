@@ -66,8 +66,9 @@ def _nvfp4(header: Header, layer: str, group: Group) -> bool:
 
 
 def _nvfp4_plain(header: Header, layer: str, group: Group) -> bool:
-    """Scales in plain order, of a shape that tiles would not have."""
-    return _nvfp4(header, layer, group) and not _tiled(group)
+    """Scales in plain order: as the config says, or of a shape no tiles have."""
+    said = _method("modelopt")(header, layer, group)
+    return _nvfp4(header, layer, group) and (said or not _tiled(group))
 
 
 def _tiled(group: Group) -> bool:
@@ -91,7 +92,7 @@ def _torchao(header: Header, layer: str, group: Group) -> bool:
         name.startswith("_") and f"{name.removesuffix('_qdata')}_scale" in group
         for name in group
         if name.endswith("_qdata")
-    )
+    ) or any(name.endswith(":qdata") for name in group)
 
 
 def _compressed_int8(header: Header, layer: str, group: Group) -> bool:
@@ -109,10 +110,26 @@ def _fnuz(header: Header, layer: str, group: Group) -> bool:
 def _stacked(header: Header, layer: str, group: Group) -> bool:
     """FP8 codes under a name of their own, and a scale named after them."""
     return any(
-        f"{name}_scale_inv" in group
+        other.startswith(f"{name}_scale")
         for name, info in group.items()
         if info.dtype.startswith("F8_E") and name != "weight"
+        for other in group
     )
+
+
+def _gptq(header: Header, layer: str, group: Group) -> bool:
+    """Packed along the columns: as wide as its scales, which AWQ's codes are not."""
+    wide = group["qweight"].shape[-1:] == group["scales"].shape[-1:]
+    return "g_idx" in group or wide
+
+
+def _fp4(header: Header, layer: str, group: Group) -> bool:
+    codes, scale = group["weight"].dtype, group["scale"].dtype
+    return codes in ("I8", "U8") and scale in ("U8", "F8_E8M0")
+
+
+def _integers(header: Header, layer: str, group: Group) -> bool:
+    return group["weight"].dtype in ("I8", "U8")
 
 
 _COMFY = "X.comfy_quant, JSON in bytes"
@@ -151,12 +168,18 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "GPTQ",
         Row("GPTQ", "X.qweight, X.qzeros, X.scales, X.g_idx", "F16", "groups", _CONFIG),
-        needs=("qweight", "qzeros", "scales", "g_idx"),
+        needs=("qweight", "qzeros", "scales"),
+        test=_gptq,
     ),
     Format(
         "AWQ",
         Row("AWQ", "X.qweight, X.qzeros, X.scales", "F16", "groups", _CONFIG),
         needs=("qweight", "qzeros", "scales"),
+    ),
+    Format(
+        "packed integers of another kind",
+        Row("many", "X.qweight, X.scales", "any", "any", _CONFIG),
+        needs=("qweight",),
     ),
     Format(
         "compressed-tensors nvfp4",
@@ -196,7 +219,7 @@ FORMATS: tuple[Format, ...] = (
         "torchao of another kind",
         Row(
             "torchao",
-            "X._weight_qdata, X._weight_scale",
+            "X._weight_qdata, X._weight_scale; X.weight:qdata up to 0.14",
             "by its class",
             "by its class, such as MXTensor with scales in tiles, or Int4Tensor",
             "metadata, one entry for each tensor, with its `_type`",
@@ -207,7 +230,7 @@ FORMATS: tuple[Format, ...] = (
         "stacked FP8 experts",
         Row(
             "transformers",
-            "P.gate_up_proj, P.gate_up_proj_scale_inv",
+            "P.gate_up_proj, P.gate_up_proj_scale_inv or P.gate_up_proj_scale",
             "F32 (E, ceil(N/R), ceil(K/C)) for (E, N, K)",
             "128 x 128",
             _CONFIG,
@@ -374,6 +397,18 @@ FORMATS: tuple[Format, ...] = (
             _CONFIG,
         ),
         needs=("weight", "scale"),
-        test=_of("weight", "I8", "U8"),
+        test=_fp4,
+    ),
+    Format(
+        "integers without a marker",
+        Row(
+            "SDNQ without its config, and others",
+            "X.weight, X.scale, X.zero_point",
+            "any",
+            "groups; maybe packed, maybe rotated",
+            "none",
+        ),
+        needs=("weight", "scale"),
+        test=_integers,
     ),
 )
