@@ -174,6 +174,11 @@ READ = {
         {"metadata": float8_tensor("MXTensor", block_size=32)},
         ("torchao", (1, 32)),
     ),
+    "SDNQ, lying down": (
+        layer_of(("F32", 1, 64), shape=(64, 64), name="scale"),
+        {"config": quantization(quant_method="sdnq", use_quantized_matmul=True)},
+        ("sdnq", (1, 64)),
+    ),
     "quanto": (
         {"a.weight._data": ("F8_E5M2", 8, 16), "a.weight._scale": ("BF16", 8, 1)},
         {},
@@ -265,6 +270,7 @@ NAMED = {
     ),
 }
 
+
 def test_a_config_tells_which_nvfp4_it_is():
     """Where the shapes are ComfyUI's too, which has no config."""
     tensors = {
@@ -290,6 +296,35 @@ def test_a_dialect_is_told_by_its_header(name):
     assert (claim.dialect, claim.block_size) == expected
     assert found.clear
     assert not claim.contradiction
+
+
+#: Configs of SDNQ with which a weight of one scale is not its codes times the scale.
+DISGUISED = (
+    {"use_hadamard": True},
+    {"modules_quant_config": {"a": {"use_hadamard": True}}},
+    {"use_quantized_matmul": True},
+)
+
+
+@pytest.mark.parametrize("options", DISGUISED, ids=lambda said: next(iter(said)))
+def test_a_weight_of_sdnq_that_may_be_another_is_not_read(options):
+    """Rotated, or lying down where one scale does not tell."""
+    tensors = layer_of(("F32", 1, 1), name="scale")
+    config = quantization(quant_method="sdnq", **options)
+    found = identify(header_of(tensors, config=config))
+    assert (found.foreign["a"].format, found.layers) == ("SDNQ", {})
+
+
+def test_the_config_sdnq_writes_beside_the_other_is_read(tmp_path):
+    """``config.json`` is the model's, and need not say how it was quantized."""
+    tensors = {"a.weight": torch.ones(8, 8).to(FP8), "a.scale": torch.ones(8, 1)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    (tmp_path / "config.json").write_text('{"model_type": "x"}', "utf-8")
+    said = {"quant_method": "sdnq", "weights_dtype": "float8_e4m3fn"}
+    path = tmp_path / "quantization_config.json"
+    path.write_text(json.dumps(said), "utf-8")
+    claim = hijack.identify(tmp_path / "x.safetensors").claims()["a"]
+    assert (claim.dialect, claim.block_size) == ("sdnq", (1, 8))
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -243,7 +243,7 @@ FORMATS: tuple[Format, ...] = (
             "sdnq",
             "X.weight, X.scale, X.zero_point, X.svd_up, X.svd_down",
             "by its config",
-            "groups",
+            "groups; FP8 that is rotated, or has more than one scale",
             _CONFIG + ", quant_method sdnq",
         ),
         needs=("weight", "scale"),

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from hijack.checkpoint.garbage import uncollected
-from hijack.checkpoint.header import Header, TensorInfo, bits_of, bytes_of
+from hijack.checkpoint.header import (
+    CONFIG_KEY,
+    Header,
+    TensorInfo,
+    bits_of,
+    bytes_of,
+)
 from hijack.errors import CheckpointError, HeaderError
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -69,7 +75,7 @@ def read_header(source: Paths) -> Header:
             f"{source}: names {absent[0]!r} and {len(absent) - 1} other tensors that "
             "no shard holds; the shards are of another checkpoint, or incomplete"
         )
-    config = read_config(paths[0].parent)
+    config = _with_quantization(paths[0].parent)
     name = _name(source, paths)
     return Header(tensors, metadata, config, name, _SmallTensors(tensors))
 
@@ -234,8 +240,8 @@ def _read_json(path: Path) -> Any:
         raise HeaderError(f"{path}: is not JSON; {error}") from error
 
 
-def read_config(folder: Path) -> Mapping[str, object] | None:
-    path = folder / "config.json"
+def read_config(folder: Path, name: str = "config.json") -> Mapping[str, object] | None:
+    path = folder / name
     if not path.is_file():
         return None
     try:
@@ -243,6 +249,13 @@ def read_config(folder: Path) -> Mapping[str, object] | None:
     except HeaderError:
         return None  # another program's file; the checkpoint can still be read
     return config if isinstance(config, dict) else None
+
+
+def _with_quantization(folder: Path) -> Mapping[str, object] | None:
+    """``config.json``, and what SDNQ writes of its own beside it."""
+    config = read_config(folder)
+    own = read_config(folder, f"{CONFIG_KEY}.json")
+    return config if own is None else {**(config or {}), CONFIG_KEY: own}
 
 
 # -- one file --------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from schemes._fp8_dialects.others import (
     RowwiseDialect,
     TorchaoDialect,
 )
+from schemes._fp8_dialects.sdnq import SDNQDialect
 
 #: All but the native one; the first is written by default. Where two claim a layer on
 #: equal grounds they decode it alike, and the first gives it its name.
@@ -31,5 +32,6 @@ DIALECTS = (
     RowwiseDialect(),
     TorchaoDialect(),
     QuantoDialect(),
+    SDNQDialect(),
 )
 NATIVE = NativeFP8Dialect()

@@ -77,7 +77,7 @@ class PlainMXDialect(FP8Dialect):
     """MXFP8 with scales in plain order, and nothing that says so.
 
     Where 128 divides the rows and also 4 the scales of one, ComfyUI's tiles have the
-    same shape: then either is a guess, unless a config names a method that has no tiles.
+    same shape: then either is a guess, unless a config names a method without tiles.
     """
 
     name = "mxfp8"
