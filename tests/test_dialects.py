@@ -4,6 +4,7 @@ Headers are made by hand: what a file is must follow from names, dtypes, shapes 
 markers alone.
 """
 
+import dataclasses
 import json
 import re
 
@@ -147,6 +148,16 @@ READ = {
     "compressed-tensors blocks": (
         layer_of(("BF16", 5, 2), shape=(576, 256)),
         {"config": group_of(strategy="block", block_structure=[128, 128])},
+        ("compressed_tensors", (128, 128)),
+    ),
+    "compressed-tensors, the text model of several": (
+        layer_of(("BF16", 5, 2), shape=(576, 200)),
+        {
+            "config": {
+                "model_type": "x",
+                "text_config": group_of(strategy="block", block_structure=[128, 128]),
+            }
+        },
         ("compressed_tensors", (128, 128)),
     ),
     "compressed-tensors rows": (
@@ -420,6 +431,34 @@ def test_the_likeliest_guess_is_the_one_suggested():
     tensors = layer_of(("F32", 2, 2), shape=(200, 256), name="weight_scale_inv")
     with pytest.raises(AmbiguousError, match=r"--assume 128x128`"):
         identify(header_of(tensors)).claims()
+
+
+def test_the_hint_as_it_stands_is_enough():
+    """Also where readings differ in dialect and in blocks."""
+    tensors = layer_of(("F32", 2, 2), shape=(200, 256))
+    claims = [
+        dataclasses.replace(claim, dialect=dialect)
+        for claim in identify(header_of(tensors)).ambiguous["a"]
+        for dialect in ("one", "two")
+    ]
+    found = hijack.Identification("x", 2, {}, {"a": tuple(claims)})
+    with pytest.raises(AmbiguousError, match="--assume one --assume 128x128`"):
+        found.claims()
+
+
+def test_a_config_of_another_strategy_leaves_blocks_alone_to_choose():
+    """hijack's own dialect would read the same, under another name."""
+    tensors = layer_of(("F32", 2, 2), shape=(192, 256))
+    header = header_of(tensors, config=group_of(strategy="channel"))
+    claim = identify(header, assume=["128x128"]).claims()["a"]
+    assert (claim.dialect, claim.block_size) == ("compressed_tensors", (128, 128))
+
+
+def test_an_orphan_is_shown_beside_its_weight():
+    """So that a user sees what does not fit; it is no layer without a scale."""
+    text = identify(header_of(layer_of(("F32", 3, 3, 3)))).as_table()
+    assert "F32 [3, 3, 3] beside a weight F8_E4M3 [256, 256]" in text
+    assert "without a scale" not in text
 
 
 #: Marks that the shapes prove wrong, and how the layer is read.

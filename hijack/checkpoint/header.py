@@ -169,8 +169,11 @@ class Header:
     def quantization(self) -> Mapping[str, Any]:
         """The ``quantization_config``: of the header's metadata, else of the config."""
         given: object = parse_table(self.metadata.get(CONFIG_KEY, ""))
-        if not given and self.config is not None:
-            given = self.config.get(CONFIG_KEY)
+        config = self.config or {}
+        # a model of several has it in the config of the one that is quantized
+        parts = (part for part in config.values() if isinstance(part, dict))
+        for table in (config, *parts):
+            given = given or table.get(CONFIG_KEY)
         return given if isinstance(given, dict) else {}
 
     @functools.cached_property

@@ -10,7 +10,7 @@ from typing import Any
 
 from hijack.checkpoint.claim import Claim
 from hijack.checkpoint.foreign import Foreign
-from hijack.checkpoint.header import TensorInfo
+from hijack.checkpoint.header import TensorInfo, join
 from hijack.checkpoint.text import block_text, shown, table
 from hijack.errors import AmbiguousError, CheckpointError
 
@@ -127,10 +127,12 @@ class Identification:
         for layer, found in self.foreign.items():
             if found.rivals:
                 yield f"ambiguous: {layer}: {' or '.join(found.rivals)}"
-        if self.unscaled:
+        scaled = {key.rpartition(".")[0] for key in self.orphans}
+        bare = [layer for layer in self.unscaled if layer not in scaled]
+        if bare:
             yield (
-                f"{len(self.unscaled)} layers hold codes without a scale, plain casts "
-                f"or unknown, such as {self.unscaled[0]}"
+                f"{len(bare)} layers hold codes without a scale, plain casts or "
+                f"unknown, such as {bare[0]}"
             )
         for layer, claims in self.ambiguous.items():
             yield f"ambiguous: {layer}: {_choice(claims)}"
@@ -141,7 +143,16 @@ class Identification:
             name = shown(scheme)
             yield f"unknown: {count} layers are {name}, which is not registered"
         for key in self.orphans:
-            yield f"orphan: {key}: a scale that no scheme reads"
+            yield f"orphan: {key}: a scale that no scheme reads{self._about(key)}"
+
+    def _about(self, key: str) -> str:
+        """Dtype and shape of an orphan, and of the weight it lies beside."""
+        layer = key.rpartition(".")[0]
+        scale, weight = self.infos.get(key), self.infos.get(join(layer, "weight"))
+        if scale is None:
+            return ""
+        beside = "" if weight is None else f" beside a weight {_info_text(weight)}"
+        return f"; {_info_text(scale)}{beside}"
 
     def _misled(self) -> Iterator[str]:
         """Markers that the shapes prove wrong; layers are read by their shapes."""
@@ -198,6 +209,10 @@ class Identification:
         }
 
 
+def _info_text(info: TensorInfo) -> str:
+    return f"{info.dtype} {list(info.shape)}"
+
+
 def words(claim: Claim) -> tuple[str, ...]:
     """What an assumption may call a claim: its scheme, dialect or block size."""
     return claim.scheme, claim.dialect, block_text(claim.block_size)
@@ -217,9 +232,9 @@ def _choice(claims: Iterable[Claim]) -> str:
     differing = [
         dict.fromkeys(texts[at] for texts in map(words, claims)) for at in (1, 2)
     ]
-    choices = [name for names in differing if len(names) > 1 for name in names]
-    first = (choices or [words(claims[0])[2]])[0]
+    choice = [next(iter(names)) for names in differing if len(names) > 1]
+    said = " ".join(f"--assume {word}" for word in choice or [words(claims[0])[2]])
     return (
         f"the file does not tell how to read it; it may be {' or '.join(readings)}; "
-        f"say which with assume, such as `hijack convert --assume {first}`"
+        f"say which with assume, such as `hijack convert {said}`"
     )

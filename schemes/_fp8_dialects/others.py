@@ -260,6 +260,8 @@ def _fitting(header: Header, layer: str) -> tuple[list[Pair], bool]:
         return [], False
     if scale.torch_dtype not in SCALE_DTYPES or marked(header, layer):
         return [], False
+    if header.quantization.get("quant_method") == "compressed-tensors":
+        return [], False  # its own dialect reads all of them, and knows more
     block = tensors.get(join(layer, "weight_block_size"))
     shape = matrix_shape(weight.shape)
     try:
