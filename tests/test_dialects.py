@@ -50,6 +50,11 @@ def float8_tensor(kind, **data):
     return {"a.weight": json.dumps({"_type": kind, "_data": data})}
 
 
+def table_of(**entry):
+    """What ComfyUI's table in the header says of a weight."""
+    return {"_quantization_metadata": json.dumps({"layers": {"a": entry}})}
+
+
 TORCHAO = {"a._weight_qdata": ("F8_E4M3", 256, 256)}
 BANK = {"a._weight_qdata": ("F8_E4M3", 4, 256, 256)}
 MARK = {"a.comfy_quant": ("U8", 20)}
@@ -274,6 +279,31 @@ NAMED = {
         {},
         "DeepSeek FP4 experts",
     ),
+    "ComfyUI's 4-bit integers without a marker": (
+        {
+            "a.weight": ("I8", 64, 32),
+            "a.weight_s_rel": ("F8_E4M3", 64, 8),
+            "a.weight_s_channel": ("F32", 64),
+            "a.weight_codebook": ("F32", 16),
+        },
+        {},
+        "comfy_quant asym_w4a8_int8",
+    ),
+    "comfy-quants' integers, marked in the header alone": (
+        layer_of(("F32", 64, 1), shape=(64, 64), dtype="I8"),
+        table_of(convrot=True),
+        "comfy-quants int8_w8a8",
+    ),
+    "a kind nobody knows, marked in the header alone": (
+        layer_of(("F32",)),
+        table_of(format="float8_of_tomorrow"),
+        "comfy_quant of another kind",
+    ),
+    "a marker of integers beside FP8": (
+        layer_of(("F32",)),
+        table_of(format="int8_tensorwise"),
+        "comfy_quant of another kind",
+    ),
     "SDNQ's integers without its config": (
         layer_of(("F32", 64, 1), shape=(64, 64), dtype="I8", name="scale"),
         {},
@@ -355,6 +385,12 @@ def test_a_weight_that_is_marked_as_rotated_is_not_read():
     assert not found.layers
 
 
+def test_integers_without_a_scale_are_no_plain_cast():
+    """FP8 may be one; integers are codes of something."""
+    assert identify(header_of({"a.weight": ("F8_E4M3", 8, 8)})).clear
+    assert not identify(header_of({"a.weight": ("I8", 8, 8)})).clear
+
+
 @pytest.mark.parametrize("extra", NEEDED)
 @pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
 def test_what_a_weight_cannot_be_read_without_is_an_orphan(extra, scale):
@@ -402,6 +438,10 @@ GUESSED = {
     "columns, or rows lying down, where a marker says rows": (
         {**layer_of(("F32", 1, 256)), **MARK},
         {"256x1": ("comfy_quant", (256, 1))},
+    ),
+    "blocks without a size, and no squares if they divide": (
+        {**layer_of(("F32", 2, 2), shape=(192, 256)), **MARK},
+        {"128x128": ("comfy_quant", (128, 128)), "96x128": ("comfy_quant", (96, 128))},
     ),
     "rows that may be rotated": (
         layer_of(("F32", 256, 1), name="scale"),

@@ -5,7 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Hashable, Mapping
 
-from hijack.checkpoint.foreign_formats import FORMATS, LAYER_MARKER, Format, Group
+from hijack.checkpoint.foreign_formats import (
+    ANY_MARKER,
+    FORMATS,
+    LAYER_MARKER,
+    Format,
+    Group,
+)
 from hijack.checkpoint.header import (
     PLAIN_DTYPES,
     Header,
@@ -102,7 +108,10 @@ def _is(known: Format, header: Header, layer: str, group: Group) -> bool:
         return False
     if known.marked:
         marker = comfy_marker(header, layer)
-        if marker is None or str(marker.get("format", "")) not in known.marked:
+        if marker is None:
+            return False
+        said = str(marker.get("format", ""))
+        if known.marked != ANY_MARKER and said not in known.marked:
             return False
     return known.test is None or known.test(header, layer, group)
 

@@ -14,6 +14,8 @@ from hijack.checkpoint.header import Header, TensorInfo
 
 #: ComfyUI's marker of one layer: JSON in a tensor of bytes.
 LAYER_MARKER = "comfy_quant"
+#: For `Format.marked`: any marker of ComfyUI's, whatever it says.
+ANY_MARKER = ("*",)
 #: Last part of a key, or of two, to the layer's tensor.
 Group = Mapping[str, TensorInfo]
 
@@ -27,7 +29,7 @@ class Format:
         row: for ``docs/formats.md``.
         needs: last parts of keys that a layer of the format has.
         test: a closer look at the layer's tensors, given (header, layer, group).
-        marked: values of ``format`` in ComfyUI's marker.
+        marked: values of ``format`` in ComfyUI's marker, or `ANY_MARKER`.
         rivals: formats of which the header looks the same.
     """
 
@@ -296,6 +298,7 @@ FORMATS: tuple[Format, ...] = (
         Row("ComfyUI", "X.weight, X.weight_scale", "[], [N] or [N, 1]", "all", _COMFY),
         needs=("weight",),
         marked=("int8_tensorwise",),
+        test=_of("weight", "I8"),
     ),
     Format(
         "comfy_quant convrot_w4a4",
@@ -308,6 +311,7 @@ FORMATS: tuple[Format, ...] = (
         ),
         needs=("weight",),
         marked=("convrot_w4a4",),
+        test=_of("weight", "I8", "U8"),
     ),
     Format(
         "comfy_quant asym_w4a8_int8",
@@ -318,8 +322,7 @@ FORMATS: tuple[Format, ...] = (
             "4-bit indexes into a table of 16",
             _COMFY,
         ),
-        needs=("weight",),
-        marked=("asym_w4a8_int8",),
+        needs=("weight", "weight_s_rel", "weight_s_channel"),
     ),
     Format(
         "convert_to_quant int8_blockwise",
@@ -332,6 +335,7 @@ FORMATS: tuple[Format, ...] = (
         ),
         needs=("weight", "weight_scale"),
         marked=("int8_blockwise",),
+        test=_of("weight", "I8"),
     ),
     Format(
         "comfy-quants int8_w8a8",
@@ -342,14 +346,15 @@ FORMATS: tuple[Format, ...] = (
             "1 x K, I8",
             _COMFY + ", without `format`",
         ),
-        needs=("weight", "weight_scale", LAYER_MARKER),
+        needs=("weight", "weight_scale"),
         marked=("",),
         test=_of("weight", "I8"),
     ),
     Format(
         "comfy_quant of another kind",
         Row("ComfyUI or a node pack", "X.weight", "unknown", "unknown", _COMFY),
-        needs=("weight", LAYER_MARKER),
+        needs=("weight",),
+        marked=ANY_MARKER,
         test=_of("weight", "I8", "U8", "F8_E4M3", "F8_E5M2"),
     ),
     Format(

@@ -58,7 +58,13 @@ class Identification:
             or self.contradictions
             or self.unknown
             or self.container
+            or self._lone()
         )
+
+    def _lone(self) -> bool:
+        """Whether codes without a scale are integers, and so no plain cast."""
+        infos = (self.infos.get(join(layer, "weight")) for layer in self.unscaled)
+        return any(info and not info.dtype.startswith("F8") for info in infos)
 
     def claims(self) -> dict[str, Claim]:
         """The claim to each layer.

@@ -164,12 +164,13 @@ class ComfyQuantDialect(FP8Dialect):
         return Said(sure, "scales in tiles of 128 x 4", (1, mx.COLS))
 
     def _sizes(self, found: Found, said: Said) -> tuple[list[Pair], bool]:
-        """Its writers never cut a block short, but a block may be any that divides."""
+        """Its writers never cut a block short; they have rows, squares and 1 x C."""
         sizes, sure = super()._sizes(found, said)
         exact = divides(found.shape, found.grid)
         if sure or not exact or columns_of(found.shape, found.grid):
             return sizes, sure
-        return sizes[-1:], True
+        rows, cols = sizes[-1]
+        return (sizes[-1:], True) if rows in (1, cols) else (sizes, sure)
 
     def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
         """As elsewhere; a padded weight's own shape is as the marker or bias says."""
