@@ -279,6 +279,11 @@ NAMED = {
         {},
         "DeepSeek FP4 experts",
     ),
+    "gpt-oss's experts in names of its own": (
+        {"a.blocks": ("U8", 4, 64, 2, 16), "a.scales": ("U8", 4, 64, 2)},
+        {},
+        "MXFP4 experts",
+    ),
     "ComfyUI's 4-bit integers without a marker": (
         {
             "a.weight": ("I8", 64, 32),
@@ -310,6 +315,21 @@ NAMED = {
         "integers without a marker",
     ),
 }
+
+
+def test_a_lone_layer_of_bitsandbytes_is_named():
+    """Its weight has no layer before its name, as the parts of the weight have."""
+    tensors = {
+        "weight": ("U8", 1024, 1),
+        "weight.absmax": ("F32", 32),
+        "weight.quant_map": ("F32", 16),
+        "weight.quant_state.bitsandbytes__nf4": ("U8", 90),
+    }
+    found = identify(header_of(tensors))
+    assert {la: f.format for la, f in found.foreign.items()} == {
+        "": "bitsandbytes 4-bit"
+    }
+    assert "such as weight" in found.as_table()
 
 
 def test_a_config_tells_which_nvfp4_it_is():

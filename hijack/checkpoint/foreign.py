@@ -83,8 +83,8 @@ def _groups(header: Header, claimed: Collection[str]) -> dict[str, Group]:
     """Last parts of keys by layer; ``X.weight.absmax`` is ``weight.absmax`` of X."""
     groups: dict[str, dict[str, TensorInfo]] = {}
     for owner, parts in header.parts.items():
-        layer, dot, rest = f"{owner}.".partition(".weight.")
-        layer, within = (layer, f"weight.{rest}") if dot else (owner, "")
+        layer, dot, rest = f".{owner}.".partition(".weight.")
+        layer, within = (layer[1:], f"weight.{rest}") if dot else (owner, "")
         if layer not in claimed:
             group = groups.setdefault(layer, {})
             group.update({within + name: info for name, info in parts.items()})

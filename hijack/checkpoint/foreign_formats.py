@@ -125,6 +125,15 @@ def _gptq(header: Header, layer: str, group: Group) -> bool:
     return "g_idx" in group or wide
 
 
+def _mxfp4(header: Header, layer: str, group: Group) -> bool:
+    """Blocks of codes, and scales of the same name."""
+    return any(
+        info.dtype == "U8" and f"{name.removesuffix('blocks')}scales" in group
+        for name, info in group.items()
+        if name.endswith("blocks")
+    )
+
+
 def _fp4(header: Header, layer: str, group: Group) -> bool:
     codes, scale = group["weight"].dtype, group["scale"].dtype
     return codes in ("I8", "U8") and scale in ("U8", "F8_E8M0")
@@ -253,8 +262,14 @@ FORMATS: tuple[Format, ...] = (
     ),
     Format(
         "MXFP4 experts",
-        Row("gpt-oss", "P_blocks, P_scales", "U8 exponents", "1 x 32, E2M1", _CONFIG),
-        needs=("gate_up_proj_blocks", "gate_up_proj_scales"),
+        Row(
+            "gpt-oss",
+            "P_blocks, P_scales; P.blocks, P.scales",
+            "U8 exponents",
+            "1 x 32, E2M1",
+            _CONFIG,
+        ),
+        test=_mxfp4,
     ),
     Format(
         "comfy_quant nvfp4",

@@ -129,7 +129,8 @@ class Identification:
             yield f"this is {self.container}"
         if self.foreign:
             first = next(iter(self.foreign))
-            yield f"unreadable: {len(self.foreign)} layers, such as {first}"
+            name = first or "weight"
+            yield f"unreadable: {len(self.foreign)} layers, such as {name}"
         for layer, found in self.foreign.items():
             if found.rivals:
                 yield f"ambiguous: {layer}: {' or '.join(found.rivals)}"
@@ -138,7 +139,7 @@ class Identification:
         if bare:
             yield (
                 f"{len(bare)} layers hold codes without a scale, plain casts or "
-                f"unknown, such as {bare[0]}"
+                f"unknown, such as {bare[0] or 'weight'}"
             )
         for layer, claims in self.ambiguous.items():
             yield f"ambiguous: {layer}: {_choice(claims)}"
