@@ -465,11 +465,19 @@ GUESSED = {
     ),
     "rows that may be rotated": (
         layer_of(("F32", 256, 1), name="scale"),
-        {"deepseek": ("deepseek", (1, 256))},
+        {"deepseek": ("deepseek", (1, 256)), "sdnq": ("sdnq", (1, 256))},
+    ),
+    "rows lying down that may be rotated": (
+        layer_of(("F32", 1, 256), name="scale"),
+        {"sdnq": ("sdnq", (1, 256))},
+    ),
+    "groups that may be rotated": (
+        layer_of(("F32", 64, 4, 1), shape=(64, 4, 16), name="scale"),
+        {"sdnq": ("sdnq", (1, 16))},
     ),
     "one scale of a weight that may be rotated": (
         layer_of(("F32", 1, 1), name="scale"),
-        {"deepseek": ("deepseek", (256, 256))},
+        {"deepseek": ("deepseek", (256, 256)), "sdnq": ("sdnq", (256, 256))},
     ),
 }
 

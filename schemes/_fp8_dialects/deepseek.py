@@ -18,6 +18,7 @@ from schemes._fp8_blocks import (
     FP8_DTYPES,
     POWER_DTYPES,
     Pair,
+    columns_of,
     grid_shape,
     matrix_shape,
     parse_block_size,
@@ -61,10 +62,13 @@ class DeepSeekDialect(ConfiguredDialect):
             return None
         if "weight_block_size" not in config:
             size = found.shape if found.grid == (1, 1) else None
+            if "scale" not in found.keys:
+                return Said(Certainty.UNIQUE, size=size)
+            if columns_of(found.shape, found.grid):
+                return None  # SDNQ's rows, lying down
             # SDNQ's rows and single scales look the same, and may be rotated
             one = found.grid in ((found.shape[0], 1), (1, 1))
-            sdnq = "scale" in found.keys and one
-            return Said(Certainty.GUESS if sdnq else Certainty.UNIQUE, size=size)
+            return Said(Certainty.GUESS if one else Certainty.UNIQUE, size=size)
         size = found.shape
         given = config["weight_block_size"]
         block = pair(given)

@@ -22,7 +22,8 @@ class SDNQDialect(FP8Dialect):
 
     Groups of columns are a dimension of the weight, (N, K/C, C). A Linear that SDNQ
     means to multiply in FP8 is stored lying down, (K, N), its scale with it. A weight
-    that was rotated, or of which a part is kept apart, is named and not read.
+    that was rotated, or of which a part is kept apart, is named and not read. Without
+    a config that says it is not rotated, every reading is a guess.
     """
 
     name = "sdnq"
@@ -55,10 +56,13 @@ class SDNQDialect(FP8Dialect):
 
     def said(self, header: Header, found: Found) -> Said | None:
         """What the config says of layers whose weight is codes times scales."""
-        if header.quantization.get("quant_method") != "sdnq":
+        method = header.quantization.get("quant_method")
+        if _MORE & header.parts[found.layer].keys() or method not in (None, "sdnq"):
             return None
+        if method is None:  # it may be rotated, or somebody else's
+            return Said(Certainty.GUESS)
         options = list(_options(header.quantization))
-        if _MORE & header.parts[found.layer].keys() or _any(options, "use_hadamard"):
+        if _any(options, "use_hadamard"):
             return None
         single = found.grid == (1, 1) and found.shape[0] > 1
         if single and _any(options, "use_quantized_matmul"):
