@@ -388,6 +388,33 @@ def test_the_config_sdnq_writes_beside_the_other_is_read(tmp_path):
     assert (claim.dialect, claim.block_size) == ("sdnq", (1, 8))
 
 
+def test_each_shard_marks_its_own_layers(tmp_path):
+    """The table of one shard does not take the place of another's."""
+    for name in ("a", "b"):
+        tensors = {
+            f"{name}.weight": torch.ones(8, 8).to(FP8),
+            f"{name}.weight_scale": torch.ones(8),
+        }
+        table = {"layers": {name: {"format": ROWWISE}}}
+        said = {"_quantization_metadata": json.dumps(table)}
+        save_file(tensors, tmp_path / f"{name}.safetensors", said)
+    claims = hijack.identify(sorted(tmp_path.iterdir())).claims()
+    assert {claim.dialect for claim in claims.values()} == {"comfy_quant"}
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
+def test_a_marker_of_either_kind_of_bytes_is_read(dtype):
+    """JSON may hold letters whose bytes are negative as int8."""
+    text = '{"format": "float8_e4m3fn", "by": "\u00e9"}'.encode()
+    tensors = {
+        "a.weight": torch.ones(4, 4).to(FP8),
+        "a.weight_scale": torch.tensor(1.0),
+        "a.comfy_quant": torch.tensor(list(text), dtype=torch.uint8).view(dtype),
+    }
+    found = identify(hijack.Header.from_state_dict(tensors))
+    assert found.claims()["a"].dialect == "comfy_quant"
+
+
 @pytest.mark.parametrize("name", NAMED)
 def test_a_format_without_a_scheme_is_named(name):
     """It is no clear file, and nothing in it is an orphan."""

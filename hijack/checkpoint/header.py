@@ -234,7 +234,9 @@ class Header:
 
         def read(key: str) -> bytes | None:
             tensor = state_dict[key]
-            return None if tensor.is_meta else bytes(tensor.detach().flatten().tolist())
+            if tensor.is_meta:
+                return None
+            return bytes(tensor.detach().view(torch.uint8).flatten().tolist())
 
         return cls(_TensorView(state_dict), dict(metadata or {}), reader=read)
 
@@ -263,6 +265,19 @@ def layers_in(text: str) -> dict[str, dict[str, Any]]:
     if not isinstance(layers, dict):
         return {}
     return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
+
+
+def joined(metadata: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of two shards; of tables of layers each has those of its own layers."""
+    found = {**metadata, **more}
+    for name in metadata.keys() & more.keys():
+        if metadata[name] == more[name]:
+            continue
+        one, other = layers_in(metadata[name]), layers_in(more[name])
+        if one and other:
+            table = {**parse_table(more[name]), "layers": {**one, **other}}
+            found[name] = json.dumps(table)
+    return found
 
 
 @functools.lru_cache(maxsize=256)

@@ -23,6 +23,7 @@ from hijack.checkpoint.header import (
     TensorInfo,
     bits_of,
     bytes_of,
+    joined,
 )
 from hijack.errors import CheckpointError, HeaderError
 
@@ -68,7 +69,7 @@ def read_header(source: Paths) -> Header:
                 "each tensor in one file; leave one of the files out"
             )
         tensors |= found
-        metadata |= extra
+        metadata = joined(metadata, extra)
     absent = sorted(named - tensors.keys())
     if absent:
         raise HeaderError(
