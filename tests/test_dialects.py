@@ -549,6 +549,22 @@ def test_a_config_of_another_strategy_leaves_blocks_alone_to_choose():
     assert (claim.dialect, claim.block_size) == ("compressed_tensors", (128, 128))
 
 
+def test_groups_of_a_config_that_give_the_same_scales_are_a_choice():
+    """Which layers a group is of need not be in the names of a file."""
+    tensors = layer_of(("F32", 2, 2), shape=(192, 192))
+    blocks = {"type": "float", "num_bits": 8, "strategy": "block"}
+    groups = {
+        str(size): {"weights": {**blocks, "block_structure": [size, size]}}
+        for size in (128, 112)
+    }
+    config = quantization(quant_method="compressed-tensors", config_groups=groups)
+    header = header_of(tensors, config=config)
+    assert "a" in identify(header).ambiguous
+    for size in (128, 112):
+        claim = identify(header, assume=[f"{size}x{size}"]).claims()["a"]
+        assert claim.block_size == (size, size)
+
+
 def test_an_orphan_is_shown_beside_its_weight():
     """So that a user sees what does not fit; it is no layer without a scale."""
     text = identify(header_of(layer_of(("F32", 3, 3, 3)))).as_table()

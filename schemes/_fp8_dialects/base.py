@@ -67,12 +67,14 @@ class Said:
         evidence: where it says so.
         size: the block size it names.
         contradiction: what of it the tensors prove wrong, apart from the block size.
+        rivals: block sizes it names that all give the scales there are.
     """
 
     certainty: Certainty
     evidence: str = ""
     size: Pair | None = None
     contradiction: str = ""
+    rivals: tuple[Pair, ...] = ()
 
 
 class FP8Dialect(Dialect, abc.ABC):
@@ -157,6 +159,8 @@ class FP8Dialect(Dialect, abc.ABC):
         return None
 
     def _sizes(self, found: Found, said: Said) -> tuple[list[Pair], bool]:
+        if said.rivals:
+            return list(said.rivals), False
         if said.size is not None and grid_shape(found.shape, said.size) == found.grid:
             return [said.size], True
         if self.exact:

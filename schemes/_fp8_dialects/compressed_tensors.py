@@ -68,12 +68,17 @@ class CompressedTensorsDialect(ConfiguredDialect):
         power = found.scale.torch_dtype in POWER_DTYPES
         if power and not (mx.is_mx(found) and mx.is_plain(found)):
             return None
-        named = None
-        for size, text in _groups(config, found.shape):
-            named = Said(Certainty.MARKED, f"config says {text}", size)
-            if size is not None and grid_shape(found.shape, size) == found.grid:
-                return named
-        return named or Said(Certainty.UNIQUE)
+        groups = list(_groups(config, found.shape))
+        possible = {
+            size: text
+            for size, text in reversed(groups)
+            if size is not None and grid_shape(found.shape, size) == found.grid
+        }
+        if len(possible) > 1:
+            return Said(Certainty.GUESS, "config has groups", rivals=(*possible,))
+        for size, text in (*possible.items(), *reversed(groups)):
+            return Said(Certainty.MARKED, f"config says {text}", size)
+        return Said(Certainty.UNIQUE)
 
     # -- writing -----------------------------------------------------------------------
 
