@@ -105,6 +105,7 @@ def wrap_model(
         HijackError: as for `wrap_module`, naming the layer.
     """
     chosen = default_registry().get(scheme)
+    include, exclude = _held(include), _held(exclude)
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
     fused = _read_by_fast_path(model)
     _check_patterns(include, targets, chosen)
@@ -187,7 +188,7 @@ def building(
         HijackError: whatever the scheme refuses.
     """
     chosen = default_registry().get(scheme)
-    nursery = _Nursery(chosen, include, exclude, options)
+    nursery = _Nursery(chosen, _held(include), _held(exclude), options)
     with nursery.open():
         yield
     nursery.settle()
@@ -363,6 +364,13 @@ def _read_by_fast_path(model: nn.Module) -> set[nn.Module]:
         return set()
     layers = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
     return {part for layer in layers for part in (layer.linear1, layer.linear2)}
+
+
+def _held(patterns: Patterns) -> Patterns:
+    """Patterns that can be gone through many times, unlike those of an iterator."""
+    if patterns is None or isinstance(patterns, str):
+        return patterns
+    return list(patterns)
 
 
 def _left_out(name: str, include: Patterns, exclude: Patterns) -> str | None:

@@ -1,6 +1,7 @@
 """LoRA files merged into a checkpoint: names, kinds, strengths, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint.lora import Loras, parse_lora
+from hijack.checkpoint.lora import Loras, parse_lora, parse_loras
 from hijack.checkpoint.reader import read_header
 from hijack.errors import CheckpointError, HeaderError
 
@@ -75,6 +76,29 @@ def test_a_file_whose_name_ends_in_a_number_is_that_file(folder, monkeypatch):
     (folder / "a:0.5").touch()
     path, strength = parse_lora("a:0.5")
     assert (str(path), strength) == ("a:0.5", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "strengths"),
+    [
+        (None, []),
+        ("a.safetensors:0.5", [0.5]),
+        (Path("a.safetensors"), [1.0]),
+        (("a.safetensors", 0.5), [0.5]),
+        (("a.safetensors", "b.safetensors:2"), [1.0, 2.0]),
+        (iter(["a.safetensors", ("b.safetensors", 2)]), [1.0, 2.0]),
+    ],
+)
+def test_a_single_lora_needs_no_list(given, strengths):
+    """A string is one file and not its letters; an iterator is as good as a list."""
+    assert [strength for _, strength in parse_loras(given)] == strengths
+
+
+@pytest.mark.parametrize("given", [[0.5], [None], [("a", 1, 2)]])
+def test_what_is_no_lora_is_refused_in_words(given):
+    """The message says how a LoRA is given."""
+    with pytest.raises(CheckpointError, match=r"loras: got .*, expected a file"):
+        parse_loras(given)
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "half", "", "1.2.3"])

@@ -92,6 +92,15 @@ def test_loras_are_merged_in_full_precision_first(source, lora, tmp_path):
         assert same(made[f"{layer}.weight"], codes.view(32, 128))
 
 
+def test_loras_are_given_alone_or_by_an_iterator(source, lora, tmp_path):
+    """However they are given, all of them are merged."""
+    wanted, path = tmp_path / "wanted.safetensors", tmp_path / "q.safetensors"
+    hijack.quantize_file(source, wanted, loras=[lora])
+    for given in (str(lora), lora, (lora, 1.0), iter([lora])):
+        hijack.quantize_file(source, path, loras=given)
+        assert path.read_bytes() == wanted.read_bytes()
+
+
 def test_a_merged_tensor_that_is_not_quantized_keeps_its_dtype(source, lora, tmp_path):
     """Biases and excluded layers are rounded once; all others are copied."""
     path = tmp_path / "q.safetensors"

@@ -153,6 +153,12 @@ def test_rules_that_are_in_vain_are_refused(rules, message):
         choose(header(*MODEL), exclude="blocks.1.*", rules=rules)
 
 
+def test_patterns_may_come_from_an_iterator(known):
+    """They are gone through more than once, and none is lost."""
+    choice = choose(known, iter(["blocks.*"]), iter(["*.mod", "*.ffn.0"]))
+    assert list(choice.layers) == ["blocks.0.q", "blocks.0.k"]
+
+
 def test_a_rule_does_not_include_what_is_excluded(known):
     """One for everything leaves dense what is usually dense."""
     found = choose(known, rules="*=128x128")

@@ -177,6 +177,16 @@ def test_include_patterns_choose_layers(scheme):
     assert report.skipped == {"b": "not included"}
 
 
+def test_patterns_may_come_from_an_iterator(scheme):
+    """They are gone through once for each layer, and none is lost."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(4)))
+    report = hijack.wrap_model(model, scheme, iter(["[0-2]"]), iter(["1", "2"]))
+    assert report.layers == ("0",)
+    with hijack.building(scheme, exclude=iter(["0", "1"])):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
+    assert [hasattr(layer, "_hijack") for layer in model] == [False, False, True]
+
+
 def test_an_include_pattern_that_matches_nothing_is_an_error(scheme):
     """A misspelt pattern is refused and nothing changes."""
     model = small_model()

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -29,6 +30,20 @@ from hijack.errors import CheckpointError
 Spec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
 
+def parse_loras(specs: Spec | Iterable[Spec] | None) -> list[tuple[Path, float]]:
+    """Files and strengths of all that were given; one alone needs no list around it.
+
+    Raises:
+        CheckpointError: as for `parse_lora`.
+    """
+    if specs is None:
+        return []
+    if isinstance(specs, str | os.PathLike) or _is_pair(specs):
+        return [parse_lora(specs)]
+    # a TypeGuard says nothing of what is left
+    return [parse_lora(spec) for spec in specs]  # type: ignore[arg-type]
+
+
 def parse_lora(spec: Spec) -> tuple[Path, float]:
     """File and strength of ``"file.safetensors:0.8"``; without a number it is 1.
 
@@ -36,8 +51,13 @@ def parse_lora(spec: Spec) -> tuple[Path, float]:
         CheckpointError: if the strength is no finite number.
     """
     given: object = 1.0
-    if isinstance(spec, tuple):
+    if isinstance(spec, tuple) and len(spec) == 2:
         path, given = Path(spec[0]), spec[1]
+    elif not isinstance(spec, str | os.PathLike):
+        raise CheckpointError(
+            f"loras: got {spec!r}, expected a file, 'file.safetensors:0.8', or (file, "
+            "strength)"
+        )
     else:
         path = Path(spec)
         found = re.fullmatch(r"(.+):([^:/\\]*)", os.fspath(spec))
@@ -51,6 +71,16 @@ def parse_lora(spec: Spec) -> tuple[Path, float]:
             "file.safetensors:0.8"
         )
     return path, strength
+
+
+def _is_pair(spec: object) -> TypeGuard[tuple[str | os.PathLike[str], float]]:
+    """Whether this is a file and its strength, and not two files."""
+    return (
+        isinstance(spec, tuple)
+        and len(spec) == 2
+        and isinstance(spec[0], str | os.PathLike)
+        and not isinstance(spec[1], str | os.PathLike | tuple)
+    )
 
 
 def _number(given: object) -> float:
@@ -124,7 +154,10 @@ class Loras:
 
     @classmethod
     def open(
-        cls, specs: Iterable[Spec], header: Header, ignore_unmatched: bool = False
+        cls,
+        specs: Spec | Iterable[Spec],
+        header: Header,
+        ignore_unmatched: bool = False,
     ) -> Loras:
         """Read the headers of LoRA files and find the layers they are for.
 
@@ -144,8 +177,7 @@ class Loras:
         changes: dict[str, list[_Change]] = {}
         unmatched: list[str] = []
         names = Names(header.tensors)
-        for spec in [specs] if isinstance(specs, str) else specs:
-            path, strength = parse_lora(spec)
+        for path, strength in parse_loras(specs):
             file = _File(read_header(path), strength, header)
             file.match(names)
             if file.unmatched and not (ignore_unmatched and file.changes):

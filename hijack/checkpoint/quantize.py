@@ -19,7 +19,7 @@ from hijack.checkpoint.destination import Destination, destination, parse_size
 from hijack.checkpoint.header import Header
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.layout import lay_out_files
-from hijack.checkpoint.lora import Loras, Spec, parse_lora
+from hijack.checkpoint.lora import Loras, Spec, parse_loras
 from hijack.checkpoint.quantize_choice import Choice, Patterns, choose
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import Progress as Progress
@@ -83,7 +83,7 @@ def quantize_file(
     *,
     block_size: Any = None,
     dialect: str | None = None,
-    loras: Sequence[Spec] = (),
+    loras: Spec | Iterable[Spec] = (),
     include: Patterns = None,
     exclude: Patterns = None,
     progress: Progress | None = None,
@@ -111,7 +111,8 @@ def quantize_file(
         dialect: how to spell the quantized layers; None takes the scheme's first, or
             its own where that has no words for the blocks asked for.
         loras: files to merge first, such as ``"style.safetensors:0.8"`` or (path,
-            strength). They are merged in float32 into all tensors they change.
+            strength); a single one needs no list. They are merged in float32 into all
+            tensors they change.
         include: fnmatch patterns on layer names; None is those of the model's
             architecture, or every layer with a 2-D floating weight. Weights of more
             dimensions are quantized only if a pattern given here names them.
@@ -148,20 +149,21 @@ def quantize_file(
         HijackError: of other kinds, naming the file or the layer.
     """
     chosen, header = default_registry().get(scheme), read_header(src)
+    wanted = parse_loras(loras)
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     place = destination(dst, sharded=size is not None)
-    _refuse_same(place, Path(dst), src, header, loras)
+    _refuse_same(place, Path(dst), src, header, [path for path, _ in wanted])
     _refuse_quantized(header)
     if block_size is not None:
         options["block_size"] = block_size
     choice = choose(header, include, exclude, rules)
-    merged = Loras.open(loras, header, ignore_unmatched)
+    merged = Loras.open(wanted, header, ignore_unmatched)
     plan = _plan(chosen, dialect, choice, options, merged)
     how = Way(_device(device), count_workers(workers), progress)
     config = _config(plan, Path(dst)) if write_config else None
     report = _report(plan, place, size, written=not dry_run)
     if not dry_run:
-        _write(plan, Path(dst), size, how, _Watch(header, loras), resume=resume)
+        _write(plan, Path(dst), size, how, _Watch(header, wanted), resume=resume)
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
@@ -225,11 +227,11 @@ def _report(
 
 
 def _refuse_same(
-    place: Destination, dst: Path, src: Paths, header: Header, loras: Iterable[Spec]
+    place: Destination, dst: Path, src: Paths, header: Header, loras: Iterable[Path]
 ) -> None:
     """Refuse to write onto a file that is read, or to delete one."""
     given = [src] if isinstance(src, str | os.PathLike) else list(src)
-    sources = [*given, *(parse_lora(lora)[0] for lora in loras)]
+    sources = [*given, *loras]
     for path in (dst, *place.replaced()):
         refuse_same_file(
             [path for path in sources if os.path.exists(path)], header, path
@@ -280,9 +282,9 @@ def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
 class _Watch:
     """The files that are read: what they are, and whether they still are."""
 
-    def __init__(self, header: Header, loras: Iterable[Spec]) -> None:
+    def __init__(self, header: Header, loras: Sequence[tuple[Path, float]]) -> None:
         self.source = header.source
-        self.loras = [parse_lora(lora) for lora in loras]
+        self.loras = loras
         infos = header.tensors.values()
         self.files = {info.file for info in infos if info.file is not None}
         self.files |= {path for path, _ in self.loras}

@@ -135,6 +135,7 @@ class _Chooser:
         rules: str | Sequence[str],
     ) -> None:
         self.header = header
+        include, exclude = _held(include), _held(exclude)
         self.architecture = known = detect_architecture(header)
         self.named = [word for word in _listed(include) if word != DEFAULT]
         self.unwanted = [word for word in _listed(exclude) if word != DEFAULT]
@@ -216,6 +217,11 @@ class _Chooser:
                 f"{len(self.skipped)} with weights of two dimensions or more; widen "
                 "include or narrow exclude"
             )
+
+
+def _held(patterns: Patterns) -> list[str] | None:
+    """Patterns that can be gone through twice, unlike those of an iterator."""
+    return None if patterns is None else _listed(patterns)
 
 
 def _listed(patterns: Patterns) -> list[str]:
