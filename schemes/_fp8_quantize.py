@@ -46,14 +46,15 @@ def absmax_scale(
         (ceil(N/R), ceil(K/C)) of ``scale_dtype``.
 
     Raises:
-        NonFiniteError: if the weight holds inf or NaN.
+        NonFiniteError: if the weight holds inf or NaN, also once it is float32.
     """
     rows, cols = size
     matrix = weight.reshape(matrix_shape(tuple(weight.shape)))
     parts = torch.split(matrix, _step(matrix))
     amax = torch.cat([_blocks(part, cols).abs().amax(2) for part in parts])
-    _check_finite(amax, weight)  # (N, ceil(K/C))
-    amax = F.pad(amax.float(), (0, 0, 0, -len(amax) % rows))
+    amax = amax.float()  # (N, ceil(K/C))
+    _check_finite(amax, weight)
+    amax = F.pad(amax, (0, 0, 0, -len(amax) % rows))
     amax = amax.view(-1, rows, amax.shape[1]).amax(1)
     # by a tensor: a GPU multiplies by the reciprocal of a number, which rounds twice
     scale = amax / amax.new_tensor(torch.finfo(dtype).max)
@@ -76,10 +77,12 @@ def _round_up_to_power(scale: Tensor) -> Tensor:
 
 def _check_finite(amax: Tensor, weight: Tensor) -> None:
     if not amax.isfinite().all():  # the largest of anything with a NaN is NaN
+        weight = weight.float()  # float64 may become infinite
         nans, infs = int(weight.isnan().sum()), int(weight.isinf().sum())
         raise NonFiniteError(
             f"weight of shape {tuple(weight.shape)} holds {nans} NaN and {infs} "
-            "infinite values, expected finite ones; repair the checkpoint or exclude it"
+            "infinite values as float32, expected finite ones; repair the checkpoint "
+            "or exclude it"
         )
 
 
