@@ -283,12 +283,19 @@ def check_scales(qdata: Tensor, scale: Tensor, size: Pair, where: str) -> None:
 
 
 def _zero_matters(qdata: Tensor, grid: Tensor, size: Pair) -> bool:
-    """Whether a scale is zero although a code of its block is not."""
+    """Whether a scale is zero although a code of its block is not.
+
+    musubi-tuner's float16 scales become zero under numbers too small for them, which
+    are divided by it: their codes are the largest, and they are meant to be zeros.
+    """
     codes = qdata.reshape(matrix_shape(tuple(qdata.shape))).view(torch.uint8)
+    largest = torch.tensor(torch.finfo(qdata.dtype).max).to(qdata.dtype)
+    meant = largest.view(torch.uint8) if grid.dtype == torch.float16 else 0
     for at in (grid == 0).nonzero().tolist():
         rows = slice(at[0] * size[0], (at[0] + 1) * size[0])
         cols = slice(at[1] * size[1], (at[1] + 1) * size[1])
-        if (codes[rows, cols] & 0x7F).any():
+        block = codes[rows, cols] & 0x7F
+        if ((block != 0) & (block != meant)).any():
             return True
     return False
 

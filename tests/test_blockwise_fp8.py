@@ -151,6 +151,20 @@ def test_zeros_stay_zeros(dtype):
     assert dtype == torch.float16 or same(back, weight)
 
 
+@pytest.mark.parametrize("dtype", [E4M3, torch.float8_e5m2])
+def test_numbers_too_small_for_a_float16_scale_become_zeros(dtype):
+    """musubi-tuner's codes of them are the largest, under a scale of zero."""
+    weight = weights((2, 128), 7, torch.float16)
+    weight[0, :64] = torch.linspace(-6e-6, 6e-6, 64)
+    q, params = SCHEME.quantize(weight, dtype=dtype)
+    assert params["weight_scale"][0, 0] == 0
+    SCHEME.validate(q, params, "a layer")
+    assert not SCHEME.dequantize(q, params, torch.float16)[0, :64].any()
+    q.view(torch.uint8)[0, 5] = 3  # which no writer leaves there
+    with pytest.raises(CheckpointError, match="a layer: weight_scale holds 0"):
+        SCHEME.validate(q, params, "a layer")
+
+
 def test_meta_tensors_give_meta_tensors():
     """Shapes and dtypes are known without data."""
     q, params = SCHEME.create_params((33, 70), torch.bfloat16, "meta", block_size=16)
@@ -344,6 +358,8 @@ def test_weights_that_cannot_be_quantized_are_refused():
     weight[0, 0], weight[1, 1], weight[2, 2] = math.nan, math.inf, -math.inf
     with pytest.raises(NonFiniteError, match=r"\(4, 64\) holds 1 NaN and 2 infinite"):
         SCHEME.quantize(weight)
+    with pytest.raises(NonFiniteError, match="holds 0 NaN and 256 infinite values as"):
+        SCHEME.quantize(torch.full((4, 64), 1e39, dtype=torch.float64))
     for wrong in (torch.ones(4, 64, dtype=torch.int8), torch.ones(4, 64).to(E4M3)):
         with pytest.raises(DTypeError, match="expected a dense floating dtype"):
             SCHEME.quantize(wrong)
