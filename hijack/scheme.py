@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import inspect
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -104,6 +105,7 @@ class Scheme(abc.ABC):
         except HijackError:
             raise
         except Exception as error:
+            self._check_options(options)
             raise SchemeError(
                 f"{self.name}: quantize cannot run on a meta tensor of shape "
                 f"{tuple(shape)} ({type(error).__name__}: {error}); override "
@@ -116,6 +118,17 @@ class Scheme(abc.ABC):
             torch.zeros_like(qdata, device=device),
             {name: torch.zeros_like(t, device=device) for name, t in params.items()},
         )
+
+    def _check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options that `quantize` does not have."""
+        signature = inspect.signature(self.quantize)
+        try:
+            signature.bind(None, **options)
+        except TypeError as error:
+            known = ", ".join(list(signature.parameters)[1:]) or "none"
+            raise SchemeError(
+                f"{self.name}: quantize {error}; expected options among {known}"
+            ) from error
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse tensors of a file that do not fit each other.

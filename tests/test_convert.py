@@ -11,7 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 from hijack.checkpoint.reader import open_tensors, read_header
-from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
+from hijack.errors import (
+    AmbiguousError,
+    CheckpointError,
+    SchemeError,
+    UnconsumedScaleError,
+)
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()
@@ -181,6 +186,23 @@ def test_mxfp8_moves_between_the_two_orders_of_its_scales(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    "target", ["musubi", "compressed_tensors", "torchao", "hijack"]
+)
+@pytest.mark.parametrize(("size", "blocks"), [((1, 32), (1, 32)), ("row", (1, 128))])
+def test_the_blocks_asked_for_are_those_written(tmp_path, target, size, blocks):
+    """Or the layers that do not give them are refused."""
+    dense = dense_file(tmp_path / "dense.safetensors", {"v": (64, 128), "z": (96, 128)})
+    source, result = tmp_path / "q.safetensors", tmp_path / "r.safetensors"
+    hijack.quantize_file(dense, source, dialect="deepseek", block_size="tensor")
+    report = hijack.convert_file(source, result, target, block_size=size)
+    assert set(report.layers.values()) == {blocks}
+    assert same_weights(source, result)
+    hijack.quantize_file(dense, source, block_size=size)
+    with pytest.raises(CheckpointError, match=r"z: its blocks of .* do not give"):
+        hijack.convert_file(source, result, target, block_size="tensor")
+
+
 # -- refusals and loss -----------------------------------------------------------------
 
 
@@ -194,6 +216,23 @@ def test_blocks_the_dialect_lacks_are_refused_by_name(musubi, tmp_path):
     with pytest.raises(CheckpointError, match="dialect kijai: is read, and never"):
         hijack.convert_file(musubi, there, "kijai", requantize=True)
     assert not there.exists()
+
+
+def test_requantizing_is_not_proposed_where_it_cannot_help(musubi, tmp_path):
+    """The blocks that were asked for cannot be written at all."""
+    with pytest.raises(CheckpointError, match=r"cannot be converted: .*; choose") as e:
+        hijack.convert_file(
+            musubi, tmp_path / "o", "comfy_quant", requantize=True, block_size=(2, 2)
+        )
+    assert "--requantize" not in str(e.value)
+
+
+def test_options_nobody_has_are_refused(musubi, tmp_path):
+    """A slip of the pen is no default."""
+    for options in ({"blocksize": 32}, {"block_size": (0, 1)}):
+        with pytest.raises(SchemeError, match=r"'blocksize'; expected op|got \(0, 1\)"):
+            hijack.convert_file(musubi, tmp_path / "o", "deepseek", **options)
+    assert not (tmp_path / "o").exists()
 
 
 def test_requantizing_reports_the_loss(musubi, tmp_path):

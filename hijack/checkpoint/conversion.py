@@ -74,21 +74,32 @@ class Conversion:
 
     # -- planning ----------------------------------------------------------------------
 
-    def fit(self, header: Header, settled: Mapping[str, Any]) -> str:
+    def fit(
+        self, header: Header, settled: Mapping[str, Any], asked: Mapping[str, Any]
+    ) -> str:
         """Find blocks the target can spell; if there are none, say why.
 
         Args:
             header: of the source.
             settled: options that all layers of the file share.
+            asked: options that were asked for; blocks among them are those to have.
+
+        Raises:
+            HijackError: if there are no such options.
         """
         reason, size = "there are no such blocks", self.claim.block_size
-        wanted: list[Pair | None] = [None]
-        if size is not None:
-            wanted = list(self.target.blocks(self.shape, size, settled))
-        for choice in wanted:
-            self.options = dict(settled)
-            if choice is not None and settled.get("block_size") != "tensor":
-                self.options["block_size"] = choice
+        wanted: list[tuple[Pair | None, Any]] = [(None, None)]
+        given = self._asked(asked) if asked else None
+        if size is not None and given is not None and "block_size" in asked:
+            wanted = [given]
+        elif size is not None:
+            choices = self.target.blocks(self.shape, size, settled)
+            whole = settled.get("block_size") == "tensor"
+            wanted = [(choice, "tensor" if whole else choice) for choice in choices]
+        for choice, spelled in wanted:
+            self.options = {**settled, **asked}
+            if choice is not None:
+                self.options["block_size"] = spelled
             try:
                 reason = self._try(header, choice)
             except HijackError as error:
@@ -96,6 +107,12 @@ class Conversion:
             if not reason:
                 return ""
         return reason
+
+    def _asked(self, asked: Mapping[str, Any]) -> tuple[Pair | None, Any]:
+        """The blocks that quantizing with some options would give, and their option."""
+        options = self.target.fit_options(self.shape, dict(asked))
+        made = self.scheme.create_params(self.shape, torch.float32, "meta", **options)
+        return self.scheme.block_size(*made), options.get("block_size")
 
     def _try(self, header: Header, wanted: Pair | None) -> str:
         qdata, params = self._decode(header)
@@ -115,9 +132,12 @@ class Conversion:
         """Plan to quantize the layer anew; if that cannot be spelled, say why."""
         self.requantized = True
         self.options = self.target.fit_options(self.shape, dict(options))
-        meta = torch.empty(self.shape, dtype=torch.float32, device="meta")
         try:
-            self._plan(*self.scheme.quantize(meta, **self.options))
+            self._plan(
+                *self.scheme.create_params(
+                    self.shape, torch.float32, "meta", **self.options
+                )
+            )
         except HijackError as error:
             return str(error)
         return ""

@@ -92,7 +92,8 @@ def convert_file(
         write_config: whether to write ``config.json`` beside ``dst``, for dialects
             whose readers expect one.
         progress: called after each layer.
-        **options: further options of the dialect, such as ``block_size``.
+        **options: of ``scheme.quantize``, for layers that are quantized anew; all shall
+            have the ``block_size`` among them.
 
     Returns:
         What became of each layer.
@@ -169,20 +170,23 @@ class _Job:
         for target in {layer.target for layer in self.layers.values()}:
             mine = {n: la for n, la in self.layers.items() if la.target is target}
             shapes = {n: (la.shape, la.block_size) for n, la in mine.items()}
-            settled = {**target.settle(shapes), **options}
+            settled = target.settle(shapes)
             for name, layer in mine.items():
-                reason = layer.fit(self.header, settled)
+                reason = layer.fit(self.header, settled, options)
                 if reason and requantize:
                     reason = layer.fit_anew(options)
                 if reason:
                     refused[name] = reason
         if refused:
             names = ", ".join(list(refused)[:5]) + (" ..." if len(refused) > 5 else "")
+            way = "" if requantize else " without loss"
+            help_ = "pass requantize (--requantize) to quantize them anew"
+            if requantize:
+                help_ = "choose another block_size or dialect"
             raise CheckpointError(
                 f"{self.header.source}: {len(refused)} of {len(self.layers)} layers "
-                f"cannot be converted without loss: {names}; "
-                f"{next(iter(refused.values()))}; pass requantize (--requantize) to "
-                "quantize them anew"
+                f"cannot be converted{way}: {names}; {next(iter(refused.values()))}; "
+                f"{help_}"
             )
 
     # -- what else is in the file ------------------------------------------------------
