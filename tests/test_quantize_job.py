@@ -485,6 +485,19 @@ def test_a_lora_that_changed_begins_anew(source, lora, tmp_path):
     assert len(seen) == LAYERS
 
 
+def test_an_alpha_that_changed_begins_anew(source, lora, tmp_path):
+    """PEFT keeps it in a file of its own; the LoRA's is the same as before."""
+    whole, path = tmp_path / "whole.safetensors", tmp_path / "q.safetensors"
+    lora = lora.rename(tmp_path / "adapter_model.safetensors")
+    config = tmp_path / "adapter_config.json"
+    config.write_text('{"lora_alpha": 2}')
+    interrupted(source, path, 3, loras=[lora])
+    config.write_text('{"lora_alpha": 8}')
+    hijack.quantize_file(source, path, resume=True, loras=[lora])
+    hijack.quantize_file(source, whole, loras=[lora])
+    assert path.read_bytes() == whole.read_bytes()
+
+
 def test_a_killed_job_goes_on_where_its_journal_ends(source, tmp_path, monkeypatch):
     """The process is gone in the middle; what it had synced is not done again."""
     whole, path = tmp_path / "whole.safetensors", tmp_path / "q.safetensors"

@@ -192,6 +192,18 @@ class Loras:
         """The keys of the checkpoint that are changed."""
         return frozenset(self._changes)
 
+    @property
+    def factors(self) -> list[tuple[str, str, float]]:
+        """Key of the checkpoint, name in the LoRA file, and alpha / rank of each.
+
+        Alpha may stand in another file beside that of the LoRA.
+        """
+        return [
+            (key, change.module, change.factor)
+            for key, changes in self._changes.items()
+            for change in changes
+        ]
+
     def touches(self, key: str) -> bool:
         """Whether a tensor of the checkpoint is changed."""
         return key in self._changes

@@ -312,6 +312,7 @@ class _Watch:
             [(layer, repr(options)) for layer, options in plan.options.items()],
             [(key, repr(info)) for key, info in plan.header.tensors.items()],
             [repr(lora) for lora in self.loras],
+            plan.loras.factors,
             self.before,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
