@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -212,10 +213,13 @@ class _Chooser:
                     f"rule: {rule.text!r}, of {self.header.source}, {what}"
                 )
         if not self.layers:
+            kinds = Counter(self.skipped.values()).most_common(3)
+            reasons = ", ".join(f"{reason} ({count})" for reason, count in kinds)
             raise CheckpointError(
                 f"{self.header.source}: no layer is left to quantize; it has "
-                f"{len(self.skipped)} with weights of two dimensions or more; widen "
-                "include or narrow exclude"
+                f"{len(self.skipped)} with weights of two dimensions or more"
+                f"{': ' if kinds else ''}{reasons}; expected dense weights that "
+                "include and exclude leave"
             )
 
 
