@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import hijack
 from hijack import cli
 from hijack.checkpoint.loss import measure
+from hijack.checkpoint.reader import read_header
 from hijack.errors import CheckpointError
 
 
@@ -67,6 +68,35 @@ def test_what_only_one_has_is_named(files, tmp_path):
     text = found.as_table()
     assert "not compared: blocks.1.weight" in text
     assert "extra.weight" in text
+
+
+def test_codes_whose_scale_nobody_reads_are_no_numbers(files, tmp_path, capsys):
+    """They are named, and not compared as if they were the weights."""
+    path = tmp_path / "other.safetensors"
+    tensors = load_file(files[1])
+    tensors["blocks.0.odd_scale"] = tensors.pop("blocks.0.scale_weight")
+    tensors["blocks.1.pre_quant_scale"] = torch.ones(128)
+    save_file(tensors, path)
+    for pair in ((files[0], path), (path, files[0])):
+        found = hijack.compare_files(*pair)
+        assert set(found.layers) == {"blocks.2.weight", "norm.weight"}
+        assert found.only_reference == found.only_other == ()
+        assert "scale that no scheme reads, blocks.0.odd_scale" in str(found.skipped)
+    assert cli.main(["compare", str(files[0]), str(path)]) == 3
+    assert "not compared: blocks.1.weight: has a scale" in capsys.readouterr().out
+
+
+def test_layers_of_a_scheme_nobody_registered_are_not_compared(files, tmp_path):
+    """What their codes mean is not known."""
+    path = tmp_path / "other.safetensors"
+    hijack.convert_file(files[1], path, "hijack")
+    said = {"hijack": read_header(path).metadata["hijack"].replace("wise_fp8", "x")}
+    save_file({"a.weight": torch.ones(2), **load_file(path)}, path, said)
+    found = hijack.compare_files(files[0], path)
+    assert set(found.layers) == {"norm.weight"}
+    assert "is of scheme blockx, which is not reg" in found.skipped["blocks.0.weight"]
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        hijack.quantize_file(path, tmp_path / "again.safetensors")
 
 
 def test_padding_is_cut_off(tmp_path):

@@ -131,11 +131,13 @@ def compare_files(
     cut, add = _prefixes(one.keys, two.keys)
     names = {key: f"{add}{key.removeprefix(cut)}" for key in one.keys}
     both = [key for key, name in names.items() if name in two.keys]
+    unreadable = {**one.unreadable, **two.unreadable}
     if not both:
+        reasons = "".join(f"; {key} {why}" for key, why in list(unreadable.items())[:1])
         raise CheckpointError(
             f"{one.source} and {two.source} have no weight in common; expected "
             f"checkpoints of one model; the first has such as {one.some()}, the second "
-            f"{two.some()}"
+            f"{two.some()}{reasons}"
         )
     layers: dict[str, Loss] = {}
     skipped: dict[str, str] = {}
@@ -146,14 +148,15 @@ def compare_files(
             skipped[key] = str(error)
         if progress is not None:
             progress(done, len(both), key)
-    known = {names[key] for key in both}
+    first = {*names.values(), *(f"{add}{k.removeprefix(cut)}" for k in one.unreadable)}
+    second = {*two.keys, *two.unreadable}
     return Comparison(
         one.source,
         two.source,
         layers,
-        tuple(key for key in one.keys if names[key] not in two.keys),
-        tuple(key for key in two.keys if key not in known),
-        {**one.unreadable, **two.unreadable, **skipped},
+        tuple(key for key in one.keys if names[key] not in second),
+        tuple(key for key in two.keys if key not in first),
+        {**unreadable, **skipped},
     )
 
 
@@ -174,17 +177,16 @@ class _Weights:
         used = {key for claim in claims.values() for key in claim.keys.values()}
         used |= {key for other in found.foreign.values() for key in other.keys}
         used |= set(found.orphans)
-        self.unreadable = {
-            join(layer, "weight"): f"is {other.format}, which no scheme reads"
-            for layer, other in found.foreign.items()
-        }
+        self.unreadable = _unreadable(found)
         self._claims: dict[str, Claim] = {
-            join(layer, "weight"): claim for layer, claim in claims.items()
+            key: claim
+            for layer, claim in claims.items()
+            if (key := join(layer, "weight")) not in self.unreadable
         }
         dense = {
             key: None
             for key, info in self._header.tensors.items()
-            if key not in used and _is_floating(info)
+            if key not in used and key not in self.unreadable and _is_floating(info)
         }
         self.keys = {**dict.fromkeys(self._claims), **dense}
 
@@ -205,6 +207,23 @@ class _Weights:
             return tensors[key]
         scheme = default_registry().get(claim.scheme)
         return scheme.dequantize(*scheme.decode(claim, tensors), torch.float32)
+
+
+def _unreadable(found: Identification) -> dict[str, str]:
+    """Weights of which nobody knows what they are, and why.
+
+    Codes without the scale they need would pass for numbers.
+    """
+    reasons = {
+        layer: f"is {other.format}, which no scheme reads"
+        for layer, other in found.foreign.items()
+    }
+    for layer, scheme in found.unknown.items():
+        reasons[layer] = f"is of scheme {scheme}, which is not registered"
+    for key in found.orphans:
+        layer = key.rpartition(".")[0]
+        reasons.setdefault(layer, f"has a scale that no scheme reads, {key}")
+    return {join(layer, "weight"): reason for layer, reason in reasons.items()}
 
 
 def _identify(header: Header, assume: Sequence[str]) -> Identification:

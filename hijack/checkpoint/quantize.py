@@ -240,7 +240,7 @@ def _refuse_same(
 
 def _refuse_quantized(header: Header) -> None:
     found = identify(header)
-    claimed = [*found.layers, *found.ambiguous, *found.foreign]
+    claimed = [*found.layers, *found.ambiguous, *found.foreign, *found.unknown]
     if claimed or found.orphans:
         first = claimed[0] if claimed else found.orphans[0]
         raise CheckpointError(
