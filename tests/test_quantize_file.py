@@ -204,6 +204,40 @@ def test_a_quantized_source_is_refused(source, tmp_path):
     refused(source, tmp_path, CheckpointError, r"quantized already \(blocks\.0\.odd\)")
 
 
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize(
+    ("name", "shards", "match"),
+    [
+        ("folder", None, "is a folder, expected a file name"),
+        (
+            "none/x",
+            None,
+            r"cannot be written; .*none is no folder that exists; make it",
+        ),
+        (
+            "none/x",
+            1 << 30,
+            r"cannot be written; .*none is no folder that exists; make",
+        ),
+        ("x" * 256, None, "cannot be written; File name too long"),
+        ("x" * 230, 1 << 30, "cannot be written; File name too long"),
+        ("a\0b", None, r"a\\x00b': is no file name"),
+    ],
+)
+def test_no_file_can_be_written_there(source, tmp_path, name, shards, match, dry_run):
+    """It is said before any work is done, and by a dry run too."""
+    (tmp_path / "folder").mkdir()
+    coded = tmp_path / "coded"
+    hijack.quantize_file(source, coded)
+    with pytest.raises(CheckpointError, match=match):
+        hijack.quantize_file(
+            source, f"{tmp_path}/{name}", max_shard_size=shards, dry_run=dry_run
+        )
+    if shards is None:
+        with pytest.raises(CheckpointError, match=match):
+            hijack.convert_file(coded, f"{tmp_path}/{name}", "deepseek")
+
+
 def test_wrong_arguments_are_refused(source, tmp_path):
     """Each says what was wrong."""
     refused(
@@ -216,6 +250,8 @@ def test_wrong_arguments_are_refused(source, tmp_path):
     refused(source, tmp_path, SchemeError, "no_such", no_such=1)
     refused(source, tmp_path, CheckpointError, "none: cannot be", loras=["none:1"])
     refused(source, tmp_path, CheckpointError, "device: 'x' cannot be", device="x")
+    words = {"device": "meta"}
+    refused(source, tmp_path, CheckpointError, "device: 'meta' cannot be", **words)
     refused(source, tmp_path, CheckpointError, "workers: got 0, expected", workers=0)
     words = {"dialect": "musubi", "block_size": (32, 32)}
     refused(source, tmp_path, CheckpointError, "dialect musubi: cannot", **words)

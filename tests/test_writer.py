@@ -178,7 +178,7 @@ def test_a_folder_is_no_file_name(tmp_path):
     """Neither is the folder that is missing."""
     with pytest.raises(CheckpointError, match="is a folder, expected a file name"):
         write_checkpoint(tmp_path, TENSORS)
-    with pytest.raises(CheckpointError, match="cannot be written; No such file"):
+    with pytest.raises(CheckpointError, match=r"written; .*none is no folder that"):
         write_checkpoint(tmp_path / "none" / "x.safetensors", TENSORS)
 
 

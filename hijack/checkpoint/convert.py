@@ -12,6 +12,7 @@ from typing import Any
 from hijack.checkpoint.config import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
 from hijack.checkpoint.copying import chunks, refuse_same_file
+from hijack.checkpoint.destination import destination
 from hijack.checkpoint.dialect import Dialect, FileMarks
 from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
 from hijack.checkpoint.identification import Identification
@@ -105,8 +106,9 @@ def convert_file(
             naming them; if a config is asked for that the dialect does not have; or
             if writing fails.
     """
-    header = read_header(src)
+    header, place = read_header(src), destination(dst, sharded=False)
     refuse_same_file(src, header, Path(dst))
+    place.check()
     found = identify(header, assume=assume)
     _refuse_unreadable(found)
     job = _Job(header, found, dialect, options, requantize)

@@ -50,7 +50,7 @@ class Destination(Protocol):
     target: Path
 
     def check(self) -> None:
-        """Refuse what cannot be replaced by a file.
+        """Refuse what cannot be replaced by a file, or has no folder to lie in.
 
         Raises:
             CheckpointError: saying what is there.
@@ -86,8 +86,10 @@ def destination(path: str | os.PathLike[str], *, sharded: bool) -> Destination:
         sharded: whether shards are written.
 
     Raises:
-        CheckpointError: if a single file has the name of an index.
+        CheckpointError: if a single file has the name of an index, or no file can have
+            the name.
     """
+    _check_name(path)
     return _Shards(Path(path)) if sharded else _File(Path(path))
 
 
@@ -104,8 +106,8 @@ class _File:
         self.target = Path(os.path.realpath(path))
 
     def check(self) -> None:
-        """Refuse folders, pipes and devices."""
-        _check_file(self.path)
+        """Refuse folders, pipes and devices, and folders that are not there."""
+        _check_file(self.path, self.target)
 
     def replaced(self) -> list[Path]:
         """The file."""
@@ -138,7 +140,9 @@ class _Shards:
 
     def check(self) -> None:
         """Refuse what is no file, and a single file that readers would prefer."""
-        _check_file(self.index)
+        _check_file(self.index, self.target)
+        for name in self.names(1):  # longer than that of the index
+            _check_name(self.folder / name)
         single = self.index.with_name(f"{self.stem}.safetensors")
         if single.exists():
             raise CheckpointError(
@@ -222,7 +226,24 @@ def _index(names: Sequence[str], layouts: Sequence[Layout]) -> bytes:
     return (json.dumps(table, indent=2) + "\n").encode()
 
 
-def _check_file(path: Path) -> None:
+def _check_name(path: str | os.PathLike[str]) -> None:
+    """Refuse what the system cannot look for, before anything else does."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except ValueError as error:  # a NUL in it
+        raise CheckpointError(f"{os.fspath(path)!r}: is no file name") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written; {error.strerror}") from error
+
+
+def _check_file(path: Path, target: Path) -> None:
+    if not target.parent.is_dir():
+        raise CheckpointError(
+            f"{path}: cannot be written; {target.parent} is no folder that exists; "
+            "make it, or write elsewhere"
+        )
     if path.is_dir():
         raise CheckpointError(f"{path}: is a folder, expected a file name")
     if path.exists() and not path.is_file():

@@ -153,6 +153,7 @@ def quantize_file(
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     place = destination(dst, sharded=size is not None)
     _refuse_same(place, Path(dst), src, header, [path for path, _ in wanted])
+    place.check()
     _refuse_quantized(header)
     if block_size is not None:
         options["block_size"] = block_size
@@ -253,7 +254,7 @@ def _device(device: str | torch.device) -> torch.device:
     """A device that can be computed on."""
     try:
         found = torch.device(device)
-        torch.empty(1, device=found).add_(1)
+        torch.ones(1, device=found).item()  # what is on no real device has no data
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
