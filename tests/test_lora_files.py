@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from hijack.checkpoint.header import Header
 from hijack.checkpoint.lora import Loras, parse_lora, parse_loras
 from hijack.checkpoint.reader import read_header
 from hijack.errors import CheckpointError, HeaderError
@@ -99,6 +100,13 @@ def test_what_is_no_lora_is_refused_in_words(given):
     """The message says how a LoRA is given."""
     with pytest.raises(CheckpointError, match=r"loras: got .*, expected a file"):
         parse_loras(given)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_no_file_can_have_is_refused_in_words(folder, name):
+    """Whether there is such a file is asked before it is read."""
+    with pytest.raises(HeaderError, match=r"is no file name|File name too long"):
+        Loras.open(f"{folder}/{name}:0.5", Header({}))
 
 
 @pytest.mark.parametrize("strength", ["nan", "inf", "half", "", "1.2.3"])

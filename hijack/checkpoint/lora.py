@@ -61,7 +61,7 @@ def parse_lora(spec: Spec) -> tuple[Path, float]:
     else:
         path = Path(spec)
         found = re.fullmatch(r"(.+):([^:/\\]*)", os.fspath(spec))
-        if found and not path.exists():
+        if found and not os.path.exists(path):  # which never raises
             drive = len(found[1]) == 1 and math.isnan(_number(found[2]))
             path, given = (path, 1.0) if drive else (Path(found[1]), found[2])
     strength = _number(given)
