@@ -86,6 +86,18 @@ def test_codes_whose_scale_nobody_reads_are_no_numbers(files, tmp_path, capsys):
     assert "not compared: blocks.1.weight: has a scale" in capsys.readouterr().out
 
 
+def test_markers_are_no_weights(files, tmp_path):
+    """ComfyUI's marker of a whole file is a tensor of floating point numbers."""
+    path = tmp_path / "marked.safetensors"
+    marker = torch.empty(0, dtype=torch.float8_e4m3fn)
+    coded = tmp_path / "tensor.safetensors"
+    hijack.quantize_file(files[0], coded, block_size="tensor")
+    save_file({**load_file(coded), "scaled_fp8": marker}, path)
+    found = hijack.compare_files(coded, path)
+    assert found.same
+    assert "scaled_fp8" not in found.layers
+
+
 def test_layers_of_a_scheme_nobody_registered_are_not_compared(files, tmp_path):
     """What their codes mean is not known."""
     path = tmp_path / "other.safetensors"

@@ -176,7 +176,7 @@ class _Weights:
         claims = found.claims()
         used = {key for claim in claims.values() for key in claim.keys.values()}
         used |= {key for other in found.foreign.values() for key in other.keys}
-        used |= set(found.orphans)
+        used |= set(found.orphans) | _markers(self._header, claims)
         self.unreadable = _unreadable(found)
         self._claims: dict[str, Claim] = {
             key: claim
@@ -207,6 +207,17 @@ class _Weights:
             return tensors[key]
         scheme = default_registry().get(claim.scheme)
         return scheme.dequantize(*scheme.decode(claim, tensors), torch.float32)
+
+
+def _markers(header: Header, claims: Mapping[str, Claim]) -> set[str]:
+    """Tensors that only say how the layers are quantized; some are floating."""
+    schemes = {claim.scheme for claim in claims.values()}
+    return {
+        key
+        for name in schemes
+        for dialect in default_registry().get(name).all_dialects()
+        for key in dialect.unmark(header.metadata, header.tensors.keys(), claims)[1]
+    }
 
 
 def _unreadable(found: Identification) -> dict[str, str]:
