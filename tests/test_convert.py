@@ -218,6 +218,22 @@ def test_blocks_the_dialect_lacks_are_refused_by_name(musubi, tmp_path):
     assert not there.exists()
 
 
+def test_scales_of_two_kinds_are_refused_by_name(tmp_path):
+    """DeepSeek has floats or exponents in a file; the message names a layer of each."""
+    dense, source = tmp_path / "dense.safetensors", tmp_path / "q.safetensors"
+    paths = []
+    for number, scale in enumerate((torch.float32, torch.float8_e8m0fnu)):
+        save_file({f"l{number}.weight": torch.randn(64, 64)}, dense)
+        paths.append(tmp_path / f"{number}.safetensors")
+        options = {"block_size": 32, "scale_dtype": scale}
+        hijack.quantize_file(dense, paths[-1], dialect="hijack", **options)
+    hijack.convert_file(paths, source, "hijack")
+    with pytest.raises(
+        CheckpointError, match=r"l0 has floats .*, l1 has exponents for"
+    ):
+        hijack.convert_file(source, dense, "deepseek")
+
+
 def test_requantizing_is_not_proposed_where_it_cannot_help(musubi, tmp_path):
     """The blocks that were asked for cannot be written at all."""
     with pytest.raises(CheckpointError, match=r"cannot be converted: .*; choose") as e:

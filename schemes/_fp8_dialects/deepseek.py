@@ -126,23 +126,23 @@ class DeepSeekDialect(ConfiguredDialect):
         """
         if not layers:
             return FileMarks()
-        scales = [spelled.tensors["weight_scale_inv"] for spelled in layers.values()]
-        scalar = [not scale.shape for scale in scales]
-        powers = {scale.torch_dtype in POWER_DTYPES for scale in scales}
-        size = None if all(scalar) else self._one_size(layers)
-        if len(powers) > 1 or (any(scalar) and not all(scalar)):
+        scales = {la: made.tensors["weight_scale_inv"] for la, made in layers.items()}
+        kinds = {_kind(scale): layer for layer, scale in scales.items()}
+        if len(kinds) > 1:
+            found = ", ".join(f"{layer} has {kind}" for kind, layer in kinds.items())
             raise CheckpointError(
-                "dialect deepseek: the layers have scales of several kinds; expected "
-                "all float or all exponents, all with blocks or all without; quantize "
-                "all with the same options"
+                f"dialect deepseek: {found}; expected scales of one kind in a file; "
+                "quantize all layers with the same options"
             )
+        scale = next(iter(scales.values()))
+        size = self._one_size(layers) if scale.shape else None
         return self.marks(
             {
                 "quant_method": "fp8",
                 "fmt": "e4m3",
                 "activation_scheme": "dynamic",
                 "weight_block_size": None if size is None else list(size),
-                **({"scale_fmt": "ue8m0"} if True in powers else {}),
+                **({"scale_fmt": "ue8m0"} if scale.torch_dtype in POWER_DTYPES else {}),
                 "modules_to_not_convert": _patterns(dense_layers(others), layers),
             }
         )
@@ -184,6 +184,12 @@ def _begins(names: Sequence[str], start: str) -> bool:
     """Whether one of some sorted names begins so."""
     at = bisect.bisect_left(names, start)
     return at < len(names) and names[at].startswith(start)
+
+
+def _kind(scale: TensorInfo) -> str:
+    """What all scales of a file must have in common, in words."""
+    numbers = "exponents" if scale.torch_dtype in POWER_DTYPES else "floats"
+    return f"{numbers} for blocks" if scale.shape else f"{numbers} without blocks"
 
 
 def _exponents(scale: Tensor) -> Tensor:
