@@ -1,6 +1,7 @@
 """convert: dialects change, numbers and everything else do not."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -216,6 +217,23 @@ def test_blocks_the_dialect_lacks_are_refused_by_name(musubi, tmp_path):
     with pytest.raises(CheckpointError, match="dialect kijai: is read, and never"):
         hijack.convert_file(musubi, there, "kijai", requantize=True)
     assert not there.exists()
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_source_that_is_changed_meanwhile_is_noticed(musubi, tmp_path, gone, last):
+    """The result would be made of two checkpoints."""
+
+    def change(done, total, layer):
+        if last == (done == total):
+            musubi.unlink(missing_ok=True) if gone else os.utime(musubi, ns=(1, 1))
+
+    match = "was changed while it was read"
+    if gone and not last:
+        match = "cannot be read; No such file"
+    with pytest.raises(CheckpointError, match=match):
+        hijack.convert_file(musubi, tmp_path / "o", "deepseek", progress=change)
+    assert not (tmp_path / "o").exists()
 
 
 def test_scales_of_two_kinds_are_refused_by_name(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import hijack
 from hijack.checkpoint.header import TensorInfo
 from hijack.checkpoint.reader import read_header
 from hijack.checkpoint.writer import open_writer, write_checkpoint
@@ -171,6 +172,13 @@ def test_dtypes_without_a_name_are_refused(tmp_path):
     """Before anything is written."""
     with pytest.raises(CheckpointError, match=r"a: safetensors has no name for torch"):
         write_checkpoint(tmp_path / "x", {"a": torch.ones(2, dtype=torch.complex128)})
+    assert names(tmp_path) == []
+
+
+def test_a_tensor_without_data_is_refused_by_name(tmp_path):
+    """Such as of a model that nothing was loaded into."""
+    with pytest.raises(CheckpointError, match="weight: is on the meta device, expect"):
+        hijack.save(torch.nn.Linear(3, 3, device="meta"), tmp_path / "x")
     assert names(tmp_path) == []
 
 

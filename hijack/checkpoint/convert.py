@@ -11,7 +11,7 @@ from typing import Any
 
 from hijack.checkpoint.config import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
-from hijack.checkpoint.copying import chunks, refuse_same_file
+from hijack.checkpoint.copying import Watch, chunks, refuse_same_file
 from hijack.checkpoint.destination import destination
 from hijack.checkpoint.dialect import Dialect, FileMarks
 from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
@@ -107,6 +107,7 @@ def convert_file(
             if writing fails.
     """
     header, place = read_header(src), destination(dst, sharded=False)
+    watch = Watch(header)
     refuse_same_file(src, header, Path(dst))
     place.check()
     found = identify(header, assume=assume)
@@ -119,6 +120,7 @@ def convert_file(
         job.run(writer, progress)
         for key, tensor in marks.tensors.items():
             writer.write(key, tensor)
+        watch.check()
     if config is not None:
         write_config_beside(Path(dst), header.config, config)
     return job.report(found)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hijack.checkpoint.header import Header, TensorInfo
@@ -46,4 +46,40 @@ def refuse_same_file(src: Paths, header: Header, dst: Path) -> None:
         if dst.exists() and os.path.samefile(path, dst):
             raise CheckpointError(
                 f"{dst}: is the source itself; expected another file to write to"
+            )
+
+
+class Watch:
+    """The files that are read: what they are, and whether they still are.
+
+    Args:
+        header: of the source.
+        others: files that are read beside it.
+    """
+
+    def __init__(self, header: Header, others: Iterable[Path] = ()) -> None:
+        self._source = header.source
+        infos = header.tensors.values()
+        self._files = {info.file for info in infos if info.file is not None}
+        self._files |= set(others)
+        self.before = self._now()
+
+    def _now(self) -> list[tuple[str, int, int]]:
+        stats = [(path, path.stat()) for path in sorted(self._files)]
+        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+
+    def check(self) -> None:
+        """Refuse a result of which nobody knows what it was made of.
+
+        Raises:
+            CheckpointError: if a file is another one than it was.
+        """
+        try:
+            same = self._now() == self.before
+        except OSError:
+            same = False
+        if not same:
+            raise CheckpointError(
+                f"{self._source}: was changed while it was read; expected it to stay "
+                "as it is; begin again"
             )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hijack.checkpoint.config import config_of, write_config_beside
-from hijack.checkpoint.copying import refuse_same_file
+from hijack.checkpoint.copying import Watch, refuse_same_file
 from hijack.checkpoint.destination import Destination, destination, parse_size
 from hijack.checkpoint.header import Header
 from hijack.checkpoint.identify import identify
@@ -164,7 +164,9 @@ def quantize_file(
     config = _config(plan, Path(dst)) if write_config else None
     report = _report(plan, place, size, written=not dry_run)
     if not dry_run:
-        _write(plan, Path(dst), size, how, _Watch(header, wanted), resume=resume)
+        watch = Watch(header, [path for path, _ in wanted])
+        job = _fingerprint(plan, how.device, wanted, watch) if resume else None
+        _write(plan, Path(dst), size, how, watch, job)
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
@@ -192,11 +194,9 @@ def _write(
     dst: Path,
     size: int | None,
     how: Way,
-    watch: _Watch,
-    *,
-    resume: bool,
+    watch: Watch,
+    job: str | None,
 ) -> None:
-    job = watch.fingerprint(plan, how.device) if resume else None
     with open_writer(dst, plan.tensors, plan.metadata, None, size, job) as writer:
         run(plan, writer, how)
         watch.check()
@@ -280,40 +280,22 @@ def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
 # -- whether two runs are the same -----------------------------------------------------
 
 
-class _Watch:
-    """The files that are read: what they are, and whether they still are."""
-
-    def __init__(self, header: Header, loras: Sequence[tuple[Path, float]]) -> None:
-        self.source = header.source
-        self.loras = loras
-        infos = header.tensors.values()
-        self.files = {info.file for info in infos if info.file is not None}
-        self.files |= {path for path, _ in self.loras}
-        self.before = self._now()
-
-    def _now(self) -> list[tuple[str, int, int]]:
-        stats = [(path, path.stat()) for path in sorted(self.files)]
-        return [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-
-    def check(self) -> None:
-        """Refuse a result of which nobody knows what it was made of."""
-        if self._now() != self.before:
-            raise CheckpointError(
-                f"{self.source}: was changed while it was read; expected it to stay as "
-                "it is; begin again"
-            )
-
-    def fingerprint(self, plan: QuantizePlan, device: torch.device) -> str:
-        """What a result depends on, beside the headers it is written with."""
-        parts = [
-            torch.__version__,
-            str(device),
-            plan.scheme.name,
-            plan.dialect.name,
-            [(layer, repr(options)) for layer, options in plan.options.items()],
-            [(key, repr(info)) for key, info in plan.header.tensors.items()],
-            [repr(lora) for lora in self.loras],
-            plan.loras.factors,
-            self.before,
-        ]
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def _fingerprint(
+    plan: QuantizePlan,
+    device: torch.device,
+    loras: Sequence[tuple[Path, float]],
+    watch: Watch,
+) -> str:
+    """What a result depends on, beside the headers it is written with."""
+    parts = [
+        torch.__version__,
+        str(device),
+        plan.scheme.name,
+        plan.dialect.name,
+        [(layer, repr(options)) for layer, options in plan.options.items()],
+        [(key, repr(info)) for key, info in plan.header.tensors.items()],
+        [repr(lora) for lora in loras],
+        plan.loras.factors,
+        watch.before,
+    ]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

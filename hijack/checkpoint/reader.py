@@ -146,7 +146,7 @@ class _MappedTensors(Mapping[str, Tensor]):
 
     def _map(self, path: Path) -> tuple[Tensor, int]:
         if path not in self._data:
-            with path.open("rb") as file:
+            with _open(path) as file:
                 length = int.from_bytes(file.read(8), "little")
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._data[path] = torch.frombuffer(pages, dtype=torch.uint8), 8 + length

@@ -63,8 +63,14 @@ class CheckpointWriter:
         """Write one planned tensor.
 
         Raises:
-            CheckpointError: if dtype or shape are not the planned ones.
+            CheckpointError: if dtype or shape are not the planned ones, or it has no
+                data.
         """
+        if tensor.is_meta:
+            raise CheckpointError(
+                f"{key}: is on the meta device, expected a tensor with data; load it "
+                "first"
+            )
         planned, got = self._plan[key], TensorInfo.of(tensor)
         if (got.dtype, got.shape) != (planned.dtype, planned.shape):
             raise CheckpointError(
