@@ -147,6 +147,19 @@ def test_the_config_is_written_beside_the_file_only_if_asked_for(musubi, tmp_pat
     assert len(list(folder.iterdir())) == 2
 
 
+def test_the_config_of_the_source_is_not_replaced(musubi, tmp_path):
+    """The source would be read by it no longer."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path, other = folder / "a.safetensors", folder / "b.safetensors"
+    hijack.convert_file(musubi, path, "deepseek", write_config=True)
+    said = (folder / "config.json").read_bytes()
+    with pytest.raises(CheckpointError, match=r"config\.json: is the source's too"):
+        hijack.convert_file(path, other, "compressed_tensors", write_config=True)
+    assert (folder / "config.json").read_bytes() == said
+    assert not other.exists()
+
+
 def test_ragged_blocks_stay_what_they_are(tmp_path):
     """576 x 320 in blocks of 128 x 128, and in other dialects the same numbers."""
     dense, one, two = (tmp_path / f"{n}.safetensors" for n in ("dense", "one", "two"))

@@ -7,23 +7,39 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hijack.checkpoint.dialect import FileMarks
-from hijack.checkpoint.header import CONFIG_KEY
+from hijack.checkpoint.header import CONFIG_KEY, Header
 from hijack.checkpoint.partial import replace, write_durably
 from hijack.checkpoint.reader import read_config
 from hijack.errors import CheckpointError
 
 
-def config_of(marks: FileMarks, dialect: str) -> Mapping[str, object]:
+def config_of(
+    marks: FileMarks, dialect: str, source: Header, path: Path
+) -> Mapping[str, object]:
     """What a file in a dialect has to say in ``config.json``.
 
+    Args:
+        marks: what it says as a whole.
+        dialect: that of the file.
+        source: what it is made of.
+        path: of the file.
+
     Raises:
-        CheckpointError: if readers of the dialect expect none.
+        CheckpointError: if readers of the dialect expect none, or the one in the folder
+            is the source's, which would be read by it no longer.
     """
     if marks.config is None:
         raise CheckpointError(
             f"write_config: dialect {dialect} has no quantization_config; expected one "
             "such as deepseek; leave write_config out"
         )
+    for info in source.tensors.values():
+        if info.file and info.file.parent.resolve() == path.parent.resolve():
+            raise CheckpointError(
+                f"{path.parent / 'config.json'}: is the source's too, which is not "
+                f"quantized so; expected another folder for {path.name}; write it "
+                "there, or leave write_config out"
+            )
     return marks.config
 
 

@@ -115,7 +115,7 @@ def convert_file(
     job = _Job(header, found, dialect, options, requantize)
     job.place_inputs(drop_input_scales)
     marks = job.finish()
-    config = config_of(marks, dialect) if write_config else None
+    config = config_of(marks, dialect, header, Path(dst)) if write_config else None
     with open_writer(dst, job.plan, job.metadata(marks.metadata), job.order) as writer:
         job.run(writer, progress)
         for key, tensor in marks.tensors.items():

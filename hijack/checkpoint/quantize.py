@@ -161,7 +161,9 @@ def quantize_file(
     merged = Loras.open(wanted, header, ignore_unmatched)
     plan = _plan(chosen, dialect, choice, options, merged)
     how = Way(_device(device), count_workers(workers), progress)
-    config = _config(plan, Path(dst)) if write_config else None
+    config = None
+    if write_config:
+        config = config_of(plan.marks, plan.dialect.name, header, Path(dst))
     report = _report(plan, place, size, written=not dry_run)
     if not dry_run:
         watch = Watch(header, [path for path, _ in wanted])
@@ -262,19 +264,6 @@ def _device(device: str | torch.device) -> torch.device:
             "cuda"
         ) from error
     return found
-
-
-def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
-    """What to say in ``config.json``; not where that is the source's too."""
-    config = config_of(plan.marks, plan.dialect.name)
-    for info in plan.header.tensors.values():
-        if info.file is not None and info.file.parent.resolve() == dst.parent.resolve():
-            raise CheckpointError(
-                f"{dst.parent / 'config.json'}: is of the source, which is not "
-                "quantized; expected another folder for the result; write it there, or "
-                "leave write_config out"
-            )
-    return config
 
 
 # -- whether two runs are the same -----------------------------------------------------
