@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hijack.checkpoint.dialect import Dialect, Spelled
 from hijack.checkpoint.header import TensorInfo, join
 from hijack.checkpoint.writer import write_checkpoint
+from hijack.errors import HijackError
 from hijack.hooks import Wrapped
 from hijack.loading import quantized
 from hijack.scheme import Scheme
@@ -38,7 +39,10 @@ def save(
         qdata, params = quantized(module)
         for key in ("weight", *params):
             del tensors[join(name, key)]
-        made = chosen.encode(qdata, params, module._hijack.options)
+        try:
+            made = chosen.encode(qdata, params, module._hijack.options)
+        except HijackError as error:
+            raise type(error)(f"{name or 'weight'}: {error}") from error
         coded |= {join(name, suffix): tensor for suffix, tensor in made.items()}
         scheme = module._hijack.scheme
         spelled.setdefault(chosen, {})[name] = Spelled(
