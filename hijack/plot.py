@@ -19,7 +19,8 @@ def draw_comparison(found: Comparison, path: Path) -> None:
     """The signal-to-noise ratio of every weight, in file order, the worst named.
 
     Args:
-        found: what to draw; weights that are equal are left out.
+        found: what to draw; weights that are equal are left out, those that hold NaN or
+            inf are only named.
         path: the PNG to write.
 
     Raises:
@@ -41,7 +42,9 @@ def draw_comparison(found: Comparison, path: Path) -> None:
         axes.annotate(
             str(rank), (number, loss.sqnr), xytext=(5, 4), textcoords="offset points"
         )
-    if worst:
+    for key in found.broken[:NAMED]:
+        axes.scatter([], [], marker="x", color="black", label=f"{key}  NaN or inf")
+    if worst or found.broken:
         axes.legend(title="worst", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     equal = sum(loss.largest == 0 for loss in found.layers.values())
     axes.set_xlabel(f"weight, in file order ({equal} of {len(found.layers)} are equal)")

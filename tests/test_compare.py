@@ -144,6 +144,33 @@ def test_extremes_have_numbers_too(one, two, sqnr):
     assert str(measure(one, two).sqnr) == sqnr
 
 
+def test_weights_that_hold_nan_are_the_worst(files, tmp_path, capsys, monkeypatch):
+    """The command ends with 3, and the picture names them."""
+    path, picture = tmp_path / "broken.safetensors", tmp_path / "p.png"
+    tensors = load_file(files[0])
+    tensors["blocks.1.weight"][0, 0] = torch.nan
+    save_file(tensors, path)
+    found = hijack.compare_files(files[0], path)
+    assert found.broken == ("blocks.1.weight",)
+    assert found.worst(1)[0][0] == "blocks.1.weight"
+    matplotlib = pytest.importorskip("matplotlib.axes")
+    labels = []
+    scatter = matplotlib.Axes.scatter
+
+    def noted(self, *words, **options):
+        labels.append(options.get("label"))
+        return scatter(self, *words, **options)
+
+    monkeypatch.setattr(matplotlib.Axes, "scatter", noted)
+    words = ["compare", str(files[0]), str(path), "--plot", str(picture)]
+    assert cli.main(words) == 3
+    assert "blocks.1.weight  NaN or inf" in labels
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--worst", "-1"])
+    assert "expected a number from 0" in capsys.readouterr().err
+
+
 def test_the_worst_come_first_and_json_has_all(files, capsys):
     """For people a table, for programs JSON without infinities."""
     assert cli.main(["compare", *map(str, files), "--worst", "2"]) == 0

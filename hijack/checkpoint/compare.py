@@ -48,6 +48,11 @@ class Comparison:
         exact = all(loss.largest == 0 for loss in self.layers.values())
         return exact and not (self.only_reference or self.only_other or self.skipped)
 
+    @property
+    def broken(self) -> tuple[str, ...]:
+        """Weights that hold NaN or inf, so that their error is no number."""
+        return tuple(k for k, loss in self.layers.items() if math.isnan(loss.sqnr))
+
     def worst(self, count: int | None = None) -> list[tuple[str, Loss]]:
         """Weights and their errors, the worst signal-to-noise ratio first."""
 

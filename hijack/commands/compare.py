@@ -21,7 +21,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--plot", metavar="PNG", help="draw the error of every weight into a file"
     )
     parser.add_argument(
-        "--worst", type=int, default=20, metavar="N", help="rows to print, default 20"
+        "--worst",
+        type=_count,
+        default=20,
+        metavar="N",
+        help="rows to print, default 20",
     )
     parser.add_argument(
         "--assume",
@@ -33,7 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found; 3 if weights are missing or cannot be compared."""
+    """Print what was found; 3 if weights are missing, broken or of other shapes."""
     with progress_bar("comparing") as progress:
         found = hijack.compare_files(
             args.reference, args.other, assume=args.assume, progress=progress
@@ -41,7 +45,15 @@ def run(args: argparse.Namespace) -> int:
     print(found.to_json() if args.json else found.as_table(args.worst))
     if args.plot:
         _draw(found, Path(args.plot))
-    return 3 if found.only_reference or found.only_other or found.skipped else 0
+    lone = found.only_reference or found.only_other
+    return 3 if lone or found.skipped or found.broken else 0
+
+
+def _count(text: str) -> int:
+    """A number of rows; argparse names what is none."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 on")
+    return int(text)
 
 
 def _draw(found: hijack.Comparison, path: Path) -> None:
