@@ -152,8 +152,7 @@ def quantize_file(
     wanted = parse_loras(loras)
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     place = destination(dst, sharded=size is not None)
-    _refuse_same(place, Path(dst), src, header, [path for path, _ in wanted])
-    place.check()
+    _refuse_place(place, Path(dst), src, header, wanted)
     _refuse_quantized(header)
     if block_size is not None:
         options["block_size"] = block_size
@@ -161,14 +160,10 @@ def quantize_file(
     merged = Loras.open(wanted, header, ignore_unmatched)
     plan = _plan(chosen, dialect, choice, options, merged)
     how = Way(_device(device), count_workers(workers), progress)
-    config = None
-    if write_config:
-        config = config_of(plan.marks, plan.dialect.name, header, Path(dst))
+    config = _config(plan, Path(dst)) if write_config else None
     report = _report(plan, place, size, written=not dry_run)
     if not dry_run:
-        watch = Watch(header, [path for path, _ in wanted])
-        job = _fingerprint(plan, how.device, wanted, watch) if resume else None
-        _write(plan, Path(dst), size, how, watch, job)
+        _write(plan, Path(dst), size, how, wanted, resume=resume)
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
@@ -196,9 +191,12 @@ def _write(
     dst: Path,
     size: int | None,
     how: Way,
-    watch: Watch,
-    job: str | None,
+    loras: Sequence[tuple[Path, float]],
+    *,
+    resume: bool,
 ) -> None:
+    watch = Watch(plan.header, [path for path, _ in loras])
+    job = _fingerprint(plan, how.device, loras, watch) if resume else None
     with open_writer(dst, plan.tensors, plan.metadata, None, size, job) as writer:
         run(plan, writer, how)
         watch.check()
@@ -229,16 +227,21 @@ def _report(
 # -- what is refused -------------------------------------------------------------------
 
 
-def _refuse_same(
-    place: Destination, dst: Path, src: Paths, header: Header, loras: Iterable[Path]
+def _refuse_place(
+    place: Destination,
+    dst: Path,
+    src: Paths,
+    header: Header,
+    loras: Iterable[tuple[Path, float]],
 ) -> None:
-    """Refuse to write onto a file that is read, or to delete one."""
+    """Refuse to write onto a file that is read, to delete one, or where none can be."""
     given = [src] if isinstance(src, str | os.PathLike) else list(src)
-    sources = [*given, *loras]
+    sources = [*given, *(path for path, _ in loras)]
     for path in (dst, *place.replaced()):
         refuse_same_file(
             [path for path in sources if os.path.exists(path)], header, path
         )
+    place.check()
 
 
 def _refuse_quantized(header: Header) -> None:
@@ -264,6 +267,10 @@ def _device(device: str | torch.device) -> torch.device:
             "cuda"
         ) from error
     return found
+
+
+def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
+    return config_of(plan.marks, plan.dialect.name, plan.header, dst)
 
 
 # -- whether two runs are the same -----------------------------------------------------
