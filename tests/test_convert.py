@@ -410,3 +410,32 @@ def test_a_scheme_without_blocks_knows_no_others():
 
     assert Plain().reblock(torch.ones(2, 2), {}, (1, 1)) is None
     assert Plain().block_size(torch.ones(2, 2), {}) is None
+
+
+def test_convert_writes_shards_and_reads_them_back(musubi, tmp_path):
+    """Shards hold what one file would; converting them back gives the file again."""
+    index = tmp_path / "sharded" / "model.safetensors.index.json"
+    index.parent.mkdir()
+    hijack.convert_file(musubi, index, "deepseek", max_shard_size="20KB")
+    assert len(list(index.parent.glob("*.safetensors"))) > 2
+    assert max(p.stat().st_size for p in index.parent.glob("*.safetensors")) < 40_000
+    assert decoded(index).keys() == decoded(musubi).keys()
+    back = tmp_path / "back.safetensors"
+    hijack.convert_file(index, back, "musubi")
+    assert load_file(back).keys() == load_file(musubi).keys()
+    assert all(
+        torch.equal(dense, decoded(back)[layer])
+        for layer, dense in decoded(musubi).items()
+    )
+
+
+def test_shards_that_are_read_are_not_replaced(musubi, tmp_path):
+    """The source's index and shards stay, also where the new ones have other names."""
+    index = tmp_path / "model.safetensors.index.json"
+    hijack.convert_file(musubi, index, "deepseek", max_shard_size="20KB")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match="is the source itself"):
+        hijack.convert_file(
+            index, tmp_path / "model.safetensors", "musubi", max_shard_size="1GB"
+        )
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

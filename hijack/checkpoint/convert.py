@@ -11,8 +11,8 @@ from typing import Any
 
 from hijack.checkpoint.config import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
-from hijack.checkpoint.copying import Watch, chunks, refuse_same_file
-from hijack.checkpoint.destination import destination
+from hijack.checkpoint.copying import Watch, chunks, refuse_place
+from hijack.checkpoint.destination import destination, parse_size
 from hijack.checkpoint.dialect import Dialect, FileMarks
 from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
 from hijack.checkpoint.identification import Identification
@@ -72,6 +72,7 @@ def convert_file(
     requantize: bool = False,
     drop_input_scales: bool = False,
     assume: Sequence[str] = (),
+    max_shard_size: int | str | None = None,
     write_config: bool = False,
     progress: Progress | None = None,
     **options: Any,
@@ -90,6 +91,8 @@ def convert_file(
         drop_input_scales: whether scales of inputs may be left out, where the dialect
             has no place for them.
         assume: how to read what the file does not tell, as for `identify`.
+        max_shard_size: bytes, or text such as ``"5GB"``: write shards of no more, and
+            ``dst`` with ``.index.json`` as their index.
         write_config: whether to write ``config.json`` beside ``dst``, for dialects
             whose readers expect one.
         progress: called after each layer.
@@ -106,17 +109,19 @@ def convert_file(
             naming them; if a config is asked for that the dialect does not have; or
             if writing fails.
     """
-    header, place = read_header(src), destination(dst, sharded=False)
+    header = read_header(src)
     watch = Watch(header)
-    refuse_same_file(src, header, Path(dst))
-    place.check()
+    size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
+    place = destination(dst, sharded=size is not None)
+    refuse_place(place, Path(dst), src, header)
     found = identify(header, assume=assume)
     _refuse_unreadable(found)
     job = _Job(header, found, dialect, options, requantize)
     job.place_inputs(drop_input_scales)
     marks = job.finish()
     config = config_of(marks, dialect, header, Path(dst)) if write_config else None
-    with open_writer(dst, job.plan, job.metadata(marks.metadata), job.order) as writer:
+    metadata = job.metadata(marks.metadata)
+    with open_writer(dst, job.plan, metadata, job.order, size) as writer:
         job.run(writer, progress)
         for key, tensor in marks.tensors.items():
             writer.write(key, tensor)

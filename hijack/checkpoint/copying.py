@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from hijack.checkpoint.destination import Destination
 from hijack.checkpoint.header import Header, TensorInfo
 from hijack.checkpoint.reader import Paths, data_start
 from hijack.errors import CheckpointError
@@ -33,20 +34,35 @@ def chunks(info: TensorInfo) -> Iterator[bytes]:
         ) from error
 
 
-def refuse_same_file(src: Paths, header: Header, dst: Path) -> None:
-    """Refuse to write onto a file that is read, by whatever name.
+def refuse_place(
+    place: Destination,
+    dst: Path,
+    src: Paths,
+    header: Header,
+    others: Iterable[Path] = (),
+) -> None:
+    """Refuse to write onto a file that is read, to delete one, or where none can be.
+
+    Args:
+        place: what ``dst`` means.
+        dst: the destination as it was given.
+        src: the source as it was given.
+        header: of the source.
+        others: files that are read beside it.
 
     Raises:
         CheckpointError: naming the destination.
     """
     given = [src] if isinstance(src, str | os.PathLike) else list(src)
-    sources = {Path(path) for path in given}
+    sources = {Path(path) for path in (*given, *others)}
     sources |= {info.file for info in header.tensors.values() if info.file is not None}
-    for path in sources:
-        if dst.exists() and os.path.samefile(path, dst):
+    read = [path for path in sources if path.exists()]
+    for target in filter(Path.exists, (dst, *place.replaced())):
+        if any(os.path.samefile(path, target) for path in read):
             raise CheckpointError(
-                f"{dst}: is the source itself; expected another file to write to"
+                f"{target}: is the source itself; expected another file to write to"
             )
+    place.check()
 
 
 class Watch:

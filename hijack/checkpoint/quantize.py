@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from hijack.checkpoint.config import config_of, write_config_beside
-from hijack.checkpoint.copying import Watch, refuse_same_file
+from hijack.checkpoint.copying import Watch, refuse_place
 from hijack.checkpoint.destination import Destination, destination, parse_size
 from hijack.checkpoint.header import Header
 from hijack.checkpoint.identify import identify
@@ -152,7 +152,7 @@ def quantize_file(
     wanted = parse_loras(loras)
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     place = destination(dst, sharded=size is not None)
-    _refuse_place(place, Path(dst), src, header, wanted)
+    refuse_place(place, Path(dst), src, header, [path for path, _ in wanted])
     _refuse_quantized(header)
     if block_size is not None:
         options["block_size"] = block_size
@@ -225,23 +225,6 @@ def _report(
 
 
 # -- what is refused -------------------------------------------------------------------
-
-
-def _refuse_place(
-    place: Destination,
-    dst: Path,
-    src: Paths,
-    header: Header,
-    loras: Iterable[tuple[Path, float]],
-) -> None:
-    """Refuse to write onto a file that is read, to delete one, or where none can be."""
-    given = [src] if isinstance(src, str | os.PathLike) else list(src)
-    sources = [*given, *(path for path, _ in loras)]
-    for path in (dst, *place.replaced()):
-        refuse_same_file(
-            [path for path in sources if os.path.exists(path)], header, path
-        )
-    place.check()
 
 
 def _refuse_quantized(header: Header) -> None:

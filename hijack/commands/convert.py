@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import hijack
-from hijack.checkpoint.text import parse_block_size
 from hijack.commands.progress import progress_bar
-from hijack.errors import CheckpointError, SchemeError
+from hijack.commands.writing import add_shard_size, block_size, refuse_existing
 
 HELP = "write a quantized checkpoint in another dialect, without loss"
 
@@ -21,7 +19,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dialect", required=True, help="see `hijack schemes`")
     parser.add_argument(
         "--block-size",
-        type=_block_size,
+        type=block_size,
         metavar="SIZE",
         help="blocks to have instead of the dialect's choice",
     )
@@ -47,6 +45,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write config.json beside the file, where the dialect's readers expect it",
     )
+    add_shard_size(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="name what lost or changed"
@@ -55,8 +54,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was done."""
-    if Path(args.dst).is_file() and not args.force:
-        raise CheckpointError(f"{args.dst}: exists; pass --force to replace it")
+    if not args.force:
+        refuse_existing(args.dst, args.max_shard_size)
     options: dict[str, Any] = {}
     if args.block_size is not None:
         options["block_size"] = args.block_size
@@ -68,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             requantize=args.requantize,
             drop_input_scales=args.drop_input_scales,
             assume=args.assume,
+            max_shard_size=args.max_shard_size,
             write_config=args.write_config,
             progress=progress,
             **options,
@@ -81,10 +81,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"quantized anew: {layer}: SQNR {loss.sqnr:.1f} dB, RMSE {loss.rmse:.3g}")
     print(report)
     return 0
-
-
-def _block_size(text: str) -> Any:
-    try:
-        return parse_block_size(text)
-    except SchemeError as error:  # a ValueError, whose words argparse would hide
-        raise argparse.ArgumentTypeError(str(error)) from error

@@ -14,11 +14,10 @@ from hijack.checkpoint.architectures import (
     architectures,
     detect_architecture,
 )
-from hijack.checkpoint.destination import destination, parse_size
 from hijack.checkpoint.reader import read_header
-from hijack.checkpoint.text import parse_block_size, table
+from hijack.checkpoint.text import table
 from hijack.commands.progress import progress_bar
-from hijack.errors import CheckpointError, SchemeError
+from hijack.commands.writing import add_shard_size, block_size, refuse_existing
 
 HELP = "quantize a safetensors checkpoint"
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -55,11 +54,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads, default one for each core"
     )
-    parser.add_argument(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="write shards of at most 5GB or so, and an index",
-    )
+    add_shard_size(parser)
     for flag, text in _FLAGS.items():
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument(
@@ -75,7 +70,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--block-size",
-        type=_block_size,
+        type=block_size,
         metavar="SIZE",
         help="1x64, 128x128, row, tensor; default is the dialect's",
     )
@@ -131,9 +126,7 @@ def run(args: argparse.Namespace) -> int:
         _refuse(args, "expected SRC and DST")
     *src, dst = args.paths
     if not args.dry_run and not args.force:
-        sharded = args.max_shard_size is not None
-        for path in destination(dst, sharded=sharded).replaced():
-            raise CheckpointError(f"{path}: exists; pass --force to replace it")
+        refuse_existing(dst, args.max_shard_size)
     with progress_bar("quantizing") as progress:
         report = hijack.quantize_file(
             src if len(src) > 1 else src[0],
@@ -149,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             ignore_unmatched=args.ignore_unmatched,
             device=args.device,
             workers=args.workers,
-            max_shard_size=args.max_shard_size and parse_size(args.max_shard_size),
+            max_shard_size=args.max_shard_size,
             resume=args.resume,
             write_config=args.write_config,
             dry_run=args.dry_run,
@@ -174,13 +167,6 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 def _refuse(args: argparse.Namespace, what: str) -> NoReturn:
     args.refuse(what)
     raise SystemExit(2)
-
-
-def _block_size(text: str) -> Any:
-    try:
-        return parse_block_size(text)
-    except SchemeError as error:  # a ValueError, whose words argparse would hide
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 # -- what is printed -------------------------------------------------------------------
