@@ -11,9 +11,8 @@ from hijack.testing import SchemeConformance, realistic_weight
 from schemes.blockwise_fp8 import BlockwiseFP8
 from tests.tiny_file import same
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False"
-)
+if not torch.cuda.is_available():
+    pytest.skip("no GPU: torch.cuda.is_available()", allow_module_level=True)
 SCHEME = BlockwiseFP8()
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 DENSE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -17,7 +17,7 @@ from hijack.checkpoint.identify import identify
 from hijack.checkpoint.loss import Loss, measure
 from hijack.checkpoint.quantize import Progress
 from hijack.checkpoint.reader import Paths, open_tensors, read_header
-from hijack.checkpoint.text import table
+from hijack.checkpoint.text import shown, table
 from hijack.errors import CheckpointError, ShapeError
 from hijack.registry import default_registry
 
@@ -235,7 +235,7 @@ def _unreadable(found: Identification) -> dict[str, str]:
         for layer, other in found.foreign.items()
     }
     for layer, scheme in found.unknown.items():
-        reasons[layer] = f"is of scheme {scheme}, which is not registered"
+        reasons[layer] = f"is of scheme {shown(scheme)}, which is not registered"
     for key in found.orphans:
         layer = key.rpartition(".")[0]
         reasons.setdefault(layer, f"has a scale that no scheme reads, {key}")

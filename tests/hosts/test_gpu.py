@@ -23,12 +23,12 @@ RUNS = {
 #: itself multiplies LoRAs in float16 before it merges them, hijack does in float32.
 ROUNDING = {"float32": 3e-5, "bfloat16": 3e-2}
 
+if not torch.cuda.is_available():
+    pytest.skip("no GPU: torch.cuda.is_available()", allow_module_level=True)
+
 pytestmark = [
     pytest.mark.comfyui,
     pytest.mark.thorough,
-    pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available()"
-    ),
     pytest.mark.skipif(not RUNS, reason="no ComfyUI: set HIJACK_TEST_COMFYUI"),
 ]
 
