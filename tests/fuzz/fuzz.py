@@ -30,6 +30,8 @@ from tests.fuzz.seeds import seeds
 
 #: Wall-clock seconds without a word, after which a worker hangs.
 PATIENCE = 60
+#: Files after which it is said how far the run is.
+TELLS = 5000
 #: Failures kept with the same last line.
 KEPT = 3
 
@@ -139,6 +141,8 @@ class Run:
 
     def _count(self, said: dict[str, Any]) -> None:
         self.done += 1
+        if self.done % TELLS == 0:
+            print(f"{self.done:,} files", file=sys.stderr, flush=True)
         self.steps.update(said["steps"].items())
         where = said["number"], said["seed"]
         self.slowest = sorted([*self.slowest, (said["seconds"], *where)])[-5:]
