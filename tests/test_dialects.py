@@ -135,8 +135,18 @@ READ = {
         ("kijai", (256, 256)),
     ),
     "Black Forest Labs": (layer_of(("F32", 256)), {}, ("fp8r", (1, 256))),
+    "FBGEMM": (
+        {**layer_of(("F32", 256, 1)), "a.input_scale_ub": ("F32", 1)},
+        {"config": quantization(quant_method="fbgemm_fp8", activation_scale_ub=1200.0)},
+        ("fp8r", (1, 256)),
+    ),
     "DeepSeek": (
         layer_of(("F32", 5, 2), shape=(576, 256), name="weight_scale_inv"),
+        {"config": FINE},
+        ("deepseek", (128, 128)),
+    ),
+    "DeepSeek's blocks under another name": (
+        layer_of(("F32", 2, 2), shape=(192, 256)),
         {"config": FINE},
         ("deepseek", (128, 128)),
     ),

@@ -285,13 +285,13 @@ class ComfyQuantDialect(FP8Dialect):
 class KijaiDialect(FP8Dialect):
     """One scale for a weight under today's name, and no marker.
 
-    What Kijai's readers accept beside ``scale_weight``.
+    What Kijai's readers accept beside ``scale_weight``, and what tools for vLLM write.
     """
 
     name = "kijai"
     row = Row(
-        "files for Kijai's nodes",
-        "X.weight, X.weight_scale",
+        "files for Kijai's nodes; AutoFP8, ModelOpt",
+        "X.weight, X.weight_scale; X.input_scale",
         "() or (1,)",
         "all",
         "none",

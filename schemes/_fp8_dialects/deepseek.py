@@ -31,6 +31,7 @@ from schemes._fp8_dialects.configured import (
     pair,
     with_defaults,
 )
+from schemes._fp8_dialects.markers import marked
 
 Layers = Mapping[str, tuple[tuple[int, ...], Pair | None]]
 
@@ -43,12 +44,12 @@ class DeepSeekDialect(ConfiguredDialect):
     """
 
     name = "deepseek"
-    scales = ("weight_scale_inv", "scale", "qscale_weight")
+    scales = ("weight_scale_inv", "scale", "qscale_weight", "weight_scale")
     inputs = ("activation_scale", "input_scale", "qscale_act")
     row = Row(
         "DeepSeek, transformers (FineGrainedFP8), Qwen, MiniMax, Mistral",
-        "X.weight, X.weight_scale_inv; also X.scale, X.qscale_weight; "
-        "X.activation_scale",
+        "X.weight, X.weight_scale_inv; also X.scale, X.qscale_weight, with a "
+        "config X.weight_scale; X.activation_scale",
         "F32, or U8 or F8_E8M0 exponents, (ceil(N/R), ceil(K/C)) or ()",
         "128 x 128; edge blocks are short",
         "config.json: quant_method fp8, weight_block_size",
@@ -58,8 +59,15 @@ class DeepSeekDialect(ConfiguredDialect):
     def said(self, header: Header, found: Found) -> Said | None:
         """The config's block size, or all if it says there are none."""
         config = header.quantization
-        if config.get("quant_method") not in (None, "fp8", "deepseek_fp8", "mxfp8"):
+        method = config.get("quant_method")
+        if method not in (None, "fp8", "deepseek_fp8", "mxfp8"):
             return None
+        if "weight_scale" in found.keys and (
+            method not in ("fp8", "deepseek_fp8")
+            or config.get("weight_block_size") is None
+            or marked(header, found.layer)
+        ):
+            return None  # the name is that of many
         if "weight_block_size" not in config:
             size = found.shape if found.grid == (1, 1) else None
             if "scale" not in found.keys:

@@ -38,23 +38,32 @@ _SCALE = "_weight_scale"
 
 
 class RowwiseDialect(FP8Dialect):
-    """Black Forest Labs' fp8r: one scale for a row, and nothing that says so."""
+    """Black Forest Labs' fp8r: one scale for a row, and nothing that says so.
+
+    FBGEMM's has a dimension more, a config, and a limit for the scales of inputs.
+    """
 
     name = "fp8r"
+    inputs = ("input_scale", "input_scale_ub")
     row = Row(
-        "Black Forest Labs, read by diffusers",
-        "X.weight, X.weight_scale",
-        "F32 (N,)",
+        "Black Forest Labs, read by diffusers; FBGEMM",
+        "X.weight, X.weight_scale; FBGEMM: X.input_scale_ub",
+        "F32 (N,); FBGEMM: (N, 1)",
         "rows",
-        "none",
+        "none; FBGEMM: config.json, quant_method fbgemm_fp8",
     )
 
     def said(self, header: Header, found: Found) -> Said | None:
         """Claim a scale for each row, where no marker does; a config says more."""
         if marked(header, found.layer):
             return None
+        size = 1, found.shape[1]
+        if header.quantization.get("quant_method") == "fbgemm_fp8":
+            rows = found.grid == (found.shape[0], 1)
+            said = Said(Certainty.MARKED, "config says fbgemm_fp8", size)
+            return said if rows else None
         rows = found.scale.shape == found.shape[:1] and found.shape[0] > 1
-        return Said(Certainty.FITS, size=(1, found.shape[1])) if rows else None
+        return Said(Certainty.FITS, size=size) if rows else None
 
 
 class TorchaoDialect(FP8Dialect):
