@@ -49,12 +49,12 @@ def tiles(scale):
     return flat.reshape(high * 128, wide * 4)
 
 
-def scaled(dtype, marked):
+def scaled(dtype, marked, name="scale_weight"):
     """The older files of ComfyUI: one scale, E4M3 or E5M2."""
 
     def spell(layer, weight):
         codes, scale, dense = quantize(weight, *weight.shape, dtype)
-        return {"weight": codes, "scale_weight": scale.reshape(())}, dense
+        return {"weight": codes, name: scale.reshape(())}, dense
 
     return spell, {"scaled_fp8": torch.zeros(marked, dtype=dtype)}, {}
 
@@ -108,6 +108,21 @@ def plain(rows, cols, shape, name="weight_scale", metadata=None, code="weight"):
     return spell, {}, metadata or {}
 
 
+def sdnq(cols, lying=False):
+    """SDNQ's groups of columns, a dimension of the weight, or rows that lie down."""
+
+    def spell(layer, weight):
+        n, k = weight.shape
+        codes, scale, dense = quantize(weight, 1, cols or k)
+        if lying:
+            return {"weight": codes.t().contiguous(), "scale": scale.t()}, dense
+        shaped = codes.reshape(n, -1, cols)
+        return {"weight": shaped, "scale": scale[:, :, None].contiguous()}, dense
+
+    config = {"quant_method": "sdnq", "weights_dtype": "float8_e4m3fn"}
+    return spell, {}, {"quantization_config": json.dumps(config)}
+
+
 def torchao(dense):
     """What torchao's writer puts into the header."""
     names, metadata = [], {}
@@ -135,6 +150,9 @@ def dialects(dense):
         "scaled_fp8 E4M3": scaled(E4M3, 0),
         "scaled_fp8 E5M2": scaled(E5M2, 2),
         "scaled_fp8 rows": scaled_rows(),
+        "scaled_fp8 under today's name": scaled(E4M3, 0, "weight_scale"),
+        "sdnq groups": sdnq(64),
+        "sdnq lying down": sdnq(None, lying=True),
         "comfy_quant one scale": marked_blocks(None, None, "float8_e4m3fn_rowwise"),
         "comfy_quant blocks": marked_blocks(
             64, 64, "float8_e4m3fn_blockwise", group_size=64

@@ -58,7 +58,7 @@ def read_through(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 del found[marker]
     for marker in _file_markers(found):
         prefix = marker.removesuffix(FILE_MARKER)
-        if any(_not_one_scale(found, key) for key in found if key.startswith(prefix)):
+        if any(_unread(found, key) for key in found if key.startswith(prefix)):
             del found[marker]
     return found
 
@@ -108,11 +108,17 @@ def _contradicts(tensors: Mapping[str, Tensor], layer: str) -> bool:
     return scale.numel() != 1 or weight.ndim != 2 or weight.dtype != dtype
 
 
-def _not_one_scale(tensors: Mapping[str, Tensor], key: str) -> bool:
-    if not key.endswith(".scale_weight"):
-        return False
-    weight = tensors.get(f"{key.removesuffix('.scale_weight')}.weight")
-    return tensors[key].numel() != 1 or (weight is not None and weight.ndim != 2)
+def _unread(tensors: Mapping[str, Tensor], key: str) -> bool:
+    """Whether a key is a scale that ComfyUI does not read under the old marker.
+
+    Under today's name it reads none there, only those with a marker of their own.
+    """
+    layer, _, name = key.rpartition(".")
+    if name == "weight_scale":
+        return join(layer, LAYER_MARKER) not in tensors
+    weight = tensors.get(join(layer, "weight"))
+    single = tensors[key].numel() == 1 and (weight is None or weight.ndim == 2)
+    return name == "scale_weight" and not single
 
 
 def _format(marker: Tensor) -> str:
