@@ -137,12 +137,16 @@ class Registry:
         if not self._pending_entry_points:
             return
         self._pending_entry_points = False
-        for dist in importlib.metadata.distributions():
-            for entry in dist.entry_points:
-                if entry.group != PROJECT or disabled(entry.name):
-                    continue
-                if self._pm.has_plugin(entry.name):
-                    continue
+        # all before the first is loaded: what it imports may change how the rest are
+        # found; and once, where a folder is on the path under two names
+        found = {
+            (entry.name, entry.value): entry
+            for dist in list(importlib.metadata.distributions())
+            for entry in dist.entry_points
+            if entry.group == PROJECT and not disabled(entry.name)
+        }
+        for entry in found.values():
+            if not self._pm.has_plugin(entry.name):
                 self._guard(entry.name, "loading", self._load_entry_point, entry)
 
     def _load_entry_point(self, entry: importlib.metadata.EntryPoint) -> None:

@@ -48,19 +48,21 @@ def installed(tmp_path_factory):
 
 
 def python(installed, *arguments):
-    """Run Python with the example installed; its output."""
+    """Run Python with the example installed; its output, and nothing is complained of."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)]),
     }
-    return subprocess.run(
+    done = subprocess.run(
         [sys.executable, *arguments],
         env=environment,
         check=True,
         capture_output=True,
         text=True,
         cwd=installed,
-    ).stdout
+    )
+    assert done.stderr == ""
+    return done.stdout
 
 
 def test_installed_plugin_is_found(installed):
