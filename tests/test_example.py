@@ -48,7 +48,7 @@ def installed(tmp_path_factory):
 
 
 def python(installed, *arguments):
-    """Run Python with the example installed; its output, and nothing is complained of."""
+    """Run Python with the example installed; its output, without a complaint."""
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(installed), str(ROOT)]),

@@ -10,7 +10,12 @@ import torch
 
 import hijack
 from hijack.checkpoint.marker import write_marker
-from hijack.errors import DTypeError, HijackError, UnconsumedScaleError
+from hijack.errors import (
+    DTypeError,
+    HijackError,
+    UnconsumedScaleError,
+    UnknownSchemeError,
+)
 from hijack.hosts.comfyui import markers
 from hijack.hosts.comfyui.claims import (
     decode_claimed,
@@ -402,3 +407,44 @@ def test_quantizing_again_takes_only_options_the_scheme_has():
     coding = Coding(Int8(), "hijack", (("block_size", (1, 4)),))
     qdata, _ = coding.quantize(torch.randn(4, 8), seed=3)
     assert qdata.dtype == torch.int8
+
+
+@pytest.mark.parametrize(
+    ("lone", "words"),
+    [
+        (
+            {"a.weight_scale_inv": torch.ones(3, 3)},
+            "reads a.weight_scale_inv",
+        ),
+        ({"a.scale_weight": torch.ones(8, 3, 1)}, "reads a.scale_weight"),
+    ],
+)
+def test_scales_nobody_reads_are_refused_where_no_layer_is_ours(registry, lone, words):
+    """Codes beside a scale are no weights, also if it is so in the whole file."""
+    state_dict = {"a.weight": torch.ones(8, 128).to(E4M3), **lone}
+    with pytest.raises(UnconsumedScaleError, match=words):
+        encode_claimed(state_dict, "", registry=registry)
+    dense = {"a.weight": torch.ones(8, 128), **lone}
+    assert not encode_claimed(dense, "", registry=registry)
+
+
+def test_codes_of_a_scheme_that_is_not_there_are_refused(registry):
+    """The header names a scheme that nobody registered; its codes are no weights."""
+    marked = {"a": {"scheme": "int3_rows", "params": ["weight_scale"]}}
+    state_dict = {
+        "a.weight": torch.ones(8, 128, dtype=torch.int8),
+        "a.weight_scale": torch.ones(8, 1),
+    }
+    metadata = {"hijack": write_marker(marked)}
+    with pytest.raises(UnknownSchemeError, match="int3_rows"):
+        encode_claimed(state_dict, "", metadata, registry)
+
+
+def test_integers_that_nothing_marks_are_refused(registry):
+    """ComfyUI would take them for weights."""
+    state_dict = {
+        "a.weight": torch.ones(8, 128, dtype=torch.int8),
+        "a.scale": torch.ones(8, 1),
+    }
+    with pytest.raises(HijackError, match="integers without a marker"):
+        encode_claimed(state_dict, "", registry=registry)

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from hijack.checkpoint.claim import Claim
+from hijack.checkpoint.foreign import comfy_marker
 from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.identification import Identification
 from hijack.checkpoint.identify import SCALE_NAMES, identify
 from hijack.checkpoint.marker import METADATA_KEY, write_marker
-from hijack.errors import HijackError, UnconsumedScaleError
+from hijack.checkpoint.text import shown
+from hijack.errors import HijackError, UnconsumedScaleError, UnknownSchemeError
 from hijack.hosts.comfyui import markers, tags
 from hijack.hosts.comfyui.coded import PLAIN, Coded, Coding
 from hijack.hosts.comfyui.lazy import Lazy
@@ -144,25 +146,9 @@ def _claims(
     claims = {la: c for la, c in every.items() if not markers.native(header, la)}
     if claims and not markers.reads_layers():
         claims = every  # it cannot have layers of its own kind beside ours
-    if claims:
-        _check_foreign(found, header)
-    orphans = _orphans(found, header)
-    if orphans and not claims:
-        log.warning(
-            "hijack: no scheme reads %s and %d more scales; ComfyUI may ignore them "
-            "and give garbage",
-            orphans[0],
-            len(orphans) - 1,
-        )
-    elif orphans:
-        layer, key = orphans[0].rpartition(".")[0], orphans[0]
-        weight = tensors.get(join(layer, "weight"))
-        raise UnconsumedScaleError(
-            f"{layer}: no scheme reads {key}, {tuple(tensors[key].shape)} beside a "
-            f"weight of {None if weight is None else tuple(weight.shape)}; loading "
-            f"would ignore it and {len(orphans) - 1} others; install the scheme that "
-            "wrote this file, or quantize it again"
-        )
+    _check_unknown(found, header, registry)
+    _check_foreign(found, header, alone=not claims)
+    _check_orphans(_orphans(found, header), tensors, alone=not claims)
     count = Counter((claim.scheme, claim.dialect) for claim in claims.values())
     for (scheme, dialect), layers in sorted(count.items()):
         log.info("hijack: %d layers read by %s (dialect %s)", layers, scheme, dialect)
@@ -215,15 +201,60 @@ def _unusual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found if coded else {}
 
 
-def _check_foreign(found: Identification, header: Header) -> None:
-    """Refuse layers beside ours that neither a scheme nor this ComfyUI reads."""
+def _check_unknown(found: Identification, header: Header, registry: Registry) -> None:
+    """Refuse layers of a scheme that is not there: their codes are no weights."""
+    for layer, scheme in found.unknown.items():
+        if not markers.native(header, layer):
+            raise UnknownSchemeError(
+                f"{layer}: was written by scheme {shown(scheme)}, as "
+                f"{len(found.unknown)} layers were, which is not registered; expected "
+                f"one of {', '.join(sorted(registry.schemes()))}; install "
+                "the plugin that has it"
+            )
+
+
+def _check_foreign(found: Identification, header: Header, *, alone: bool) -> None:
+    """Refuse layers that neither a scheme nor this ComfyUI reads.
+
+    Where no layer is ours that is ComfyUI's business, unless it would take codes that
+    nothing marks for weights.
+    """
     for layer, other in found.foreign.items():
         if markers.reads_layers() and markers.native(header, layer):
             continue
+        weight = header.tensors.get(join(layer, "weight"))
+        silent = weight is not None and weight.torch_dtype not in PLAIN
+        if alone and not (silent and comfy_marker(header, layer) is None):
+            continue
         raise HijackError(
             f"{layer}: is in the format {other.format}, as {len(found.foreign)} layers "
-            "are, and others are read by a scheme; this ComfyUI cannot read both; use "
-            "a later one, or quantize the original with one scheme"
+            "are, which no scheme reads, nor this ComfyUI, or not beside others that a "
+            "scheme reads; use a later one, or quantize the original with one scheme"
+        )
+
+
+def _check_orphans(
+    orphans: list[str], tensors: Mapping[str, Tensor], *, alone: bool
+) -> None:
+    """Refuse to ignore scales that a weight needs."""
+    for key in orphans:
+        layer = key.rpartition(".")[0]
+        weight = tensors.get(join(layer, "weight"))
+        if alone and (weight is None or weight.dtype in PLAIN):
+            continue
+        others = f" and {len(orphans) - 1} others" if len(orphans) > 1 else ""
+        raise UnconsumedScaleError(
+            f"{layer}: no scheme reads {key}, {tuple(tensors[key].shape)} beside a "
+            f"weight of {None if weight is None else tuple(weight.shape)}; loading "
+            f"would ignore it{others}; install the scheme that wrote this file, or "
+            "quantize it again"
+        )
+    if orphans:
+        log.warning(
+            "hijack: no scheme reads %s, one of %d such scales; ComfyUI may ignore "
+            "them and give garbage",
+            orphans[0],
+            len(orphans),
         )
 
 
