@@ -192,7 +192,7 @@ def test_identify_shows_a_table_and_json(run, dense, tmp_path):
     assert "F8_E4M3 with scale_weight" in run("identify", path, "-v")[1]
     report = json.loads(run("identify", path, "--json")[1])
     assert report["layers"]["a"]["scheme"] == "blockwise_fp8"
-    assert "no layer is claimed" in run("identify", dense)[1]
+    assert "not quantized: BF16" in run("identify", dense)[1]
 
 
 def test_identify_reports_orphans_in_its_status(run, tmp_path):

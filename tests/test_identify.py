@@ -413,3 +413,29 @@ def test_layers_of_one_shape_are_planned_once():
     found = identify(Header(tensors), registry_of(Plain()))
     assert len(found.layers) == 20
     assert asked == [(4, 8), (5, 8)]
+
+
+def test_a_layer_that_lost_its_scale_is_no_plain_cast():
+    """FP8 without a scale is a plain cast only where no layer of the file has one."""
+    coded = torch.ones(64, 128).to(FP8)
+    assert identify(header(x__weight=coded, y__weight=coded)).clear
+    found = identify(
+        header(x__weight=coded, x__scale_weight=torch.ones(64, 2, 1), y__weight=coded)
+    )
+    assert (list(found.layers), found.unscaled) == (["x"], ("y",))
+    assert not found.clear
+    assert "1 layers hold codes without a scale, unlike others" in found.as_table()
+
+
+def test_the_table_is_short_and_speaks_of_rows_and_tensors():
+    """Three notes of a kind and the number of the rest; whole rows are called so."""
+    coded = torch.ones(64, 128).to(FP8)
+    layers = {f"o{i}__weight": coded for i in range(9)}
+    lost = {f"o{i}__weight_scale_inv": torch.ones(5, 5) for i in range(9)}
+    rows = {"r__weight": coded, "r__scale_weight": torch.ones(64, 1)}
+    found = identify(header(**layers, **lost, **rows))
+    text = found.as_table()
+    assert text.count("orphan:") == 4
+    assert "orphan: 6 more, see -v" in text
+    assert found.as_table(verbose=True).count("orphan:") == 9
+    assert "musubi   row" in text

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from hijack.checkpoint.claim import Claim
@@ -13,6 +14,9 @@ from hijack.checkpoint.foreign import Foreign
 from hijack.checkpoint.header import TensorInfo, join
 from hijack.checkpoint.text import block_text, shown, table
 from hijack.errors import AmbiguousError, CheckpointError
+
+#: Notes of one kind that are shown unless all are asked for.
+FEW = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,9 +66,16 @@ class Identification:
         )
 
     def _lone(self) -> bool:
-        """Whether codes without a scale are integers, and so no plain cast."""
+        """Whether codes have no scale, and are no plain cast.
+
+        Integers never are. FP8 is none where other layers of the file have scales.
+        """
         infos = (self.infos.get(join(layer, "weight")) for layer in self.unscaled)
-        return any(info and not info.dtype.startswith("F8") for info in infos)
+        dtypes = {info.dtype for info in infos if info is not None}
+        coded = (next(iter(claim.keys.values())) for claim in self.layers.values())
+        if any(not dtype.startswith("F8") for dtype in dtypes):
+            return True
+        return bool(dtypes) and any(self.infos[key].dtype in dtypes for key in coded)
 
     def claims(self) -> dict[str, Claim]:
         """The claim to each layer.
@@ -89,11 +100,24 @@ class Identification:
 
     def groups(self) -> list[tuple[str, str, str, int]]:
         """Scheme, dialect, block size and number of layers of each kind."""
+        return self._kinds(lambda claim: block_text(claim.block_size))
+
+    def _kinds(self, block: Callable[[Claim], str]) -> list[tuple[str, str, str, int]]:
         kinds = Counter(
-            (claim.scheme, claim.dialect, block_text(claim.block_size))
+            (claim.scheme, claim.dialect, block(claim))
             for claim in self.layers.values()
         )
         return [(*kind, count) for kind, count in sorted(kinds.items())]
+
+    def _block(self, claim: Claim) -> str:
+        """The block size, or ``row`` or ``tensor`` if it is all of one."""
+        weight = self.infos.get(next(iter(claim.keys.values()), ""))
+        if claim.block_size is None or weight is None or not weight.shape:
+            return block_text(claim.block_size)
+        rows, cols = claim.block_size
+        if cols < math.prod(weight.shape[1:]) or 1 < rows < weight.shape[0]:
+            return block_text(claim.block_size)
+        return "tensor" if rows >= weight.shape[0] else "row"
 
     # -- for people --------------------------------------------------------------------
 
@@ -104,17 +128,34 @@ class Identification:
             verbose: whether to name every layer, with the evidence.
         """
         lines = [f"{self.source}: {self.tensors} tensors"]
-        rows = [[s, d, b, str(n)] for s, d, b, n in self.groups()]
+        rows = [[s, d, b, str(n)] for s, d, b, n in self._kinds(self._block)]
         formats = Counter(found.format for found in self.foreign.values())
         rows += [["-", name, "-", str(n)] for name, n in sorted(formats.items())]
         if rows:
             lines.append(table(["scheme", "dialect", "block", "layers"], rows))
         elif not self.container:
-            lines.append("no layer is claimed by a scheme")
+            lines.append(self._plain())
         if verbose and rows:
             head = ["layer", "scheme", "dialect", "block", "evidence"]
             lines.append(table(head, list(self._layer_rows())))
-        return "\n".join([*lines, *self._notes()])
+        notes = Counter[str]()
+        for note in self._notes():
+            kind = note.partition(":")[0]
+            notes[kind] += 1
+            if verbose or notes[kind] <= FEW:
+                lines.append(note)
+        if not verbose:
+            more = {kind: count - FEW for kind, count in notes.items() if count > FEW}
+            lines += [f"{kind}: {count} more, see -v" for kind, count in more.items()]
+        return "\n".join(lines)
+
+    def _plain(self) -> str:
+        """What is there where no layer is quantized in a way that anybody knows."""
+        if self.unscaled or self.orphans or self.ambiguous or self.unknown:
+            return "no layer is claimed by a scheme"
+        dtypes = Counter(info.dtype for info in self.infos.values()).most_common(4)
+        counts = ", ".join(f"{name} {count}" for name, count in dtypes)
+        return f"not quantized: {counts or 'empty'}"
 
     def _layer_rows(self) -> Iterator[list[str]]:
         for name, claim in self.layers.items():
@@ -137,9 +178,12 @@ class Identification:
         scaled = {key.rpartition(".")[0] for key in self.orphans}
         bare = [layer for layer in self.unscaled if layer not in scaled]
         if bare:
+            what = "plain casts or unknown"
+            if self._lone():
+                what = "unlike others, or no plain casts"
             yield (
-                f"{len(bare)} layers hold codes without a scale, plain casts or "
-                f"unknown, such as {bare[0] or 'weight'}"
+                f"{len(bare)} layers hold codes without a scale, {what}, such as "
+                f"{bare[0] or 'weight'}"
             )
         for layer, claims in self.ambiguous.items():
             yield f"ambiguous: {layer}: {_choice(claims)}"
@@ -150,7 +194,8 @@ class Identification:
             name = shown(scheme)
             yield f"unknown: {count} layers are {name}, which is not registered"
         for key in self.orphans:
-            yield f"orphan: {key}: a scale that no scheme reads{self._about(key)}"
+            if key.rpartition(".")[0] not in self.unknown:
+                yield f"orphan: {key}: a scale that no scheme reads{self._about(key)}"
 
     def _about(self, key: str) -> str:
         """Dtype and shape of an orphan, and of the weight it lies beside."""
@@ -163,12 +208,10 @@ class Identification:
 
     def _misled(self) -> Iterator[str]:
         """Markers that the shapes prove wrong; layers are read by their shapes."""
-        wrong = [c for c in self.layers.values() if c.contradiction]
-        for claim in wrong[:3]:
-            block = block_text(claim.block_size)
-            yield f"wrong marker: {shown(claim.contradiction)}; read as {block}"
-        if len(wrong) > 3:
-            yield f"wrong marker: {len(wrong) - 3} more layers"
+        for claim in self.layers.values():
+            if claim.contradiction:
+                block = block_text(claim.block_size)
+                yield f"wrong marker: {shown(claim.contradiction)}; read as {block}"
 
     # -- for programs ------------------------------------------------------------------
 
@@ -240,8 +283,10 @@ def _choice(claims: Iterable[Claim]) -> str:
         dict.fromkeys(texts[at] for texts in map(words, claims)) for at in (1, 2)
     ]
     choice = [next(iter(names)) for names in differing if len(names) > 1]
-    said = " ".join(f"--assume {word}" for word in choice or [words(claims[0])[2]])
+    choice = choice or [words(claims[0])[2]]
+    said = " ".join(f"--assume {word}" for word in choice)
     return (
         f"the file does not tell how to read it; it may be {' or '.join(readings)}; "
-        f"say which with assume, such as `hijack convert {said}`"
+        f"say which with assume={choice}, or in a copy that says it itself: "
+        f"`hijack convert FILE COPY --dialect hijack {said}`"
     )

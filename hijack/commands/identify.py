@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 
 import hijack
+from hijack.checkpoint.architectures import detect_architecture
+from hijack.checkpoint.header import Header
 
 HELP = "say what a checkpoint is, and why"
 
@@ -33,4 +35,7 @@ def run(args: argparse.Namespace) -> int:
     source = args.path if len(args.path) > 1 else args.path[0]
     found = hijack.identify(source, assume=args.assume)
     print(found.to_json() if args.json else found.as_table(verbose=args.verbose))
+    known = detect_architecture(Header(found.infos))
+    if known is not None and not args.json:
+        print(f"model: {known.name}")
     return 0 if found.clear else 3

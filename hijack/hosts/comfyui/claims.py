@@ -149,6 +149,14 @@ def _claims(
     _check_unknown(found, header, registry)
     _check_foreign(found, header, alone=not claims)
     _check_orphans(_orphans(found, header), tensors, alone=not claims)
+    bare = [la for la in found.unscaled if not markers.native(header, la)]
+    if claims and bare:
+        log.warning(
+            "hijack: %d layers hold codes without a scale, such as %s, while others "
+            "have one; they are used as they are",
+            len(bare),
+            bare[0],
+        )
     count = Counter((claim.scheme, claim.dialect) for claim in claims.values())
     for (scheme, dialect), layers in sorted(count.items()):
         log.info("hijack: %d layers read by %s (dialect %s)", layers, scheme, dialect)
