@@ -13,7 +13,7 @@ from typing import TypeGuard
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.header import Header, TensorInfo, join
+from hijack.checkpoint.header import Header, TensorInfo
 from hijack.checkpoint.lora_alpha import alpha_of
 from hijack.checkpoint.lora_delta import (
     SUFFIXES,
@@ -22,6 +22,7 @@ from hijack.checkpoint.lora_delta import (
     fit,
     merge,
 )
+from hijack.checkpoint.lora_encoders import of_encoder
 from hijack.checkpoint.lora_keys import Names, Target
 from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import CheckpointError
@@ -100,6 +101,7 @@ class _Change:
         module: its name there.
         parts: of the LoRA, as in `lora_delta`, to keys.
         rows: of the tensor, one behind another; None for all as they are.
+        turned: whether the LoRA is for the transpose of the tensor.
         factor: what the difference is multiplied with.
         strength: how much of the LoRA is wanted.
     """
@@ -108,6 +110,7 @@ class _Change:
     module: str
     parts: Mapping[str, str]
     rows: tuple[slice, ...] | None
+    turned: bool
     factor: float
     strength: float
 
@@ -127,6 +130,10 @@ class _Change:
     def apply(self, tensor: Tensor) -> Tensor:
         """A float32 tensor with the LoRA in it; a new one."""
         parts = self.tensors(tensor.device)
+        if self.turned:
+            axes = tuple(reversed(range(tensor.ndim)))
+            merged = merge(tensor.permute(axes), parts, self.factor, self.strength)
+            return merged.permute(axes)
         if self.rows is None:
             return merge(tensor, parts, self.factor, self.strength)
         own = torch.cat([tensor[rows] for rows in self.rows])
@@ -264,6 +271,8 @@ class _File:
         """What one LoRA does to a weight and to a bias."""
         where = f"{self.source.source}: {name}"
         weight, rows = self._needed(target.key, where), None
+        if target.turned:
+            weight = dataclasses.replace(weight, shape=weight.shape[::-1])
         if target.way:
             height = weight.shape[0] if weight.shape else 0
             rows = target.rows(height, math.prod(weight.shape[1:]))
@@ -272,22 +281,14 @@ class _File:
         if own:
             rank = self._fit(own, weight, rows, where)
         factor = alpha_of(self.source, name, parts.get("alpha"), rank)
+        change = _Change(self.source, name, own, rows, False, factor, self.strength)
         if own:
-            yield target.key, self._change(name, own, rows, factor)
+            yield target.key, dataclasses.replace(change, turned=target.turned)
         for part in parts.keys() & {"bias", "up_bias"}:
-            key, only = join(target.name, "bias"), {"diff": parts[part]}
+            key, only = target.bias, {"diff": parts[part]}
             self._fit(only, self._needed(key, where), rows, where)
             scale = factor if part == "up_bias" else 1.0
-            yield key, self._change(name, only, rows, scale)
-
-    def _change(
-        self,
-        name: str,
-        parts: Mapping[str, str],
-        rows: tuple[slice, ...] | None,
-        factor: float,
-    ) -> _Change:
-        return _Change(self.source, name, parts, rows, factor, self.strength)
+            yield key, dataclasses.replace(change, parts=only, factor=scale)
 
     def _needed(self, key: str, where: str) -> TensorInfo:
         if key not in self.header.tensors:
@@ -363,15 +364,25 @@ def _grouped(source: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
 def _unmatched(file: _File, header: Header) -> str:
     """The message that a file is for another model, in whole or in part."""
     source, count = file.source.source, len(file.unmatched)
+    encoders = [name for name in file.unmatched if of_encoder(name)]
     some = ", ".join(file.unmatched[:3])
     if not file.changes:
+        only = "; they are of text encoders alone" if len(encoders) == count else ""
         return (
             f"{source}: none of its {count} names, such as {some}, is of a layer of "
-            f"{header.source}; expected a LoRA for this model"
+            f"{header.source}{only}; expected a LoRA for this model"
         )
+    many = f"({count} of {count + len(file.changes)})"
+    if len(encoders) == count:
+        return (
+            f"{source}: {some}{', ...' if count > 3 else ''} {many} are of text "
+            f"encoders, of which {header.source} has no such layers; expected a "
+            "checkpoint with them, or a LoRA without; pass ignore_unmatched "
+            "(--ignore-unmatched) to merge the rest alone"
+        )
+    also = f", {len(encoders)} of them of text encoders" if encoders else ""
     return (
         f"{source}: {header.source} has no layer for {some}"
-        f"{', ...' if count > 3 else ''} ({count} of {count + len(file.changes)}); "
-        "expected a LoRA for this model; pass ignore_unmatched (--ignore-unmatched) to "
-        "leave these out"
+        f"{', ...' if count > 3 else ''} {many}{also}; expected a LoRA for this model; "
+        "pass ignore_unmatched (--ignore-unmatched) to leave these out"
     )

@@ -2,7 +2,7 @@
 
 A name is looked for as it is, then with every dot an underscore, since kohya's keys do
 not tell one from the other, then by the tables of `lora_names`; each time with prefixes
-cut off one after another.
+cut off one after another. Text encoders are called by numbers; see `lora_encoders`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from hijack.checkpoint.header import join
+from hijack.checkpoint.lora_encoders import encoder_layers, numbered
 from hijack.checkpoint.lora_names import TABLES
 from hijack.errors import CheckpointError
 
@@ -50,6 +52,7 @@ _WAYS: Mapping[str, Callable[[int, int], Spans]] = {
     "upper": lambda n, k: [(0, n // 2)],
     "lower": lambda n, k: [(n // 2, n)],
     "swapped": lambda n, k: [(k, n), (0, k)] if n == 2 * k else [(0, n)],
+    "turned": lambda n, k: [(0, n)],
 }
 #: Where the halves change places, a name leads either way.
 _SYMMETRIC = ("", "swapped")
@@ -68,6 +71,18 @@ class Target:
     name: str
     key: str
     way: str = ""
+
+    @property
+    def bias(self) -> str:
+        """Key of the bias that belongs to the weight."""
+        if self.name.endswith("in_proj_weight"):  # torch's attention has it in one
+            return f"{self.name.removesuffix('weight')}bias"
+        return join(self.name, "bias")
+
+    @property
+    def turned(self) -> bool:
+        """Whether the checkpoint has the transpose of what the LoRA is for."""
+        return self.way == "turned"
 
     def rows(self, n: int, k: int) -> tuple[slice, ...]:
         """The rows of a (n, k) weight that, one behind another, are what is meant."""
@@ -93,6 +108,10 @@ class Names:
     def __init__(self, keys: Iterable[str]) -> None:
         self._dotted: dict[str, Target | None] = {}
         self._flat: dict[str, Target | None] = {}
+        keys = list(keys)
+        for called, key in encoder_layers(keys):
+            target = Target(key.removesuffix(".weight"), key)
+            self._put(called.removesuffix(".weight"), target)
         for key in keys:
             name = key.removesuffix(".weight")
             target = Target(name, key)
@@ -154,6 +173,9 @@ def _word(flat: str) -> str:
 def _without_prefixes(name: str) -> Iterator[str]:
     """A name, and what is left of it when prefixes are cut off one after another."""
     yield name
+    if (called := numbered(name)) is not None:
+        yield called
+        return
     for prefix in LORA_PREFIXES:
         if name.startswith(prefix):
             yield from _without_prefixes(name[len(prefix) :])
@@ -179,7 +201,8 @@ def _aliases() -> Mapping[str, list[_Alias]]:
         if way in _SYMMETRIC:
             pairs.append((ours, theirs))
         for given, known in pairs:
-            word = "{" if _word(_flat(given))[:1] == "{" else _word(_flat(given))
+            word = _word(_flat(given))
+            word = "{" if "{" in word else word
             aliases.setdefault(word, []).append(_alias(given, known, way))
     return aliases
 

@@ -10,6 +10,7 @@ first ...  pieces as high as the weight is wide; ``rest`` is what follows three 
 qkv        those three pieces
 upper      the upper half, as ``lower`` is the other
 swapped    the halves change places, if the weight is twice as high as it is wide
+turned     the checkpoint has the transpose of the weight
 =========  ===========================================================================
 
 Names that differ in dots and underscores alone, or in prefixes, need no line.
@@ -361,6 +362,23 @@ _LTX = """
   {*}.norm_k {*}.k_norm
 """
 
+#: transformers' names of CLIP, and OpenCLIP's own; see `lora_encoders`.
+_OPEN_CLIP = """
+te{}.text_model.encoder.layers.{} te{}.transformer.resblocks.{}
+  self_attn.q_proj attn.in_proj_weight:q
+  self_attn.k_proj attn.in_proj_weight:k
+  self_attn.v_proj attn.in_proj_weight:v
+  self_attn.out_proj attn.out_proj
+  mlp.fc1 mlp.c_fc
+  mlp.fc2 mlp.c_proj
+  layer_norm1 ln_1
+  layer_norm2 ln_2
+te{} te{}
+  text_model.embeddings.token_embedding token_embedding
+  text_model.final_layer_norm ln_final
+  text_projection projection:turned
+"""
+
 TABLES = (
     _FLUX,
     _XLABS,
@@ -373,4 +391,5 @@ TABLES = (
     _AURAFLOW,
     _KREA_2,
     _LTX,
+    _OPEN_CLIP,
 )
