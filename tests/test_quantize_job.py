@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint import partial, quantize_run
+from hijack.checkpoint import fingerprint, partial, quantize_run
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
@@ -496,6 +496,25 @@ def test_an_alpha_that_changed_begins_anew(source, lora, tmp_path):
     hijack.quantize_file(source, path, resume=True, loras=[lora])
     hijack.quantize_file(source, whole, loras=[lora])
     assert path.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("changed", ["_PACKAGES", "_sources"])
+def test_other_code_begins_anew(source, tmp_path, monkeypatch, changed):
+    """Of hijack or of a plugin: what an older one made is not mixed with the new."""
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "module.py").write_text("old = True")
+    places = (package,)
+    given = places if changed == "_PACKAGES" else lambda plan: places
+    monkeypatch.setattr(fingerprint, changed, given)
+    path, seen = tmp_path / "q.safetensors", []
+    done = interrupted(source, path, 3)
+    (package / "module.py").write_text("new = True")
+    fingerprint._code.cache_clear()  # as in another process
+    hijack.quantize_file(
+        source, path, resume=True, progress=lambda *call: seen.append(call)
+    )
+    assert len(seen) == LAYERS > len(done)
 
 
 def test_a_killed_job_goes_on_where_its_journal_ends(source, tmp_path, monkeypatch):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +14,7 @@ import torch
 from hijack.checkpoint.config import config_of, write_config_beside
 from hijack.checkpoint.copying import Watch, refuse_place
 from hijack.checkpoint.destination import Destination, destination, parse_size
+from hijack.checkpoint.fingerprint import fingerprint
 from hijack.checkpoint.header import Header
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.layout import lay_out_files
@@ -196,7 +195,7 @@ def _write(
     resume: bool,
 ) -> None:
     watch = Watch(plan.header, [path for path, _ in loras])
-    job = _fingerprint(plan, how.device, loras, watch) if resume else None
+    job = fingerprint(plan, how.device, loras, watch) if resume else None
     with open_writer(dst, plan.tensors, plan.metadata, None, size, job) as writer:
         run(plan, writer, how)
         watch.check()
@@ -254,27 +253,3 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
     return config_of(plan.marks, plan.dialect.name, plan.header, dst)
-
-
-# -- whether two runs are the same -----------------------------------------------------
-
-
-def _fingerprint(
-    plan: QuantizePlan,
-    device: torch.device,
-    loras: Sequence[tuple[Path, float]],
-    watch: Watch,
-) -> str:
-    """What a result depends on, beside the headers it is written with."""
-    parts = [
-        torch.__version__,
-        str(device),
-        plan.scheme.name,
-        plan.dialect.name,
-        [(layer, repr(options)) for layer, options in plan.options.items()],
-        [(key, repr(info)) for key, info in plan.header.tensors.items()],
-        [repr(lora) for lora in loras],
-        plan.loras.factors,
-        watch.before,
-    ]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
