@@ -22,9 +22,32 @@ Messages say *where: what; got X, expected Y; do Z*.
 
 from __future__ import annotations
 
+#: Letters of the longest message; names in files may have millions.
+_MOST = 4000
+
 
 class HijackError(Exception):
-    """Root of every error hijack raises on purpose."""
+    """Root of every error hijack raises on purpose.
+
+    Messages hold what files say. They are one line of letters that can be printed, so
+    that none of it moves a terminal's cursor or passes for a line of a log.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        if len(text) > _MOST:
+            text = f"{text[: _MOST // 2]} ... {text[-_MOST // 2 :]}"
+        super().__init__(printable(text))
+
+
+def printable(text: str) -> str:
+    """Text with escapes for what is no letter that can be printed.
+
+    JSON can spell halves of letters that no output can encode.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class SchemeError(HijackError, ValueError):

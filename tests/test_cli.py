@@ -329,3 +329,30 @@ def test_python_m_hijack_is_the_command(dense):
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+def test_names_in_a_file_print_nothing_but_letters(run, tmp_path):
+    """An escape sequence in a key would clear the screen, or fake a line."""
+    name = "a\x1b[2J\nerror: \u202eb"
+    dense, other = tmp_path / "dense.safetensors", tmp_path / "other.safetensors"
+    save_file({f"{name}.weight": torch.randn(64, 128)}, dense)
+    save_file(
+        {f"{name}.weight": torch.randn(64, 128), f"{name}.x": torch.ones(2)}, other
+    )
+    quantized, dense_too = tmp_path / "q.safetensors", tmp_path / "2.safetensors"
+    lines = [*run("quantize", dense, quantized)[1:]]
+    for words in (
+        ("quantize", other, dense_too, "--exclude", "*", "--include", "none", "-v"),
+        ("quantize", other, dense_too, "--rule", "*=32x32", "-v"),
+        ("identify", quantized, "-v"),
+        ("convert", quantized, tmp_path / "c", "--dialect", "deepseek", "--requantize"),
+        ("convert", quantized, tmp_path / "d", "--dialect", "deepseek", "-v"),
+        ("compare", dense, quantized),
+        ("compare", dense, other),
+        ("compare", other, dense),
+    ):
+        lines += run(*words)[1:]
+    text = "".join(lines)
+    assert r"a\x1b[2J\nerror: \u202eb" in text
+    assert text.replace("\n", "").isprintable()
+    assert "\nerror" not in text

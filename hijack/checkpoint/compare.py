@@ -18,7 +18,7 @@ from hijack.checkpoint.loss import Loss, measure
 from hijack.checkpoint.quantize import Progress
 from hijack.checkpoint.reader import Paths, open_tensors, read_header
 from hijack.checkpoint.text import shown, table
-from hijack.errors import CheckpointError, ShapeError
+from hijack.errors import CheckpointError, ShapeError, printable
 from hijack.registry import default_registry
 
 
@@ -64,7 +64,7 @@ class Comparison:
     def as_table(self, count: int = 20) -> str:
         """The worst layers and a summary, for people to read."""
         changed = [item for item in self.worst() if item[1].largest != 0]
-        lines = [f"{self.other} against {self.reference}"]
+        lines = [printable(f"{self.other} against {self.reference}")]
         if changed:
             rows = [
                 [key, f"{loss.rmse:.3e}", f"{loss.sqnr:.2f}", f"{loss.largest:.3e}"]
@@ -80,8 +80,12 @@ class Comparison:
             (self.other, self.only_other),
         ):
             if keys:
-                lines.append(f"only in {name}: {len(keys)}, such as {keys[0]}")
-        lines += [f"not compared: {key}: {why}" for key, why in self.skipped.items()]
+                some = printable(f"{name}: {len(keys)}, such as {keys[0]}")
+                lines.append(f"only in {some}")
+        lines += [
+            printable(f"not compared: {key}: {why}")
+            for key, why in self.skipped.items()
+        ]
         return "\n".join(lines)
 
     def to_json(self) -> str:

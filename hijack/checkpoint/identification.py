@@ -13,7 +13,7 @@ from hijack.checkpoint.claim import Claim
 from hijack.checkpoint.foreign import Foreign
 from hijack.checkpoint.header import TensorInfo, join
 from hijack.checkpoint.text import block_text, shown, table
-from hijack.errors import AmbiguousError, CheckpointError
+from hijack.errors import AmbiguousError, CheckpointError, printable
 
 #: Notes of one kind that are shown unless all are asked for.
 FEW = 3
@@ -139,7 +139,7 @@ class Identification:
             head = ["layer", "scheme", "dialect", "block", "evidence"]
             lines.append(table(head, list(self._layer_rows())))
         notes = Counter[str]()
-        for note in self._notes():
+        for note in map(printable, self._notes()):
             kind = note.partition(":")[0]
             notes[kind] += 1
             if verbose or notes[kind] <= FEW:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hijack.errors import SchemeError
+from hijack.errors import SchemeError, printable
 
 
 def block_text(block_size: tuple[int, int] | None) -> str:
@@ -32,18 +32,15 @@ def parse_block_size(text: str) -> tuple[int, int] | int | str:
 
 
 def shown(value: object, most: int = 300) -> str:
-    """What a file says, fit for a message: cut short, and no letter but printable ones.
-
-    JSON can spell halves of letters that no output can encode.
-    """
+    """What a file says, fit for a message: cut short, and of printable letters."""
     text = str(value)
-    short = text if len(text) <= most else f"{text[:most]}..."
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in short)
+    return printable(text if len(text) <= most else f"{text[:most]}...")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out rows in columns; columns of numbers are aligned to the right."""
-    columns = list(zip(head, *rows, strict=True))
+    lines = [[shown(cell) for cell in cells] for cells in (head, *rows)]
+    columns = list(zip(*lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [_is_numeric(column[1:]) for column in columns]
 
@@ -55,7 +52,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return "  ".join(padded).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
-    return "\n".join([line(head), rule, *map(line, rows)])
+    return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 import hijack
 from hijack.commands.progress import progress_bar
 from hijack.commands.writing import add_shard_size, block_size, refuse_existing
+from hijack.errors import printable
 
 HELP = "write a quantized checkpoint in another dialect, without loss"
 
@@ -74,10 +75,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.verbose:
         for layer in report.reblocked:
-            print(f"other blocks: {layer}")
+            print(printable(f"other blocks: {layer}"))
         for key in report.dropped:
-            print(f"left out: {key}")
+            print(printable(f"left out: {key}"))
     for layer, loss in report.requantized.items():
-        print(f"quantized anew: {layer}: SQNR {loss.sqnr:.1f} dB, RMSE {loss.rmse:.3g}")
-    print(report)
+        name = printable(layer)
+        print(f"quantized anew: {name}: SQNR {loss.sqnr:.1f} dB, RMSE {loss.rmse:.3g}")
+    print(printable(str(report)))
     return 0

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 from hijack.checkpoint.quantize import Progress
+from hijack.errors import printable
 
 
 @contextlib.contextmanager
@@ -31,4 +32,5 @@ def progress_bar(what: str) -> Iterator[Progress]:
 
 def _plain_progress(done: int, total: int, layer: str) -> None:
     if sys.stderr.isatty():
-        print(f"\r{done}/{total} {layer[-50:]:<50}", end="", file=sys.stderr)
+        name = printable(layer)[-50:]
+        print(f"\r{done}/{total} {name:<50}", end="", file=sys.stderr)

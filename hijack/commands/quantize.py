@@ -18,6 +18,7 @@ from hijack.checkpoint.reader import read_header
 from hijack.checkpoint.text import table
 from hijack.commands.progress import progress_bar
 from hijack.commands.writing import add_shard_size, block_size, refuse_existing
+from hijack.errors import printable
 
 HELP = "quantize a safetensors checkpoint"
 DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -178,6 +179,7 @@ def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
     if verbose:
         lines += [f"left dense: {name} ({why})" for name, why in report.skipped.items()]
         lines += [f"LoRA left out: {name}" for name in report.unmatched]
+        lines = list(map(printable, lines))
     if report.architecture:
         lines.append(f"model: {report.architecture}")
     if verbose or not report.written:
