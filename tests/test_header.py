@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from hijack.checkpoint import reader
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.checkpoint.writer import write_checkpoint
@@ -191,6 +192,9 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         ('{"weight_map": {"a": "x\\u0000"}}', r"names the shard 'x\\x00'"),
         ('{"weight_map": {"a": 7}}', "names the shard 7"),
         ('{"weight_map": {"a": "gone.safetensors"}}', "cannot be read"),
+        ('{"weight_map": {"a": "x", "a": "s.safetensors"}}', "has the key 'a' twice"),
+        ('{"weight_map": {"a": "%s"}}' % ("x" * 5000), "cannot be read"),
+        ("[" * 100_000, r"index\.json: is nested too deeply"),
     ],
 )
 def test_index_files_cannot_lead_astray(tmp_path, index, message):
@@ -222,6 +226,56 @@ def test_a_shard_that_links_out_of_its_folder_is_refused(tmp_path):
     index.write_text('{"weight_map": {"a": "s.safetensors"}}')
     with pytest.raises(HeaderError, match="is a link out of its folder"):
         read_header(index)
+
+
+@pytest.mark.parametrize("blobs", [True, False])
+def test_a_hub_s_cache_links_to_its_blobs_and_nowhere_else(tmp_path, blobs):
+    """A folder that is called as those of a cache are gives no other rights."""
+    target = tmp_path / ("blobs" if blobs else "private") / "1234"
+    target.parent.mkdir()
+    save_file({"a": torch.ones(1)}, target)
+    folder = tmp_path / "snapshots" / "abc" / "transformer"
+    folder.mkdir(parents=True)
+    (folder / "s.safetensors").symlink_to(target)
+    index = folder / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "s.safetensors"}}')
+    if blobs:
+        assert list(read_header(index).tensors) == ["a"]
+    else:
+        with pytest.raises(HeaderError, match="is a link out of its folder"):
+            read_header(index)
+
+
+def test_an_index_that_is_a_pipe_or_endless_is_refused(tmp_path, monkeypatch):
+    """No more of it is read than any index has."""
+    index = tmp_path / "m.safetensors.index.json"
+    monkeypatch.setattr(reader, "MAX_HEADER", 1000)
+    index.write_text(" " * 1001)
+    with pytest.raises(HeaderError, match="is longer than 1,000 bytes"):
+        read_header(index)
+    if hasattr(os, "mkfifo"):
+        index.unlink()
+        os.mkfifo(index)
+        with pytest.raises(HeaderError, match=r"json: is a pipe or a device"):
+            read_header(index)
+
+
+def test_a_config_of_any_size_is_no_obstacle(path, monkeypatch):
+    """Another program's file: what cannot be read of it is left unread."""
+    write(path, {"a": entry()})
+    monkeypatch.setattr(reader, "MAX_HEADER", 1000)
+    path.with_name("config.json").write_text('{"a": "%s"}' % ("x" * 1000))
+    assert read_header(path).config is None
+
+
+@pytest.mark.parametrize("name", ["a\x1b[31m\nerror: b", "a\u202eb", "a" * 1_000_000])
+def test_messages_are_one_short_line_that_can_be_printed(path, name):
+    """Whatever a key is, it moves no cursor, turns no text and fills no screen."""
+    write(path, {name: entry(shape=(3,))})
+    with pytest.raises(HeaderError, match=r"8 bytes for shape \[3\]") as caught:
+        read_header(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 5000
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):

@@ -576,6 +576,27 @@ def test_peft_writes_alpha_beside_the_file(folder, stabilized, divisor):
 
 
 @pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is nested too deeply"),
+        ("[]", "is no table"),
+        ('{"lora_alpha": 1, "lora_alpha": 2}', "has the key 'lora_alpha' twice"),
+    ],
+)
+def test_a_config_of_peft_that_cannot_be_read_is_an_error(folder, text, message):
+    """Without it nobody knows how much of the LoRA is meant."""
+    base = {"x.a.weight": torch.randn(N, K)}
+    save_file(base, folder / "base.safetensors")
+    path = folder / "adapter_model.safetensors"
+    save_file(pair("x.a", style=("lora_A.weight", "lora_B.weight"))[0], path)
+    (folder / "adapter_config.json").write_text(text)
+    header = read_header(folder / "base.safetensors")
+    with pytest.raises(HeaderError, match=rf"adapter_config\.json: {message}"):
+        Loras.open([path], header)
+
+
+@pytest.mark.parametrize(
     ("alpha", "message"),
     [
         (torch.tensor(float("nan")), "a.alpha: alpha is nan, expected a finite number"),

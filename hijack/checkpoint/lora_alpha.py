@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from hijack.checkpoint.header import Header, parse_table
-from hijack.checkpoint.reader import open_tensors
-from hijack.errors import CheckpointError
+from hijack.checkpoint.reader import open_tensors, read_json
+from hijack.errors import CheckpointError, HeaderError
 
 #: The table that diffusers writes into a header, and the file that PEFT writes.
 _METADATA = "lora_adapter_metadata"
@@ -65,11 +66,27 @@ def _config(source: Header, module: str) -> tuple[Mapping[str, Any], str]:
     config = {k.removeprefix(start): v for k, v in table.items() if k.startswith(start)}
     if config:
         return config, name
+    if _CONFIG not in source.memo:
+        source.memo[_CONFIG] = _beside(source)
+    return source.memo[_CONFIG], module.removeprefix("base_model.model.")
+
+
+def _beside(source: Header) -> Mapping[str, Any]:
+    """What PEFT wrote beside a file of its own; empty where it did not.
+
+    Raises:
+        HeaderError: if nobody can read it; without it the LoRA's strength is unknown.
+    """
     file = next((info.file for info in source.tensors.values()), None)
-    if file is None or file.name != _FILE or not file.with_name(_CONFIG).is_file():
-        return {}, module
-    config = parse_table(file.with_name(_CONFIG).read_bytes())
-    return config, module.removeprefix("base_model.model.")
+    if file is None or file.name != _FILE:
+        return {}
+    path = file.with_name(_CONFIG)
+    if not os.path.lexists(path):
+        return {}
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise HeaderError(f"{path}: is no table, expected PEFT's config; get it again")
+    return config
 
 
 def _listed(config: Mapping[str, Any], name: str, rank: int) -> float:

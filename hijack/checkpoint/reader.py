@@ -189,7 +189,7 @@ def _name(source: Paths, shards: Sequence[Path]) -> str:
 
 def _indexed(path: Path) -> tuple[list[Path], set[str]]:
     """The shards an index names, all of them plain names in its own folder."""
-    table = _read_json(path)
+    table = read_json(path)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise HeaderError(f"{path}: has no weight_map, expected key to file name")
@@ -217,15 +217,17 @@ def _is_plain(name: object) -> bool:
 
 
 def _leads_out(shard: Path) -> bool:
-    """Whether a shard is a link elsewhere; a hub's cache links its own files so.
+    """Whether a shard is a link, and leads to neither its folder nor a hub's blobs.
 
     Raises:
         HeaderError: if nobody can tell, such as of a name that is too long.
     """
     folder = shard.parent.absolute()
     try:
-        inside = shard.resolve().parent == folder.resolve()
-        return shard.is_symlink() and not inside and "snapshots" not in folder.parts
+        if not shard.is_symlink():  # to resolve each of thousands takes long
+            return False
+        inside = {folder.resolve(), *(root.resolve() for root in _blobs(folder))}
+        return shard.resolve().parent not in inside
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop, before 3.13
         raise HeaderError(
             f"{folder}: the shard {reprlib.repr(shard.name)} cannot be read; "
@@ -233,11 +235,35 @@ def _leads_out(shard: Path) -> bool:
         ) from error
 
 
-def _read_json(path: Path) -> Any:
+def _blobs(folder: Path) -> Iterator[Path]:
+    """Where a hub's cache has what files in ``snapshots/REVISION`` link to."""
+    for parent in folder.parents:
+        if parent.name == "snapshots":
+            yield parent.with_name("blobs")
+
+
+def read_json(path: Path) -> Any:
+    """What a small file of JSON says.
+
+    Raises:
+        HeaderError: if it is none, larger than any such file, or has a key twice.
+    """
     try:
         with _open(path) as file:
-            return json.loads(file.read().decode())
-    except (ValueError, RecursionError) as error:
+            text = file.read(MAX_HEADER + 1)
+        if len(text) > MAX_HEADER:
+            raise HeaderError(
+                f"{path}: is longer than {MAX_HEADER:,} bytes, expected a small file "
+                "of JSON; it is damaged, or something else"
+            )
+        return json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    except HeaderError:
+        raise
+    except _DuplicateError as error:
+        raise HeaderError(f"{path}: has the key {error} twice") from error
+    except RecursionError as error:
+        raise HeaderError(f"{path}: is nested too deeply") from error
+    except ValueError as error:
         raise HeaderError(f"{path}: is not JSON; {error}") from error
 
 
@@ -246,7 +272,7 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, object]
     if not path.is_file():
         return None
     try:
-        config = _read_json(path)
+        config = read_json(path)
     except HeaderError:
         return None  # another program's file; the checkpoint can still be read
     return config if isinstance(config, dict) else None
