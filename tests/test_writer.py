@@ -234,6 +234,38 @@ def test_a_disk_that_is_full_at_any_step_leaves_the_old_file(
     assert names(tmp_path) == [path.name]
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no list of open files")
+@pytest.mark.parametrize("where", ["posix_fallocate", "pwrite"])
+def test_no_file_stays_open_when_a_disk_is_full(tmp_path, monkeypatch, where):
+    """Deleted or not, its blocks would be in use for as long as the process lives."""
+    real, calls = getattr(os, where), []
+
+    def second(*args):
+        calls.append(args)
+        return real(*args) if len(calls) < 2 else full()
+
+    monkeypatch.setattr(os, where, second)
+    with pytest.raises(CheckpointError, match="No space left"):
+        open_writer(tmp_path / "x", PLAN, max_shard_size=4).__enter__()
+    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
+    opened = [os.readlink(link) for link in links if os.path.islink(link)]
+    assert not [path for path in opened if path.startswith(str(tmp_path))]
+
+
+def test_a_disk_with_room_and_no_files_left_is_told_apart(tmp_path, monkeypatch):
+    """No room is needed for what a quota, or too many files, stand in the way of."""
+    real = os.open
+
+    def no_lock(path, flags, *mode):
+        return full() if str(path).endswith("lock") else real(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", no_lock)
+    message = "elsewhere; what is used up may be a quota, or the number of files"
+    with pytest.raises(CheckpointError, match=message):
+        write_checkpoint(tmp_path / "x.safetensors", TENSORS)
+    assert names(tmp_path) == []
+
+
 def test_blocks_that_cannot_be_set_aside_are_not(tmp_path, monkeypatch):
     """Where a file system has no way to reserve room, the file is written anyhow."""
 

@@ -48,8 +48,7 @@ class Partial:
             prefix = f".{_short(target)}."
             folder = Path(tempfile.mkdtemp(".part", prefix, target.parent))
             with contextlib.suppress(FileNotFoundError, FileExistsError):
-                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-                lock = os.open(folder / _LOCK, flags, 0o600)
+                lock = _new_lock(folder)
                 if _hold(lock, folder, needed=False):
                     return cls(folder, lock)
                 os.close(lock)
@@ -104,6 +103,16 @@ def leftovers(target: Path) -> Iterator[Partial]:
             yield Partial(folder, lock)
 
 
+def _new_lock(folder: Path) -> int:
+    """The lock of a new folder; without one the folder is of no use."""
+    try:
+        return os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.rmdir(folder)
+        raise
+
+
 def _short(target: Path) -> str:
     """As much of a name as leaves room for the rest in the 255 bytes there are."""
     return os.fsencode(target.name)[:200].decode("utf-8", "ignore")
@@ -141,6 +150,21 @@ def _hold(lock: int, folder: Path, *, needed: bool) -> bool:
         return os.path.samestat(os.fstat(lock), os.stat(folder / _LOCK))
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other process gives names in a folder, where a system can."""
+    descriptor = None
+    if fcntl is not None:
+        with contextlib.suppress(OSError):
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 # -- what can be relied on after a power cut -------------------------------------------

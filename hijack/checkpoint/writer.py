@@ -47,11 +47,15 @@ class CheckpointWriter:
         self._journal: Journal | None = None
         self._lock = threading.Lock()
         self._files: list[int] = []
-        with self._writing():
-            for number, layout in enumerate(layouts):
-                self._files.append(partial.open(part_name(number)))
-                _reserve(self._files[-1], layout.size)
-                self._put(number, layout.header, 0)
+        try:
+            with self._writing():
+                for number, layout in enumerate(layouts):
+                    self._files.append(partial.open(part_name(number)))
+                    _reserve(self._files[-1], layout.size)
+                    self._put(number, layout.header, 0)
+        except BaseException:
+            self.close()  # a file that is open takes room even when it is deleted
+            raise
 
     def keep(self, partial: Partial, job: str) -> None:
         """Keep a journal; what one of the same job lists is missing no more."""
@@ -313,6 +317,8 @@ def _writing(path: Path, size: int) -> Iterator[None]:
                 f"; got {free:,} bytes free, expected {size:,}; make room, or write "
                 "elsewhere"
             )
+            if free >= size:
+                reason += "; what is used up may be a quota, or the number of files"
         elif error.errno == errno.EFBIG:
             reason += (
                 f"; got {size:,} bytes, expected no more than the file system and the "
