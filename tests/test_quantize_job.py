@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint import fingerprint, partial, quantize_run
+from hijack.checkpoint import config, fingerprint, partial, quantize_run
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
@@ -248,6 +248,40 @@ def test_a_config_that_nobody_reads_or_the_source_has_is_not_written(source, tmp
     with pytest.raises(CheckpointError, match=r"config\.json: is the source's too"):
         hijack.quantize_file(source, path, dialect="deepseek", write_config=True)
     assert names(tmp_path) == ["dense.safetensors"]
+
+
+def test_a_config_that_cannot_be_read_is_not_replaced(source, tmp_path):
+    """What somebody wrote there would be lost; nothing else is written either."""
+    path = tmp_path / "out" / "q.safetensors"
+    path.parent.mkdir()
+    there = path.parent / "config.json"
+    there.write_text('{"model_type": "toy",}')
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: is no table of JSON that"
+    ):
+        hijack.quantize_file(source, path, dialect="deepseek", write_config=True)
+    assert there.read_text() == '{"model_type": "toy",}'
+    assert names(path.parent) == ["config.json"]
+
+
+def test_two_that_write_a_config_do_not_get_in_each_others_way(
+    source, tmp_path, monkeypatch
+):
+    """Each has a file of its own until it is whole."""
+    out, real = tmp_path / "out", config.replace
+    out.mkdir()
+    words = {"dialect": "deepseek", "write_config": True}
+
+    def replace(part, target):
+        monkeypatch.setattr(config, "replace", real)
+        hijack.quantize_file(source, out / "b.safetensors", block_size=32, **words)
+        real(part, target)
+
+    monkeypatch.setattr(config, "replace", replace)
+    hijack.quantize_file(source, out / "a.safetensors", block_size=64, **words)
+    table = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert table["weight_block_size"] == [1, 64]
+    assert names(out) == ["a.safetensors", "b.safetensors", "config.json"]
 
 
 # -- shards ----------------------------------------------------------------------------

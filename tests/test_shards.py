@@ -1,16 +1,18 @@
 """Shards: how they are cut and named, and that a set is replaced as a whole or not."""
 
+import contextlib
 import json
 import os
 import re
 import sys
+import threading
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hijack.checkpoint import destination, layout
+from hijack.checkpoint import destination, layout, reader
 from hijack.checkpoint.destination import parse_size
 from hijack.checkpoint.header import TensorInfo
 from hijack.checkpoint.reader import open_tensors, read_header
@@ -266,6 +268,60 @@ def test_a_commit_that_fails_is_undone(tmp_path, monkeypatch, how):
         write(tmp_path, 2)
     assert names(tmp_path) == before
     assert read(tmp_path) == [1, 1, 1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="folders have no locks there")
+def test_two_that_write_one_set_leave_the_set_of_one(tmp_path, monkeypatch):
+    """Both would give the same names, one shard each in turn, and mix them."""
+    real, both, second = os.rename, threading.Barrier(2), threading.Event()
+    first_calls: dict[str, int] = {}
+
+    def rename(old, new):
+        me = threading.current_thread().name
+        first_calls[me] = first_calls.get(me, 0) + 1
+        if first_calls[me] == 1:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both.wait(0.5)  # both have chosen their names, if nothing stops them
+        elif me == "one":
+            second.wait(0.5)  # and the other gives all of its own in between
+        real(old, new)
+
+    monkeypatch.setattr(destination.os, "rename", rename)
+
+    def other():
+        write(tmp_path, 2)
+        second.set()
+
+    threads = [
+        threading.Thread(target=write, args=(tmp_path, 1), name="one"),
+        threading.Thread(target=other, name="two"),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert read(tmp_path) in ([1.0] * 3, [2.0] * 3)
+    assert len(names(tmp_path)) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_an_index_that_is_a_pipe_is_refused_without_waiting(tmp_path):
+    """It is looked into before it is replaced."""
+    os.mkfifo(tmp_path / INDEX)
+    place = destination.destination(tmp_path / INDEX, sharded=True)
+    assert place.replaced() == [tmp_path / INDEX]
+    with pytest.raises(CheckpointError, match="is a pipe or a device"):
+        write(tmp_path, 1)
+
+
+@pytest.mark.parametrize("text", ["[" * 100, " " * 200], ids=["deep", "long"])
+def test_an_index_that_is_no_index_is_replaced(tmp_path, monkeypatch, text):
+    """However deep or long it is, it names no shards."""
+    monkeypatch.setattr(reader, "MAX_HEADER", 100_000)
+    (tmp_path / INDEX).write_text(text * 1000)
+    assert destination.destination(tmp_path / INDEX, sharded=True).replaced() == [
+        tmp_path / INDEX
+    ]
 
 
 def test_nothing_is_deleted_by_an_index_that_cannot_be_read(tmp_path):

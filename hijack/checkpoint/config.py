@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from hijack.checkpoint.dialect import FileMarks
 from hijack.checkpoint.header import CONFIG_KEY, Header
-from hijack.checkpoint.partial import replace, write_durably
+from hijack.checkpoint.partial import Partial, leftovers, replace, write_durably
 from hijack.checkpoint.reader import read_config
 from hijack.errors import CheckpointError
+
+_NAME = "config.json"
 
 
 def config_of(
@@ -26,7 +29,7 @@ def config_of(
 
     Raises:
         CheckpointError: if readers of the dialect expect none, or the one in the folder
-            is the source's, which would be read by it no longer.
+            is the source's, which would be read by it no longer, or cannot be read.
     """
     if marks.config is None:
         raise CheckpointError(
@@ -36,10 +39,16 @@ def config_of(
     for info in source.tensors.values():
         if info.file and info.file.parent.resolve() == path.parent.resolve():
             raise CheckpointError(
-                f"{path.parent / 'config.json'}: is the source's too, which is not "
+                f"{path.parent / _NAME}: is the source's too, which is not "
                 f"quantized so; expected another folder for {path.name}; write it "
                 "there, or leave write_config out"
             )
+    target = path.parent / _NAME
+    if os.path.lexists(target) and read_config(path.parent) is None:
+        raise CheckpointError(
+            f"{target}: is no table of JSON that can be read, and would be lost; "
+            "expected a config to add to; move it away, or leave write_config out"
+        )
     return marks.config
 
 
@@ -61,15 +70,19 @@ def write_config_beside(
     Raises:
         CheckpointError: if it cannot be written.
     """
-    target = path.parent / "config.json"
+    target = path.parent / _NAME
     kept = read_config(path.parent) or source or {}
     text = json.dumps({**kept, CONFIG_KEY: quantization}, indent=2) + "\n"
-    part = target.with_name(".config.json.part")
+    for left in leftovers(target):
+        left.remove()
     try:
-        write_durably(part, text.encode())
-        replace(part, target)
+        partial = Partial.create(target)  # another process may be at the same file
+        try:
+            write_durably(partial.folder / _NAME, text.encode())
+            replace(partial.folder / _NAME, target)
+        finally:
+            partial.remove()
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise CheckpointError(
             f"{target}: cannot be written; {error.strerror}"
         ) from error

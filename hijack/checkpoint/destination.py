@@ -10,6 +10,8 @@ begins there, so the moment the index gets its name is the moment the new set co
 4. The index is replaced. Before this the old set is whole, from now on the new one.
 5. The shards of the old set are deleted, then the folder with the note.
 
+Steps 2 to 5 are taken by one process at a time, for two would choose the same names.
+
 Whoever finds the note of a process that was killed deletes what it names and the index
 does not: after 2 or 3 the new shards, after 4 those of the old set. Shards that no
 index of this name ever named, or that are called otherwise, are left alone.
@@ -29,12 +31,14 @@ from typing import Protocol
 from hijack.checkpoint.layout import Layout
 from hijack.checkpoint.partial import (
     Partial,
+    alone,
     part_name,
     replace,
     sync_folder,
     write_durably,
 )
-from hijack.errors import CheckpointError
+from hijack.checkpoint.reader import read_json
+from hijack.errors import CheckpointError, HeaderError
 
 _NOTE = "note"
 _INDEX = "index"
@@ -169,7 +173,11 @@ class _Shards:
         return names
 
     def commit(self, partial: Partial, layouts: Sequence[Layout]) -> None:
-        """Name the shards, then replace the index."""
+        """Name the shards, then replace the index, while no other process does."""
+        with alone(self.folder):
+            self._commit(partial, layouts)
+
+    def _commit(self, partial: Partial, layouts: Sequence[Layout]) -> None:
         names = self.names(len(layouts))
         note = {"new": names, "old": self._own(self._listed())}
         write_durably(partial.folder / _NOTE, json.dumps(note).encode())
@@ -189,11 +197,12 @@ class _Shards:
             return True
         except (OSError, ValueError, KeyError, TypeError):
             return False  # not complete, so nothing was renamed yet
-        live = self._listed()
-        if live is not None:
-            for name in self._own(noted - live):
-                with contextlib.suppress(OSError):
-                    os.unlink(self.folder / name)
+        with alone(self.folder):
+            live = self._listed()
+            if live is not None:
+                for name in self._own(noted - live):
+                    with contextlib.suppress(OSError):
+                        os.unlink(self.folder / name)
         return False
 
     def _own(self, names: Iterable[str] | None) -> list[str]:
@@ -202,12 +211,12 @@ class _Shards:
 
     def _listed(self) -> set[str] | None:
         """The shards the index names; none without an index, None if it is broken."""
-        try:
-            names = json.loads(self.target.read_bytes())["weight_map"].values()
-            return {os.fspath(name) for name in names}
-        except FileNotFoundError:
+        if not os.path.lexists(self.target):
             return set()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        try:
+            names = read_json(self.target)["weight_map"].values()
+            return {os.fspath(name) for name in names}
+        except (HeaderError, KeyError, TypeError, AttributeError):
             return None
 
 
