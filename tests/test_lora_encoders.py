@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import hijack
+import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.errors import CheckpointError
 from tests.test_lora_files import K, N, R, folder, near, opened, pair
 
@@ -191,6 +194,39 @@ def test_a_file_of_the_second_encoder_has_no_first(folder):
     assert loras.unmatched == (f"lora_te1_{flat}",)
     loras = opened(folder, clip(""), tensors, ignore_unmatched=True)
     assert loras.unmatched == (f"lora_te2_{flat}",)
+
+
+def test_a_whole_checkpoint_is_quantized_with_both(folder):
+    """The encoder stays dense, in its own dtype, with the LoRA in its fused weight."""
+    stem = f"{TWO}.transformer.resblocks.0.attn"
+    base = {key: tensor.bfloat16() for key, tensor in open_clip(TWO).items()}
+    base["model.diffusion_model.a.weight"] = torch.randn(N, K).bfloat16()
+    names = "q", "k", "v"
+    tensors, products = pair("lora_unet_a")[0], []
+    for name in names:
+        flat = f"lora_te2_{CLIP}.0.self_attn.{name}_proj".replace(".", "_")
+        made, product = pair(flat, K)
+        tensors |= made
+        products.append(product)
+    save_file(base, folder / "base.safetensors")
+    save_file(tensors, folder / "lora.safetensors")
+    report = hijack.quantize_file(
+        folder / "base.safetensors",
+        folder / "q.safetensors",
+        loras=f"{folder / 'lora.safetensors'}:0.5",
+        include="model.diffusion_model.*",
+    )
+    assert report.layers == ("model.diffusion_model.a",)
+    assert set(report.merged) == {
+        "model.diffusion_model.a.weight",
+        f"{stem}.in_proj_weight",
+    }
+    written = load_file(folder / "q.safetensors")
+    key = f"{stem}.in_proj_weight"
+    whole = (base[key].double() + 0.5 * torch.cat(products)).bfloat16()
+    assert (written[key] != whole).float().mean() < 0.01  # ties that rounding decides
+    others = base.keys() - set(report.merged)
+    assert all(torch.equal(written[other], base[other]) for other in others)
 
 
 def test_what_is_of_text_encoders_is_said_to_be(folder):

@@ -339,6 +339,20 @@ def test_nothing_is_deleted_by_an_index_that_cannot_be_read(tmp_path):
     assert read(tmp_path) == [2, 2, 2]
 
 
+@pytest.mark.parametrize("kind", ["deep", "number", "pipe"])
+def test_a_leftover_that_another_program_made_up_is_removed(tmp_path, kind):
+    """Whoever unpacks an archive has whatever was in it; its note is read with care."""
+    folder = tmp_path / f".{INDEX}.abcdefgh.part"
+    folder.mkdir()
+    (folder / "lock").touch()
+    if kind == "pipe" and hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "note")
+    else:
+        (folder / "note").write_text("[" * 100_000 if kind == "deep" else "7")
+    write(tmp_path, 1)
+    assert names(tmp_path) == sorted([*shards(3), INDEX])
+
+
 def test_a_leftover_deletes_nothing_but_shards_of_the_set(tmp_path):
     """A folder may come from a stranger: its note leads nowhere else."""
     precious = tmp_path / "precious"

@@ -190,12 +190,13 @@ class _Shards:
 
     def recover(self, partial: Partial) -> bool:
         """Delete what the note names and the index does not."""
-        try:
-            note = json.loads((partial.folder / _NOTE).read_bytes())
-            noted = {*note["new"], *note["old"]}
-        except FileNotFoundError:
+        path = partial.folder / _NOTE
+        if not os.path.lexists(path):
             return True
-        except (OSError, ValueError, KeyError, TypeError):
+        try:
+            note = read_json(path)
+            noted = {*note["new"], *note["old"]}
+        except (HeaderError, KeyError, TypeError):
             return False  # not complete, so nothing was renamed yet
         with alone(self.folder):
             live = self._listed()

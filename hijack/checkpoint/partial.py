@@ -262,6 +262,6 @@ def _read_journal(path: Path, job: str) -> tuple[frozenset[str], int]:
         data = path.read_bytes()
         end = data.rfind(b"\n") + 1
         said, *keys = map(json.loads, data[:end].splitlines())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return frozenset(), 0
     return (frozenset(keys), end) if said == job else (frozenset(), 0)
