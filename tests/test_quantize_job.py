@@ -250,6 +250,15 @@ def test_a_config_that_nobody_reads_or_the_source_has_is_not_written(source, tmp
     assert names(tmp_path) == ["dense.safetensors"]
 
 
+@pytest.mark.parametrize("said", ["7", "true", '{"a": 1}', '"l0.weight"', "[[7]]"])
+def test_a_list_in_the_metadata_that_is_none_is_nobody_s(source, tmp_path, said):
+    """torchao lists the names of its tensors there; anything else is left alone."""
+    dense, path = tmp_path / "said.safetensors", tmp_path / "q.safetensors"
+    save_file(load_file(source), dense, {"tensor_names": said})
+    hijack.quantize_file(dense, path)
+    assert len(hijack.identify(path).layers) == LAYERS
+
+
 def test_a_config_that_cannot_be_read_is_not_replaced(source, tmp_path):
     """What somebody wrote there would be lost; nothing else is written either."""
     path = tmp_path / "out" / "q.safetensors"

@@ -293,7 +293,9 @@ def parse_list(text: str) -> list[str]:
         given = json.loads(text)
     except (ValueError, RecursionError):
         return []
-    return [name for name in given if isinstance(name, str)] if given else []
+    if not isinstance(given, list):
+        return []
+    return [name for name in given if isinstance(name, str)]
 
 
 def _positive(sizes: Sequence[object]) -> Iterator[bool]:
