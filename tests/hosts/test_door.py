@@ -426,6 +426,8 @@ def test_scales_nobody_reads_are_refused_where_no_layer_is_ours(registry, lone, 
         encode_claimed(state_dict, "", registry=registry)
     dense = {"a.weight": torch.ones(8, 128), **lone}
     assert not encode_claimed(dense, "", registry=registry)
+    cast = {"a.weight": state_dict["a.weight"], "a.input_scale": torch.ones(())}
+    assert not encode_claimed(cast, "", registry=registry)
 
 
 def test_codes_of_a_scheme_that_is_not_there_are_refused(registry):

@@ -27,6 +27,9 @@ from hijack.registry import Registry, default_registry
 
 log = logging.getLogger(__name__)
 
+#: Scales of what a layer is given; without them its weight is the same.
+_INPUTS = ("scale_input", "input_scale", "activation_scale")
+
 
 def encode_claimed(
     state_dict: dict[str, Tensor],
@@ -246,9 +249,9 @@ def _check_orphans(
 ) -> None:
     """Refuse to ignore scales that a weight needs."""
     for key in orphans:
-        layer = key.rpartition(".")[0]
+        layer, _, name = key.rpartition(".")
         weight = tensors.get(join(layer, "weight"))
-        if alone and (weight is None or weight.dtype in PLAIN):
+        if alone and (weight is None or weight.dtype in PLAIN or name in _INPUTS):
             continue
         others = f" and {len(orphans) - 1} others" if len(orphans) > 1 else ""
         raise UnconsumedScaleError(
