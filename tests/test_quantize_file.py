@@ -238,6 +238,35 @@ def test_no_file_can_be_written_there(source, tmp_path, name, shards, match, dry
             hijack.convert_file(coded, f"{tmp_path}/{name}", "deepseek")
 
 
+@pytest.mark.parametrize(
+    "endings",
+    [
+        ("lora_A.weight", "lora_B.weight"),
+        ("lora_down.weight", "lora_up.weight", "alpha", "diff_b"),
+        ("lokr_w1", "lokr_w2"),
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    ],
+)
+def test_a_lora_is_no_checkpoint(tmp_path, endings):
+    """It is refused unless its layers are named; a checkpoint beside it is not."""
+    path, done = tmp_path / "l.safetensors", tmp_path / "q.safetensors"
+    parts = {
+        f"a.{end}": torch.ones(*[64] * (2 - (end in "alpha diff_b"))) for end in endings
+    }
+    save_file(parts, path)
+    refused(path, tmp_path, CheckpointError, r"is a LoRA; .*--lora\), or .*--include")
+    save_file({**parts, "up.weight": torch.ones(64, 64)}, path)
+    assert "up" in hijack.quantize_file(path, done).layers
+
+
+def test_the_layers_of_a_lora_can_be_named(tmp_path):
+    """Then they are quantized like any other."""
+    path = tmp_path / "l.safetensors"
+    save_file({f"a.lora_{part}.weight": torch.ones(64, 64) for part in "AB"}, path)
+    done = hijack.quantize_file(path, tmp_path / "q.safetensors", include="*lora_A")
+    assert done.layers == ("a.lora_A",)
+
+
 def test_wrong_arguments_are_refused(source, tmp_path):
     """Each says what was wrong."""
     refused(

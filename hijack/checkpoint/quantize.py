@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,10 +16,11 @@ from hijack.checkpoint.config import config_of, write_config_beside
 from hijack.checkpoint.copying import Watch, refuse_place
 from hijack.checkpoint.destination import Destination, destination, parse_size
 from hijack.checkpoint.fingerprint import fingerprint
-from hijack.checkpoint.header import Header
+from hijack.checkpoint.header import Header, join
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.layout import lay_out_files
 from hijack.checkpoint.lora import Loras, Spec, parse_loras
+from hijack.checkpoint.lora_delta import SUFFIXES
 from hijack.checkpoint.quantize_choice import Choice, Patterns, choose
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import Progress as Progress
@@ -29,6 +31,9 @@ from hijack.checkpoint.writer import open_writer
 from hijack.errors import CheckpointError
 from hijack.registry import default_registry
 from hijack.scheme import Scheme
+
+#: Endings of keys that only LoRA, LoHa and LoKr have.
+_LORA_PARTS = tuple(end for end in SUFFIXES if re.search("lora|hada|lokr", end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +146,10 @@ def quantize_file(
         Which layers were quantized, which not and why, and the sizes.
 
     Raises:
-        CheckpointError: if the source is quantized already, nothing is left to
-            quantize, a rule or a pattern of ``include`` is in vain, a LoRA does not
-            fit, the dialect cannot spell a layer, or writing fails.
+        CheckpointError: if the source is quantized already, or is a LoRA and
+            ``include`` is None; if nothing is left to quantize, a rule or a pattern of
+            ``include`` is in vain, a LoRA does not fit, the dialect cannot spell a
+            layer, or writing fails.
         NonFiniteError: if a weight holds inf or NaN.
         HijackError: of other kinds, naming the file or the layer.
     """
@@ -152,7 +158,7 @@ def quantize_file(
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     place = destination(dst, sharded=size is not None)
     refuse_place(place, Path(dst), src, header, [path for path, _ in wanted])
-    _refuse_quantized(header)
+    _refuse_source(header, include)
     if block_size is not None:
         options["block_size"] = block_size
     choice = choose(header, include, exclude, rules)
@@ -226,7 +232,13 @@ def _report(
 # -- what is refused -------------------------------------------------------------------
 
 
-def _refuse_quantized(header: Header) -> None:
+def _refuse_source(header: Header, include: Patterns) -> None:
+    """Refuse what is no dense checkpoint."""
+    if include is None and _is_lora(header):
+        raise CheckpointError(
+            f"{header.source}: is a LoRA; expected a checkpoint; merge it into one "
+            "with loras (--lora), or name its layers with include (--include)"
+        )
     found = identify(header)
     claimed = [*found.layers, *found.ambiguous, *found.foreign, *found.unknown]
     if claimed or found.orphans:
@@ -235,6 +247,14 @@ def _refuse_quantized(header: Header) -> None:
             f"{header.source}: is quantized already ({first}); expected dense weights; "
             "quantize the original, or see `hijack identify`"
         )
+
+
+def _is_lora(header: Header) -> bool:
+    """Whether parts of LoRAs are all the layers a file has."""
+    parts = [key for key in header.tensors if key.endswith(_LORA_PARTS)]
+    layers = (join(layer, "weight") for layer in header.layers())
+    matrices = {key for key in layers if len(header.tensors[key].shape) > 1}
+    return bool(parts) and matrices <= set(parts)
 
 
 def _device(device: str | torch.device) -> torch.device:
