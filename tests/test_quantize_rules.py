@@ -136,6 +136,18 @@ def test_rules_that_say_nothing_are_refused(text):
         choose(header(*MODEL), rules=[text])
 
 
+def test_an_error_names_layers_that_would_be_quantized(known):
+    """They are what a rule or a pattern should have been for."""
+    model = header("head", *KNOWN[:4], norm=TensorInfo("BF16", (8,)))
+    with pytest.raises(
+        CheckpointError, match=r"are such as blocks\.0\.q, blocks\.0\.k"
+    ):
+        choose(model, rules="bloks.*=row")
+    norm_first = Header(dict(reversed(model.tensors.items())), source="m.safetensors")
+    with pytest.raises(CheckpointError, match=r"are such as blocks\.0\.mod, blocks"):
+        choose(norm_first, include="bloks.*")
+
+
 @pytest.mark.parametrize(
     ("rules", "message"),
     [

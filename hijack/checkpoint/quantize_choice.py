@@ -193,16 +193,17 @@ class _Chooser:
     def check(self) -> None:
         """Refuse what was asked for in vain."""
         names = list(self.header.layers())
+        some = _some(list(self.layers) or list(self.skipped) or names)
         for pattern in self.named:
             if not any(_matches(layer, [pattern]) for layer in names):
                 raise CheckpointError(
                     f"include: pattern {pattern!r} matches no layer of "
-                    f"{self.header.source}; layers are such as {_some(names)}"
+                    f"{self.header.source}; layers are such as {some}"
                 )
         for rule in self.rules:
             if rule not in self.used:
                 matched = [layer for layer in names if rule.matches(layer)]
-                what = f"matches no layer; layers are such as {_some(names)}"
+                what = f"matches no layer; layers are such as {some}"
                 if matched:
                     what = (
                         f"applies to none of the {len(matched)} layers it matches, "
