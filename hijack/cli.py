@@ -103,10 +103,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _schemes(args: argparse.Namespace) -> int:
     rows = [
-        [name, ", ".join(d.name for d in scheme.all_dialects()), scheme.origin]
+        [
+            name,
+            ", ".join(d.name for d in scheme.all_dialects() if d.writes),
+            scheme.origin,
+        ]
         for name, scheme in sorted(hijack.schemes().items())
     ]
-    print(table(["scheme", "dialects", "from"], rows))
+    print(table(["scheme", "dialects written", "from"], rows))
     return 0
 
 

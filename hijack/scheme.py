@@ -270,12 +270,18 @@ class Scheme(abc.ABC):
         Raises:
             CheckpointError: if there is none, or it is only read.
         """
+        able = [one for one in self.all_dialects() if one.writes]
+        known = {one.name for one in self.all_dialects()}
+        names = ", ".join(sorted(one.name for one in able))
+        if name is not None and name not in known:
+            raise CheckpointError(
+                f"{self.name}: unknown dialect {name!r}; expected one of {names}"
+            )
         found = self.dialect(name)
         if not found.writes:
-            able = sorted(one.name for one in self.all_dialects() if one.writes)
             raise CheckpointError(
                 f"dialect {found.name}: is read, and never written; expected one of "
-                f"{', '.join(able)}"
+                f"{names}"
             )
         return found
 

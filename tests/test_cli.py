@@ -211,6 +211,7 @@ def test_schemes_lists_names_dialects_and_origin(run):
     row = next(line for line in out.splitlines() if line.startswith("blockwise_fp8"))
     assert "musubi, " in row
     assert ", hijack" in row
+    assert "kijai" not in row  # which is only read
     assert row.endswith("schemes.blockwise_fp8")
 
 
