@@ -28,8 +28,9 @@ def config_of(
         path: of the file.
 
     Raises:
-        CheckpointError: if readers of the dialect expect none, or the one in the folder
-            is the source's, which would be read by it no longer, or cannot be read.
+        CheckpointError: if readers of the dialect expect none, it would lie beside the
+            source, which would be read by it no longer, or the one there cannot be
+            read.
     """
     if marks.config is None:
         raise CheckpointError(
@@ -39,9 +40,9 @@ def config_of(
     for info in source.tensors.values():
         if info.file and info.file.parent.resolve() == path.parent.resolve():
             raise CheckpointError(
-                f"{path.parent / _NAME}: is the source's too, which is not "
-                f"quantized so; expected another folder for {path.name}; write it "
-                "there, or leave write_config out"
+                f"{path.parent / _NAME}: would lie beside the source too, and describe "
+                f"it wrongly; expected another folder for {path.name}; write it there, "
+                "or leave write_config out (--write-config)"
             )
     target = path.parent / _NAME
     if os.path.lexists(target) and read_config(path.parent) is None:
