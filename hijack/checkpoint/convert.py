@@ -61,7 +61,7 @@ class ConvertReport:
             )
         if self.foreign:
             text += f", {len(self.foreign)} of other formats copied"
-        return f"{text}, {self.bytes_before:,} -> {self.bytes_after:,} bytes"
+        return f"{text}, {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors"
 
 
 def convert_file(

@@ -70,7 +70,7 @@ class QuantizeReport:
         done = "quantized" if self.written else "would be quantized"
         text = (
             f"{len(self.layers)} layers {done}, {len(self.skipped)} left dense, "
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes, "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors, "
             f"dialect {self.dialect}"
         )
         if self.merged:

@@ -186,7 +186,7 @@ def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
         blocks = [[size, str(count)] for size, count in report.blocks.items()]
         lines.append(table(["block", "layers"], blocks))
         files = [[name, f"{size:,}"] for name, size in report.files.items()]
-        lines.append(table(["file", "bytes"], files))
+        lines.append(table(["file", "bytes of the file"], files))
     return "\n".join([*lines, str(report)])
 
 
