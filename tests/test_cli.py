@@ -153,6 +153,56 @@ def test_defaults_are_shown(run, dense, tmp_path, monkeypatch):
     assert "1 layers quantized, 2 left dense" in out
 
 
+def notes(out):
+    """The notes a command ends with."""
+    return [line for line in out.splitlines() if line.startswith("note: ")]
+
+
+def test_a_note_says_that_patterns_replace_defaults(run, dense, tmp_path, monkeypatch):
+    """Of a known model, unless the word default is among them."""
+    toy = Architecture("Toy", ("*",), ("*norm*", "*mod*"), "its makers", ())
+    monkeypatch.setattr(quantize_choice, "detect_architecture", lambda header: toy)
+    words = ("quantize", dense, tmp_path / "q.safetensors", "--dry-run")
+    (note,) = notes(run(*words, "--exclude", "b")[1])
+    assert "replaces what is left out of Toy by default (*norm* *mod*)" in note
+    assert "--exclude default" in note
+    (note,) = notes(run(*words, "--include", "a")[1])
+    assert "include (--include) replaces what is quantized in Toy" in note
+    assert not notes(run(*words, "--exclude", "b", "--exclude", "default")[1])
+    assert not notes(run(*words)[1])
+
+
+def test_a_note_says_why_blocks_are_not_those_asked_for(run, dense, tmp_path):
+    """Beside a table of the blocks there are."""
+    path = tmp_path / "q.safetensors"
+    out = run("quantize", dense, path, "--block-size", "1x60")[1]
+    assert ["1x128", "1"] in [line.split() for line in out.splitlines()]
+    (note,) = notes(out)
+    assert "such as a with 1x128 instead of 1x60: where columns do not divide" in note
+    assert "--dialect hijack" in note
+    for words in (["1x32"], ["32"], ["1x60", "--dialect", "hijack"], ["999x999"]):
+        words = [dense, path, "--force", "--block-size", *words]
+        assert not notes(run("quantize", *words)[1])
+
+
+def test_notes_say_what_readers_of_a_dialect_expect(run, dense, tmp_path):
+    """A config.json, and of DeepSeek's files blocks of 128 x 128."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    path, other = folder / "q.safetensors", tmp_path / "c.safetensors"
+    deepseek = ("--dialect", "deepseek", "--force")
+    (note,) = notes(run("quantize", dense, path, *deepseek)[1])
+    assert "readers of deepseek look for quantization_config in config.json" in note
+    assert not notes(run("quantize", dense, path, *deepseek, "--write-config")[1])
+    (note,) = notes(run("convert", path, other, "--dialect", "compressed_tensors")[1])
+    assert "--write-config" in note
+    run("quantize", dense, path, "--force")
+    for command in (["quantize", dense, "--block-size", "1x64"], ["convert", path]):
+        name, source, *words = command
+        found = notes(run(name, source, other, *deepseek, *words)[1])
+        assert "most readers of deepseek only take blocks of 128x128" in found[1]
+
+
 def test_defaults_of_every_model_are_shown(run):
     """Without a checkpoint."""
     status, out, _ = run("quantize", "--show-defaults")

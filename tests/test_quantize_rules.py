@@ -78,6 +78,15 @@ def test_the_usual_patterns_can_be_replaced_or_extended(known):
     assert choose(known, include="head").skipped["blocks.0.q"] == "not included"
 
 
+def test_what_patterns_replace_is_told(known):
+    """Unless default is among them, or they hold all that is usual."""
+    assert choose(known).replaced == {}
+    assert choose(known, exclude="head").replaced == {"exclude": ("*.mod",)}
+    assert choose(known, include="head").replaced == {"include": ("blocks.*",)}
+    for patterns in (["default", "head"], ["head", "*.mod"], []):
+        assert choose(known, exclude=patterns).replaced == {}
+
+
 def test_the_word_default_is_no_pattern_of_an_unknown_model():
     """There it stands for what is done without patterns."""
     assert list(choose(header(*MODEL), include="default").layers) == list(MODEL)

@@ -18,6 +18,7 @@ from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
 from hijack.checkpoint.identification import Identification
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.loss import Loss
+from hijack.checkpoint.notes import mark_notes
 from hijack.checkpoint.quantize import Progress
 from hijack.checkpoint.reader import Paths, read_header
 from hijack.checkpoint.writer import CheckpointWriter, open_writer
@@ -38,6 +39,7 @@ class ConvertReport:
         dropped: keys of tensors that the dialect has no place for.
         bytes_before: size of all tensors of the source.
         bytes_after: size of all tensors of the result.
+        notes: sentences of what people should know of the result.
     """
 
     layers: Mapping[str, Pair | None]
@@ -47,6 +49,7 @@ class ConvertReport:
     dropped: tuple[str, ...]
     bytes_before: int
     bytes_after: int
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lossless = len(self.layers) - len(self.requantized)
@@ -128,7 +131,7 @@ def convert_file(
         watch.check()
     if config is not None:
         write_config_beside(Path(dst), header.config, config)
-    return job.report(found)
+    return job.report(found, tuple(mark_notes(marks, dialect, write_config)))
 
 
 def _refuse_unreadable(found: Identification) -> None:
@@ -313,7 +316,7 @@ class _Job:
         for key, tensor in layer.encode(*made).items():
             writer.write(key, tensor)
 
-    def report(self, found: Identification) -> ConvertReport:
+    def report(self, found: Identification, notes: tuple[str, ...]) -> ConvertReport:
         """What became of each layer."""
         before = sum(info.nbytes for info in self.header.tensors.values())
         return ConvertReport(
@@ -328,6 +331,7 @@ class _Job:
             tuple(self.dropped),
             before,
             sum(info.nbytes for info in self.plan.values()),
+            notes,
         )
 
 

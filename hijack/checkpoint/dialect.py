@@ -77,11 +77,13 @@ class FileMarks:
         tensors: key to tensor, for markers that are tensors.
         config: ``quantization_config`` of the ``config.json`` that readers of the
             dialect expect beside the file.
+        notes: sentences for people, of what other readers may not take.
     """
 
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     tensors: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
     config: Mapping[str, object] | None = None
+    notes: tuple[str, ...] = ()
 
 
 class Dialect:
@@ -97,6 +99,8 @@ class Dialect:
     inputs: tuple[str, ...] = ()
     #: the one it is written under; empty if the dialect has no place for it
     input_written = ""
+    #: why `fit_options` gives other blocks than those asked for, for people
+    refit = "it has no words for the blocks asked for"
     row = Row(
         "hijack",
         "X.weight, and the scheme's own names",

@@ -21,6 +21,7 @@ from hijack.checkpoint.identify import identify
 from hijack.checkpoint.layout import lay_out_files
 from hijack.checkpoint.lora import Loras, Spec, parse_loras
 from hijack.checkpoint.lora_delta import SUFFIXES
+from hijack.checkpoint.notes import mark_notes, refit_notes, replaced_notes
 from hijack.checkpoint.quantize_choice import Choice, Patterns, choose
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import Progress as Progress
@@ -52,6 +53,9 @@ class QuantizeReport:
         architecture: name of the model's, "" if it is not known.
         files: name to size of each file written, but for the index of shards.
         written: False after a dry run.
+        reblocked: layers with other blocks than those asked for, which the dialect
+            cannot spell.
+        notes: sentences of what people should know of the result.
     """
 
     layers: tuple[str, ...]
@@ -65,6 +69,8 @@ class QuantizeReport:
     architecture: str = ""
     files: Mapping[str, int] = dataclasses.field(default_factory=dict)
     written: bool = True
+    reblocked: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         done = "quantized" if self.written else "would be quantized"
@@ -166,7 +172,7 @@ def quantize_file(
     plan = _plan(chosen, dialect, choice, options, merged)
     how = Way(_device(device), count_workers(workers), progress)
     config = _config(plan, Path(dst)) if write_config else None
-    report = _report(plan, place, size, written=not dry_run)
+    report = _report(plan, place, size, _notes(plan, write_config), not dry_run)
     if not dry_run:
         _write(plan, Path(dst), size, how, wanted, resume=resume)
         if config is not None:
@@ -208,7 +214,11 @@ def _write(
 
 
 def _report(
-    plan: QuantizePlan, place: Destination, size: int | None, *, written: bool
+    plan: QuantizePlan,
+    place: Destination,
+    size: int | None,
+    notes: tuple[str, ...],
+    written: bool,
 ) -> QuantizeReport:
     layouts = lay_out_files(plan.tensors, plan.metadata, None, size)
     sizes = [layout.size for layout in layouts]
@@ -226,6 +236,16 @@ def _report(
         "" if known is None else known.name,
         dict(zip(place.names(len(sizes)), sizes, strict=True)),
         written,
+        tuple(plan.refitted),
+        notes,
+    )
+
+
+def _notes(plan: QuantizePlan, write_config: bool) -> tuple[str, ...]:
+    return (
+        *replaced_notes(plan.choice),
+        *refit_notes(plan.dialect, plan.refitted, len(plan.options)),
+        *mark_notes(plan.marks, plan.dialect.name, write_config),
     )
 
 

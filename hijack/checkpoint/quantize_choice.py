@@ -80,6 +80,8 @@ class Choice:
         skipped: those with a 2-D weight or more that stay dense, and why.
         casts: those that stay dense in another dtype.
         architecture: of the model, if it is known.
+        replaced: ``include`` and ``exclude``, if patterns given there took the place
+            of the architecture's, to the latter.
     """
 
     header: Header
@@ -87,6 +89,7 @@ class Choice:
     skipped: Mapping[str, str]
     casts: Mapping[str, torch.dtype]
     architecture: Architecture | None
+    replaced: Mapping[str, Sequence[str]]
 
 
 def choose(
@@ -124,6 +127,7 @@ def choose(
         chooser.skipped,
         chooser.casts,
         chooser.architecture,
+        chooser.replaced,
     )
 
 
@@ -143,6 +147,13 @@ class _Chooser:
         usual = (None, ()) if known is None else (known.include or None, known.exclude)
         self.include = _expand(include, usual[0])
         self.exclude = _expand(exclude, usual[1]) or ()
+        self.replaced = {
+            name: own
+            for name, given, own in zip(
+                ("include", "exclude"), (include, exclude), usual, strict=True
+            )
+            if own and given and DEFAULT not in given and not set(own) <= set(given)
+        }
         self.rules = [Rule.parse(rule) for rule in _listed(rules)]
         self.used: set[Rule] = set()
         self.layers: dict[str, dict[str, Any]] = {}

@@ -16,6 +16,7 @@ from hijack.checkpoint.header import TensorInfo, join
 from hijack.checkpoint.lora import Loras
 from hijack.checkpoint.quantize_choice import Choice
 from hijack.checkpoint.reader import data_start
+from hijack.checkpoint.text import block_text
 from hijack.checkpoint.writer import memory_of
 from hijack.errors import CheckpointError, HijackError, NonFiniteError
 from hijack.layers import DENSE_DTYPES, quantize_weight
@@ -73,11 +74,10 @@ class QuantizePlan:
         header = choice.header
         self.header, self.scheme, self.dialect = header, scheme, dialect
         self.choice, self.loras = choice, loras
+        self.asked = {layer: {**options, **own} for layer, own in choice.layers.items()}
         self.options = {
-            layer: dialect.fit_options(
-                header.tensors[join(layer, "weight")].shape, {**options, **own}
-            )
-            for layer, own in choice.layers.items()
+            layer: dialect.fit_options(self._shape(layer), asked)
+            for layer, asked in self.asked.items()
         }
         self.spelled: dict[str, Spelled] = {}
         self.tensors: dict[str, TensorInfo] = {}
@@ -203,7 +203,25 @@ class QuantizePlan:
             )
         return made
 
-    # -- sizes -------------------------------------------------------------------------
+    # -- blocks and sizes --------------------------------------------------------------
+
+    @functools.cached_property
+    def refitted(self) -> dict[str, tuple[str, str]]:
+        """Layers with other blocks than those asked for: to these, and to theirs."""
+        found = {}
+        for layer, asked in self.asked.items():
+            size = asked.get("block_size")
+            if size in (None, self.options[layer].get("block_size")):
+                continue
+            shape, given = self._shape(layer), self.spelled[layer].block_size
+            made = self.scheme.create_params(shape, torch.float32, "meta", **asked)
+            wanted = self.scheme.block_size(*made)
+            if wanted != given:
+                found[layer] = (block_text(wanted), block_text(given))
+        return found
+
+    def _shape(self, layer: str) -> tuple[int, ...]:
+        return self.header.tensors[join(layer, "weight")].shape
 
     @functools.cached_property
     def bytes_before(self) -> int:

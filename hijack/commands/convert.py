@@ -7,7 +7,12 @@ from typing import Any
 
 import hijack
 from hijack.commands.progress import progress_bar
-from hijack.commands.writing import add_shard_size, block_size, refuse_existing
+from hijack.commands.writing import (
+    add_shard_size,
+    block_size,
+    print_notes,
+    refuse_existing,
+)
 from hijack.errors import printable
 
 HELP = "write a quantized checkpoint in another dialect, without loss"
@@ -82,4 +87,5 @@ def run(args: argparse.Namespace) -> int:
         name = printable(layer)
         print(f"quantized anew: {name}: SQNR {loss.sqnr:.1f} dB, RMSE {loss.rmse:.3g}")
     print(printable(str(report)))
+    print_notes(report.notes)
     return 0

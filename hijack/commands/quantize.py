@@ -17,7 +17,12 @@ from hijack.checkpoint.architectures import (
 from hijack.checkpoint.reader import read_header
 from hijack.checkpoint.text import table
 from hijack.commands.progress import progress_bar
-from hijack.commands.writing import add_shard_size, block_size, refuse_existing
+from hijack.commands.writing import (
+    add_shard_size,
+    block_size,
+    print_notes,
+    refuse_existing,
+)
 from hijack.errors import printable
 
 HELP = "quantize a safetensors checkpoint"
@@ -27,6 +32,12 @@ SCALES = {
     "bf16": torch.bfloat16,
     "f16": torch.float16,
     "e8m0": getattr(torch, "float8_e8m0fnu", None),
+}
+_PATTERNS = {
+    "include": "quantize these layers and no others, such as 'transformer_blocks.*'; "
+    "replaces what is usual for the model, unless one is 'default'; may be repeated",
+    "exclude": "leave these layers dense, such as '*norm*', even if included; replaces "
+    "what is usually left out of the model, unless one is 'default'; may be repeated",
 }
 _FLAGS = {
     "--ignore-unmatched": "leave out LoRAs of layers the checkpoint lacks",
@@ -92,14 +103,8 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
 
 def _add_choices(parser: argparse.ArgumentParser) -> None:
     """Which weights are quantized, and what is done to them first."""
-    for name in ("include", "exclude"):
-        parser.add_argument(
-            f"--{name}",
-            action="append",
-            metavar="PATTERN",
-            help=f"layers to {name}, such as 'transformer_blocks.*', or 'default' for "
-            "what is usual for the model; may be repeated",
-        )
+    for name, text in _PATTERNS.items():
+        parser.add_argument(f"--{name}", action="append", metavar="PATTERN", help=text)
     parser.add_argument(
         "--rule",
         action="append",
@@ -150,6 +155,7 @@ def run(args: argparse.Namespace) -> int:
             **_options(args),
         )
     print(_text(report, verbose=args.verbose))
+    print_notes(report.notes)
     return 0
 
 
@@ -182,9 +188,11 @@ def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
         lines = list(map(printable, lines))
     if report.architecture:
         lines.append(f"model: {report.architecture}")
-    if verbose or not report.written:
+    full = verbose or not report.written
+    if full or report.reblocked:
         blocks = [[size, str(count)] for size, count in report.blocks.items()]
         lines.append(table(["block", "layers"], blocks))
+    if full:
         files = [[name, f"{size:,}"] for name, size in report.files.items()]
         lines.append(table(["file", "bytes of the file"], files))
     return "\n".join([*lines, str(report)])

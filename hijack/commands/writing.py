@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from hijack.checkpoint.destination import destination
 from hijack.checkpoint.text import parse_block_size
-from hijack.errors import CheckpointError, SchemeError
+from hijack.errors import CheckpointError, SchemeError, printable
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,12 @@ def refuse_existing(dst: str, max_shard_size: str | None) -> None:
     """
     for path in destination(dst, sharded=max_shard_size is not None).replaced():
         raise CheckpointError(f"{path}: exists; pass --force to replace it")
+
+
+def print_notes(notes: Iterable[str]) -> None:
+    """Print what people should know of a result, behind all else."""
+    for note in notes:
+        print(printable(f"note: {note}"))
 
 
 def block_size(text: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from schemes._fp8_blocks import (
 )
 from schemes._fp8_dialects.base import Found, Said, is_power
 from schemes._fp8_dialects.configured import (
+    BLOCK,
     ConfiguredDialect,
     common,
     dense_layers,
@@ -34,6 +36,11 @@ from schemes._fp8_dialects.configured import (
 from schemes._fp8_dialects.markers import marked
 
 Layers = Mapping[str, tuple[tuple[int, ...], Pair | None]]
+
+_NOTE = (
+    "most readers of deepseek only take blocks of 128x128; for them quantize the "
+    "original with block_size 128x128 (--block-size 128x128)"
+)
 
 
 class DeepSeekDialect(ConfiguredDialect):
@@ -144,7 +151,7 @@ class DeepSeekDialect(ConfiguredDialect):
             )
         scale = next(iter(scales.values()))
         size = self._one_size(layers) if scale.shape else None
-        return self.marks(
+        marks = self.marks(
             {
                 "quant_method": "fp8",
                 "fmt": "e4m3",
@@ -154,6 +161,7 @@ class DeepSeekDialect(ConfiguredDialect):
                 "modules_to_not_convert": _patterns(dense_layers(others), layers),
             }
         )
+        return marks if size == BLOCK else dataclasses.replace(marks, notes=(_NOTE,))
 
     def _one_size(self, layers: Mapping[str, Spelled]) -> Pair:
         """The block size that gives every layer the blocks it has."""

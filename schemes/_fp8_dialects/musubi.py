@@ -32,6 +32,10 @@ class MusubiDialect(FP8Dialect):
     ranks = (2, 3)
     inputs = ("scale_input",)
     exact = True
+    refit = (
+        "where columns do not divide the width, a layer has one scale a row, as in "
+        "musubi-tuner; a weight that is not 2-D has one scale"
+    )
     row = Row(
         "musubi-tuner; Kijai's older files",
         "X.weight, X.scale_weight",
