@@ -8,6 +8,8 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import hijack
 from hijack import cli, errors, formats
@@ -109,6 +111,27 @@ def test_shown_commands_exist(document):
         words = shlex.split(line, comments=True)
         if words[:1] == ["hijack"]:
             assert cli._parser().parse_args(words[1:]).run
+
+
+def test_the_command_lines_of_the_readme_run(tmp_path, monkeypatch, capsys):
+    """One after another, in a folder with a model and a LoRA."""
+    monkeypatch.chdir(tmp_path)
+    names = [f"img_{end}" for end in ("mlp.net.2", "mod.1")]
+    names += ["txt_mlp.net.2", "attn.to_q"]
+    tensors = {f"transformer_blocks.0.{n}.weight": torch.randn(8, 256) for n in names}
+    save_file({**tensors, "txt_norm.weight": torch.ones(8)}, "model.safetensors")
+    parts = {"A": torch.randn(2, 256), "B": torch.randn(8, 2)}
+    layer = "transformer_blocks.0.attn.to_q"
+    lora = {f"{layer}.lora_{part}.weight": tensor for part, tensor in parts.items()}
+    save_file(lora, "style.safetensors")
+    for line in "".join(blocks(ROOT / "README.md", "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["mkdir"]:
+            for name in words[1:]:
+                Path(name).mkdir()
+        if words[:1] == ["hijack"]:
+            assert cli.main(words[1:]) == 0, line
+            assert "note: " not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
