@@ -14,7 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hijack.errors import NonFiniteError
-from schemes._fp8_blocks import POWER_DTYPES, decode_scale, matrix_shape
+from schemes._fp8_blocks import (
+    POWER_DTYPES,
+    decode_scale,
+    grid_shape,
+    matrix_shape,
+)
 
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8
@@ -49,9 +54,16 @@ def absmax_scale(
         NonFiniteError: if the weight holds inf or NaN, also once it is float32.
     """
     rows, cols = size
-    matrix = weight.reshape(matrix_shape(tuple(weight.shape)))
-    parts = torch.split(matrix, _step(matrix))
-    amax = torch.cat([_blocks(part, cols).abs().amax(2) for part in parts])
+    shape = matrix_shape(tuple(weight.shape))
+    matrix = weight.reshape(shape)
+    # made at once: small tensors that live on, made between large ones that do not,
+    # keep the memory of these from being used again
+    amax = matrix.new_empty(grid_shape(shape, (1, cols)))
+    step = _step(matrix)
+    for part, found in zip(
+        torch.split(matrix, step), torch.split(amax, step), strict=True
+    ):
+        found.copy_(_blocks(part, cols).abs().amax(2))
     amax = amax.float()  # (N, ceil(K/C))
     _check_finite(amax, weight)
     amax = F.pad(amax, (0, 0, 0, -len(amax) % rows))
