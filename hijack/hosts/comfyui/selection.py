@@ -5,6 +5,8 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable
 
+#: What stands for the usual patterns, as on the command line.
+DEFAULT = "default"
 #: Given a layer's name, whether it is to be quantized.
 Choice = Callable[[str], bool]
 
@@ -29,10 +31,15 @@ def choose(config: str, include: str = "", exclude: str = "") -> Choice:
         config: name of the class of ComfyUI's model config.
         include: fnmatch patterns on layer names, separated by spaces or lines; empty
             for every layer in a repeated block, which has a number in its name.
-        exclude: patterns of layers to leave dense; empty for the defaults.
+        exclude: patterns of layers to leave dense; ``default`` among them stands for
+            what is usual for the model, and so does nothing at all.
     """
     included = include.split()
-    excluded = exclude.split() or EXCLUDED.get(config, ELSEWHERE)
+    excluded = [
+        pattern
+        for word in exclude.split() or [DEFAULT]
+        for pattern in (EXCLUDED.get(config, ELSEWHERE) if word == DEFAULT else [word])
+    ]
 
     def chosen(layer: str) -> bool:
         inside = (
@@ -45,5 +52,5 @@ def choose(config: str, include: str = "", exclude: str = "") -> Choice:
     return chosen
 
 
-def _matches(layer: str, patterns: list[str] | tuple[str, ...]) -> bool:
+def _matches(layer: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(layer, pattern) for pattern in patterns)

@@ -126,8 +126,8 @@ _RECIPE = (
     Input(
         "exclude",
         "STRING",
-        "Layers to leave as they are, as patterns, one a line. Empty: what this "
-        "architecture is sensitive in, such as norms and embeddings.",
+        "Layers to leave as they are, as patterns, one a line. Empty, or the word "
+        "default: what this architecture is sensitive in, such as norms.",
         default="",
         multiline=True,
         optional=True,
