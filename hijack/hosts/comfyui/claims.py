@@ -237,10 +237,12 @@ def _check_foreign(found: Identification, header: Header, *, alone: bool) -> Non
         silent = weight is not None and weight.torch_dtype not in PLAIN
         if alone and not (silent and comfy_marker(header, layer) is None):
             continue
+        what = "and others are read by a scheme; this ComfyUI cannot read both"
+        if alone:
+            what = "which no scheme reads; this ComfyUI would use its codes as weights"
         raise HijackError(
             f"{layer}: is in the format {other.format}, as {len(found.foreign)} layers "
-            "are, which no scheme reads, nor this ComfyUI, or not beside others that a "
-            "scheme reads; use a later one, or quantize the original with one scheme"
+            f"are, {what}; use a later one, or quantize the original with one scheme"
         )
 
 
