@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hijack.checkpoint import reader
+from hijack.checkpoint import files
 from hijack.checkpoint.identify import identify
 from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.checkpoint.writer import write_checkpoint
@@ -249,7 +249,7 @@ def test_a_hub_s_cache_links_to_its_blobs_and_nowhere_else(tmp_path, blobs):
 def test_an_index_that_is_a_pipe_or_endless_is_refused(tmp_path, monkeypatch):
     """No more of it is read than any index has."""
     index = tmp_path / "m.safetensors.index.json"
-    monkeypatch.setattr(reader, "MAX_HEADER", 1000)
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
     index.write_text(" " * 1001)
     with pytest.raises(HeaderError, match="is longer than 1,000 bytes"):
         read_header(index)
@@ -263,7 +263,7 @@ def test_an_index_that_is_a_pipe_or_endless_is_refused(tmp_path, monkeypatch):
 def test_a_config_of_any_size_is_no_obstacle(path, monkeypatch):
     """Another program's file: what cannot be read of it is left unread."""
     write(path, {"a": entry()})
-    monkeypatch.setattr(reader, "MAX_HEADER", 1000)
+    monkeypatch.setattr(files, "MAX_BYTES", 1000)
     path.with_name("config.json").write_text('{"a": "%s"}' % ("x" * 1000))
     assert read_header(path).config is None
 

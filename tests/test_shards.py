@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hijack.checkpoint import destination, layout, reader
+from hijack.checkpoint import destination, files, layout
 from hijack.checkpoint.destination import parse_size
 from hijack.checkpoint.header import TensorInfo
 from hijack.checkpoint.reader import open_tensors, read_header
@@ -317,7 +317,7 @@ def test_an_index_that_is_a_pipe_is_refused_without_waiting(tmp_path):
 @pytest.mark.parametrize("text", ["[" * 100, " " * 200], ids=["deep", "long"])
 def test_an_index_that_is_no_index_is_replaced(tmp_path, monkeypatch, text):
     """However deep or long it is, it names no shards."""
-    monkeypatch.setattr(reader, "MAX_HEADER", 100_000)
+    monkeypatch.setattr(files, "MAX_BYTES", 100_000)
     (tmp_path / INDEX).write_text(text * 1000)
     assert destination.destination(tmp_path / INDEX, sharded=True).replaced() == [
         tmp_path / INDEX

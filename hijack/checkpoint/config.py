@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hijack.checkpoint.dialect import FileMarks
+from hijack.checkpoint.files import read_config
 from hijack.checkpoint.header import CONFIG_KEY, Header
 from hijack.checkpoint.partial import Partial, leftovers, replace, write_durably
-from hijack.checkpoint.reader import read_config
 from hijack.errors import CheckpointError
 
 _NAME = "config.json"

@@ -28,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+from hijack.checkpoint.files import read_json
 from hijack.checkpoint.layout import Layout
 from hijack.checkpoint.partial import (
     Partial,
@@ -37,7 +38,6 @@ from hijack.checkpoint.partial import (
     sync_folder,
     write_durably,
 )
-from hijack.checkpoint.reader import read_json
 from hijack.errors import CheckpointError, HeaderError
 
 _NOTE = "note"

@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from hijack.checkpoint.files import read_json
 from hijack.checkpoint.header import Header, parse_table
-from hijack.checkpoint.reader import open_tensors, read_json
+from hijack.checkpoint.reader import open_tensors
 from hijack.errors import CheckpointError, HeaderError
 
 #: The table that diffusers writes into a header, and the file that PEFT writes.

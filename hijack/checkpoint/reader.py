@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import mmap
 import os
 import reprlib
-import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,9 +14,15 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from hijack.checkpoint.files import (
+    DuplicateError,
+    open_file,
+    read_configs,
+    read_json,
+    without_duplicates,
+)
 from hijack.checkpoint.garbage import uncollected
 from hijack.checkpoint.header import (
-    CONFIG_KEY,
     Header,
     TensorInfo,
     bits_of,
@@ -76,7 +80,7 @@ def read_header(source: Paths) -> Header:
             f"{source}: names {absent[0]!r} and {len(absent) - 1} other tensors that "
             "no shard holds; the shards are of another checkpoint, or incomplete"
         )
-    config = _with_quantization(paths[0].parent)
+    config = read_configs(paths[0].parent)
     name = _name(source, paths)
     return Header(tensors, metadata, config, name, _SmallTensors(tensors))
 
@@ -106,7 +110,7 @@ class _SmallTensors:
         if info.file is None:
             return None
         if info.file not in self._data:
-            with _open(info.file) as file:
+            with open_file(info.file) as file:
                 start = 8 + int.from_bytes(file.read(8), "little")
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             self._data[info.file] = pages, start
@@ -146,7 +150,7 @@ class _MappedTensors(Mapping[str, Tensor]):
 
     def _map(self, path: Path) -> tuple[Tensor, int]:
         if path not in self._data:
-            with _open(path) as file:
+            with open_file(path) as file:
                 length = int.from_bytes(file.read(8), "little")
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self._data[path] = torch.frombuffer(pages, dtype=torch.uint8), 8 + length
@@ -242,75 +246,11 @@ def _blobs(folder: Path) -> Iterator[Path]:
             yield parent.with_name("blobs")
 
 
-def read_json(path: Path) -> Any:
-    """What a small file of JSON says.
-
-    Raises:
-        HeaderError: if it is none, larger than any such file, or has a key twice.
-    """
-    try:
-        with _open(path) as file:
-            text = file.read(MAX_HEADER + 1)
-        if len(text) > MAX_HEADER:
-            raise HeaderError(
-                f"{path}: is longer than {MAX_HEADER:,} bytes, expected a small file "
-                "of JSON; it is damaged, or something else"
-            )
-        return json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-    except HeaderError:
-        raise
-    except _DuplicateError as error:
-        raise HeaderError(f"{path}: has the key {error} twice") from error
-    except RecursionError as error:
-        raise HeaderError(f"{path}: is nested too deeply") from error
-    except ValueError as error:
-        raise HeaderError(f"{path}: is not JSON; {error}") from error
-
-
-def read_config(folder: Path, name: str = "config.json") -> Mapping[str, object] | None:
-    path = folder / name
-    if not path.is_file():
-        return None
-    try:
-        config = read_json(path)
-    except HeaderError:
-        return None  # another program's file; the checkpoint can still be read
-    return config if isinstance(config, dict) else None
-
-
-def _with_quantization(folder: Path) -> Mapping[str, object] | None:
-    """``config.json``, and what SDNQ writes of its own beside it."""
-    config = read_config(folder)
-    own = read_config(folder, f"{CONFIG_KEY}.json")
-    return config if own is None else {**(config or {}), CONFIG_KEY: own}
-
-
 # -- one file --------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    """A file to read; what is no file is refused, a pipe without waiting for it."""
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISDIR(mode):
-            raise HeaderError(
-                f"{path}: is a folder, expected a file, or the index of its shards"
-            )
-        if not stat.S_ISREG(mode):
-            raise HeaderError(f"{path}: is a pipe or a device, expected a file")
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise HeaderError(f"{path}: cannot be read; {error.strerror}") from error
-    except ValueError as error:
-        if isinstance(error, HeaderError) or "\0" not in str(path):
-            raise
-        raise HeaderError(f"{str(path)!r}: is no file name") from error
-
-
 def _read_one(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    with _open(path) as file:
+    with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         text = _header_bytes(path, file, size)
     table = _parse(path, text)
@@ -340,8 +280,8 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        table = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
-    except _DuplicateError as error:
+        table = json.loads(text.decode(), object_pairs_hook=without_duplicates)
+    except DuplicateError as error:
         raise HeaderError(f"{path}: the header has the key {error} twice") from error
     except UnicodeDecodeError as error:
         raise HeaderError(f"{path}: the header is not UTF-8; {error.reason}") from error
@@ -362,21 +302,6 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 def _is_text(text: str) -> bool:
     """Whether a string is free of lone surrogates, which JSON can escape."""
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-class _DuplicateError(Exception):
-    """A JSON object has a key twice."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                raise _DuplicateError(repr(key))
-            seen.add(key)
-    return table
 
 
 def _metadata(path: Path, table: Any) -> dict[str, str]:
