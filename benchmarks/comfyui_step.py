@@ -41,8 +41,8 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 
 import schemes.blockwise_fp8  # noqa: F401
 from benchmarks.timing import alternate, machine, ratio
-from hijack.hosts.comfyui import online
-from hijack.hosts.comfyui.lazy import Recipe
+from hijack.hosts.comfyui import quantize as online
+from hijack.hosts.comfyui.lazy_tensor import Recipe
 from hijack.registry import default_registry
 
 RANK, TEXT = 32, 128

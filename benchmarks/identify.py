@@ -19,9 +19,9 @@ from pathlib import Path
 
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from benchmarks.timing import alternate, machine, ratio
-from hijack.checkpoint.header import bytes_of
-from hijack.checkpoint.identify import identify
-from hijack.checkpoint.reader import read_header
+from hijack.formats.detection import identify
+from hijack.safetensors_io.header import bytes_of
+from hijack.safetensors_io.reader import read_header
 
 ROUNDS = 7
 #: Name to number of layers and shape of their weights; 50 GB each.

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from benchmarks.timing import machine
-from hijack.checkpoint.header import TensorInfo
-from hijack.checkpoint.writer import open_writer, write_checkpoint
+from hijack.safetensors_io.header import TensorInfo
+from hijack.safetensors_io.writer import open_writer, write_checkpoint
 
 BLOCKS = 14
 WIDTH, HIDDEN = 3072, 12288

@@ -1,14 +1,13 @@
 """Give any torch module a weight format its host never heard of."""
 
-from hijack.checkpoint.claim import Certainty, Claim
 from hijack.checkpoint.compare import Comparison, compare_files
 from hijack.checkpoint.convert import ConvertReport, convert_file
-from hijack.checkpoint.dialect import Dialect
-from hijack.checkpoint.header import Header, TensorInfo
-from hijack.checkpoint.identification import Identification
-from hijack.checkpoint.identify import identify
 from hijack.checkpoint.quantize import QuantizeReport, quantize_file
 from hijack.errors import HijackError
+from hijack.formats.claim import Certainty, Claim
+from hijack.formats.detection import identify
+from hijack.formats.dialect import Dialect
+from hijack.formats.identification import Identification
 from hijack.hooks import hookimpl
 from hijack.hosts import HostStatus, patch, status, unpatch
 from hijack.loading import LoadReport, load
@@ -19,6 +18,7 @@ from hijack.registry import (
     schemes,
     unregister,
 )
+from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.saving import save
 from hijack.scheme import Scheme
 from hijack.wrap import WrapReport, building, unwrap, wrap_model, wrap_module

@@ -37,9 +37,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hijack.checkpoint.claim import Claim
-    from hijack.checkpoint.header import Header
+    from hijack.formats.claim import Claim
     from hijack.registry import Registry
+    from hijack.safetensors_io.header import Header
     from hijack.scheme import Scheme
 
 #: Name of the pluggy project and of the entry-point group.

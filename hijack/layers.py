@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hijack.checkpoint.dialect import native_claim
-from hijack.checkpoint.header import Header
 from hijack.errors import (
     DTypeError,
     HijackError,
@@ -17,8 +15,10 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from hijack.formats.dialect import native_claim
 from hijack.hooks import Layer, Wrapped, bind, dense_weight
 from hijack.registry import default_registry
+from hijack.safetensors_io.header import Header
 from hijack.scheme import Scheme
 
 Quantized = tuple[Tensor, dict[str, Tensor]]

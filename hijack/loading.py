@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from hijack.checkpoint.claim import Claim
-from hijack.checkpoint.dialect import Dialect
-from hijack.checkpoint.header import Header, join
-from hijack.checkpoint.identify import identify
-from hijack.checkpoint.marker import METADATA_KEY, write_marker
-from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import CheckpointError, ModuleError, ShapeError, UnconsumedScaleError
+from hijack.formats.claim import Claim
+from hijack.formats.detection import identify
+from hijack.formats.dialect import Dialect
+from hijack.formats.native_marker import METADATA_KEY, write_marker
 from hijack.hooks import Layer, Wrapped
 from hijack.layers import DENSE_DTYPES, Quantized, check_shape, install, restore
 from hijack.registry import default_registry
+from hijack.safetensors_io.header import Header, join
+from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.scheme import Scheme
 
 Source = (

@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 import pluggy
 from torch import Tensor, nn
 
-from hijack.checkpoint.claim import Claim
-from hijack.checkpoint.header import Header
 from hijack.errors import (
     DuplicateSchemeError,
     PluginError,
     SchemeError,
     UnknownSchemeError,
 )
+from hijack.formats.claim import Claim
 from hijack.hooks import PROJECT, HookSpecs
+from hijack.safetensors_io.header import Header
 from hijack.scheme import Scheme
 
 log = logging.getLogger(__name__)

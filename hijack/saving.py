@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from hijack.checkpoint.dialect import Dialect, Spelled
-from hijack.checkpoint.header import TensorInfo, join
-from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import HijackError
+from hijack.formats.dialect import Dialect, Spelled
 from hijack.hooks import Wrapped
 from hijack.loading import quantized
+from hijack.safetensors_io.header import TensorInfo, join
+from hijack.safetensors_io.writer import write_checkpoint
 from hijack.scheme import Scheme
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hijack.checkpoint.claim import Certainty, Claim
-from hijack.checkpoint.dialect import Dialect
-from hijack.checkpoint.header import Header, TensorInfo, join
 from hijack.errors import CheckpointError, HijackError, SchemeError
+from hijack.formats.claim import Certainty, Claim
+from hijack.formats.dialect import Dialect
 from hijack.hooks import hookimpl
+from hijack.safetensors_io.header import Header, TensorInfo, join
 
 if TYPE_CHECKING:
     from hijack.registry import Registry

@@ -39,8 +39,8 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
-from schemes import _fp8_decode, _fp8_quantize
-from schemes._fp8_blocks import (
+from schemes._fp8 import decode, quantize
+from schemes._fp8.blocks import (
     FP8_DTYPES,
     POWER_DTYPES,
     SCALE_DTYPES,
@@ -54,8 +54,8 @@ from schemes._fp8_blocks import (
     parse_block_size,
     reblock,
 )
-from schemes._fp8_dialects import DIALECTS, NATIVE
-from schemes._fp8_dialects.markers import likeness
+from schemes._fp8.dialects import DIALECTS, NATIVE
+from schemes._fp8.dialects.markers import likeness
 
 # -- the scheme ----------------------------------------------------------------------
 
@@ -113,16 +113,16 @@ class BlockwiseFP8(hijack.Scheme):
             return qdata, params
         weight = weight.detach()
         matrix = weight.reshape(n, k)
-        scale = _fp8_quantize.absmax_scale(weight, (rows, cols), dtype, scale_dtype)
+        scale = quantize.absmax_scale(weight, (rows, cols), dtype, scale_dtype)
         if scale_search:
-            scale = _fp8_quantize.search_scale(
+            scale = quantize.search_scale(
                 matrix, scale, (rows, cols), dtype, scale_search
             )
         params["weight_scale"].copy_(scale)
         random = (
             torch.Generator(weight.device).manual_seed(seed) if stochastic else None
         )
-        _fp8_quantize.encode(matrix, scale, (rows, cols), qdata.view(n, k), random)
+        quantize.encode(matrix, scale, (rows, cols), qdata.view(n, k), random)
         return qdata, params
 
     def dequantize(
@@ -147,10 +147,10 @@ class BlockwiseFP8(hijack.Scheme):
         shape = matrix_shape(tuple(qdata.shape))
         size = block_size_of(qdata, params)
         codes, scale = qdata.reshape(shape), as_grid(params["weight_scale"])
-        if _fp8_decode.can_decode(qdata, scale, size) and dtype in _fp8_decode.DENSE:
-            dense = _fp8_decode.dequantize(codes, scale, size, dtype)  # (N, K)
-        elif codes.is_cuda and _fp8_decode.are_plain(codes, scale):
-            dense = _fp8_decode.multiply_in_place(codes, scale, size, dtype)
+        if decode.can_decode(qdata, scale, size) and dtype in decode.DENSE:
+            dense = decode.dequantize(codes, scale, size, dtype)  # (N, K)
+        elif codes.is_cuda and decode.are_plain(codes, scale):
+            dense = decode.multiply_in_place(codes, scale, size, dtype)
         else:
             dense = _multiply(codes.float(), decode_scale(scale), size).to(dtype)
         return dense.view(qdata.shape)
@@ -248,7 +248,7 @@ def _check_options(
         )
     if dtype not in FP8_DTYPES:
         raise SchemeError(f"dtype: got {dtype}, expected one of {_names(FP8_DTYPES)}")
-    most = _fp8_quantize.MAX_CANDIDATES
+    most = quantize.MAX_CANDIDATES
     if type(scale_search) is not int or not 0 <= scale_search <= most:
         raise SchemeError(
             f"scale_search: got {scale_search!r}, expected how many scales to try, an "
@@ -311,11 +311,11 @@ def linear_forward(self: Any, input: Tensor) -> Tensor:
     if (
         not torch.compiler.is_compiling()
         and input.shape[-1:] == weight.shape[1:]
-        and _fp8_decode.can_multiply(input, bias)
+        and decode.can_multiply(input, bias)
     ):
         scale, size = as_grid(params["weight_scale"]), block_size_of(weight, params)
-        if _fp8_decode.can_decode(weight, scale, size):
-            return _fp8_decode.linear(input, weight, scale, size, bias)
+        if decode.can_decode(weight, scale, size):
+            return decode.linear(input, weight, scale, size, bias)
     return F.linear(input, self._hijack.scheme.dequantize(weight, params, dtype), bias)
 
 

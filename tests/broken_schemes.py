@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import hijack
-from hijack._subjects import Foreign
-from hijack.checkpoint.dialect import native_claim
+from hijack.formats.dialect import native_claim
 from hijack.hooks import Wrapped, dense_weight
+from hijack.testing.subjects import Foreign
 
 
 class Good(hijack.Scheme):

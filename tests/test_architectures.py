@@ -4,8 +4,8 @@ import fnmatch
 
 import pytest
 
-from hijack.checkpoint.architectures import architectures, detect_architecture
-from hijack.checkpoint.header import Header, TensorInfo
+from hijack.model_families import architectures, detect_architecture
+from hijack.safetensors_io.header import Header, TensorInfo
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 

@@ -10,7 +10,6 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 import hijack
-from hijack.checkpoint.header import Header
 from hijack.errors import (
     CheckpointError,
     DTypeError,
@@ -18,6 +17,7 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from hijack.safetensors_io.header import Header
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hijack
-from hijack import cli, commands
+from hijack import cli
 from hijack.checkpoint import quantize_choice
-from hijack.checkpoint.architectures import Architecture
-from hijack.checkpoint.writer import CheckpointWriter
+from hijack.model_families import Architecture
+from hijack.safetensors_io.writer import CheckpointWriter
 
 
 @pytest.fixture
@@ -132,7 +132,7 @@ def test_defaults_are_shown(run, dense, tmp_path, monkeypatch):
     """Those of a checkpoint's model, and those of every model known."""
     assert "the model is not known" in run("quantize", "--show-defaults", dense)[1]
     toy = Architecture("Toy", ("a*",), ("*.mod", "*.b"), "its makers", ())
-    for module in (commands.quantize, quantize_choice):
+    for module in (cli.quantize, quantize_choice):
         monkeypatch.setattr(module, "detect_architecture", lambda header: toy)
     path, target = tmp_path / "toy.safetensors", tmp_path / "q.safetensors"
     layers = ("a.0", "a.mod", "a.1")

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 from hijack import cli
-from hijack.checkpoint.loss import measure
-from hijack.checkpoint.reader import read_header
 from hijack.errors import CheckpointError
+from hijack.metrics import measure
+from hijack.safetensors_io.reader import read_header
 
 
 @pytest.fixture

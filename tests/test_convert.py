@@ -11,13 +11,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import hijack
-from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import (
     AmbiguousError,
     CheckpointError,
     SchemeError,
     UnconsumedScaleError,
 )
+from hijack.safetensors_io.reader import open_tensors, read_header
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()

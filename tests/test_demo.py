@@ -5,7 +5,7 @@ import math
 import torch
 
 import hijack
-from hijack import demo
+from hijack.cli import demo
 
 
 def test_the_demo_shows_every_format_and_draws_it(tmp_path, capsys, monkeypatch):

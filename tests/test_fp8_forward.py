@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import hijack
-from schemes import _fp8_decode
+from schemes._fp8 import decode
 from schemes.blockwise_fp8 import BlockwiseFP8, embedding_forward, linear_forward
 
 SCHEME = BlockwiseFP8()
@@ -80,7 +80,7 @@ def quantized(
 
 def plain(q: Tensor, params: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
     """Cast and multiply."""
-    with mock.patch.object(_fp8_decode, "can_decode", return_value=False):
+    with mock.patch.object(decode, "can_decode", return_value=False):
         return SCHEME.dequantize(q, params, dtype)
 
 
@@ -96,7 +96,7 @@ def test_decoding_is_bitwise_cast_and_multiply(threads, shape, size, dtype):
     """All finite codes, scale dtypes, result dtypes and kinds of blocks."""
     for scale_dtype in SCALES:
         q, params = quantized(shape, size, dtype, scale_dtype)
-        assert _fp8_decode.can_decode(q, params["weight_scale"], size)
+        assert decode.can_decode(q, params["weight_scale"], size)
         for result in DENSE:
             got = SCHEME.dequantize(q, params, result)
             assert_same_bits(got, plain(q, params, result))
@@ -117,8 +117,8 @@ def test_linear_multiplies_with_the_decoded_weight(threads, dtype, bias, rows):
     module = layer(700, 1024, bias=bias, dtype=dtype)
     x = torch.randn(rows, 1024).to(dtype)
     weight = plain(module.weight, {"weight_scale": module.weight_scale}, dtype)
-    with torch.no_grad(), mock.patch.object(_fp8_decode, "TILE_BYTES", 1 << 18):
-        with mock.patch.object(_fp8_decode, "PIECE_BYTES", 1 << 19):
+    with torch.no_grad(), mock.patch.object(decode, "TILE_BYTES", 1 << 18):
+        with mock.patch.object(decode, "PIECE_BYTES", 1 << 19):
             got = module(x)
         wanted = F.linear(x, weight, module.bias)
     assert type(module).forward is linear_forward

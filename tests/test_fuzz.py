@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 
 import hijack
 from hijack.checkpoint.compare import compare_files
-from hijack.checkpoint.lora import Loras
-from hijack.checkpoint.reader import open_tensors, read_header
-from hijack.checkpoint.text import shown
 from hijack.errors import CheckpointError, HeaderError, ShapeError
-from schemes._fp8_blocks import infer_block_size
+from hijack.lora.files import Loras
+from hijack.safetensors_io.reader import open_tensors, read_header
+from hijack.text import shown
+from schemes._fp8.blocks import infer_block_size
 from tests.fuzz.case import Case
 from tests.fuzz.check import Checker
 from tests.fuzz.fuzz import make

@@ -15,8 +15,8 @@ from torch import nn
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint.foreign_formats import FORMATS
 from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
+from hijack.formats.named_only_table import FORMATS
 
 GOLDEN = Path(__file__).parent / "golden"
 #: Most bytes of everything in a folder.

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from hijack.checkpoint import files
-from hijack.checkpoint.identify import identify
-from hijack.checkpoint.reader import open_tensors, read_header
-from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import HeaderError, HijackError
+from hijack.formats.detection import identify
+from hijack.safetensors_io import files
+from hijack.safetensors_io.reader import open_tensors, read_header
+from hijack.safetensors_io.writer import write_checkpoint
 
 
 def entry(dtype="F32", shape=(2,), offsets=(0, 8)):

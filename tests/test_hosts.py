@@ -16,7 +16,7 @@ import pytest
 import hijack
 import hijack.hosts
 from hijack.errors import PatchError
-from hijack.hosts import control
+from hijack.hosts import manager
 from hijack.hosts.adapter import Probe, version_key
 from hijack.hosts.adapter import tested as is_tested
 from hijack.patching import Patch
@@ -66,7 +66,7 @@ def toy(tmp_path, monkeypatch):
     name = f"toyhost{next(NUMBER)}"
     write(tmp_path, name)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(control, "_CONTROLS", dict(control._CONTROLS))
+    monkeypatch.setattr(manager, "_CONTROLS", dict(manager._CONTROLS))
     for variable in ("HIJACK_DISABLE", "HIJACK_STRICT"):
         monkeypatch.delenv(variable, raising=False)
     adapter = Toy(name)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hijack
-from hijack.checkpoint.header import Header, TensorInfo, join
-from hijack.checkpoint.identify import identify
 from hijack.errors import AmbiguousError, CheckpointError
+from hijack.formats.detection import identify
+from hijack.safetensors_io.header import Header, TensorInfo, join
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 FP8 = torch.float8_e4m3fn

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)  # threads do not survive a fork
 import hijack, schemes.blockwise_fp8
-from hijack.checkpoint import partial
+from hijack.safetensors_io import atomic as partial
 
 name, old, new, target, words, kills = sys.argv[1:]
 target, words, call = Path(target), json.loads(words), getattr(hijack, name)

@@ -9,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint.header import Header
-from hijack.checkpoint.lora import Loras, parse_lora, parse_loras
-from hijack.checkpoint.reader import read_header
 from hijack.errors import CheckpointError, HeaderError
+from hijack.lora.files import Loras, parse_lora, parse_loras
+from hijack.safetensors_io.header import Header
+from hijack.safetensors_io.reader import read_header
 
 #: Rounding of two ways to compute the same in float32.
 ROUNDING = 1e-5

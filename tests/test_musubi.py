@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import hijack
-from hijack.checkpoint.header import Header
 from hijack.errors import CheckpointError
+from hijack.safetensors_io.header import Header
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()

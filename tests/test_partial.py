@@ -13,17 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hijack.checkpoint import partial
-from hijack.checkpoint.header import TensorInfo
-from hijack.checkpoint.writer import open_writer, write_checkpoint
+from hijack.safetensors_io import atomic
+from hijack.safetensors_io.header import TensorInfo
+from hijack.safetensors_io.writer import open_writer, write_checkpoint
 from tests.tiny_file import PLAN, TENSORS, names, same
 
 # -- what killed runs leave ------------------------------------------------------------
 
 KILLED = (
     "import os, sys, torch\n"
-    "from hijack.checkpoint.header import TensorInfo\n"
-    "from hijack.checkpoint.writer import open_writer\n"
+    "from hijack.safetensors_io.header import TensorInfo\n"
+    "from hijack.safetensors_io.writer import open_writer\n"
     "plan = {'a': TensorInfo('F32', (2,)), 'b': TensorInfo('F32', (1,))}\n"
     "with open_writer(sys.argv[1], plan, job=sys.argv[2] or None) as writer:\n"
     "    writer.write('a', torch.tensor([1., 2.]))\n"
@@ -90,7 +90,7 @@ def test_what_only_looks_like_a_leftover_stays(tmp_path):
 def test_a_lock_taken_too_early_is_no_loss(tmp_path, monkeypatch):
     """A new folder taken for a leftover by another process is replaced."""
     made = []
-    real = partial.tempfile.mkdtemp
+    real = atomic.tempfile.mkdtemp
 
     def robbed(*words):
         folder = real(*words)
@@ -99,13 +99,13 @@ def test_a_lock_taken_too_early_is_no_loss(tmp_path, monkeypatch):
             os.rmdir(folder)
         return folder
 
-    monkeypatch.setattr(partial.tempfile, "mkdtemp", robbed)
+    monkeypatch.setattr(atomic.tempfile, "mkdtemp", robbed)
     write_checkpoint(tmp_path / "x.safetensors", TENSORS)
     assert len(made) == 2
     assert names(tmp_path) == ["x.safetensors"]
 
 
-@pytest.mark.skipif(partial.fcntl is None, reason="no such locks here")
+@pytest.mark.skipif(atomic.fcntl is None, reason="no such locks here")
 def test_where_there_are_no_locks_files_are_written_and_nothing_is_removed(
     tmp_path, monkeypatch
 ):
@@ -117,7 +117,7 @@ def test_where_there_are_no_locks_files_are_written_and_nothing_is_removed(
     left = tmp_path / ".x.safetensors.abcdefgh.part"
     left.mkdir()
     (left / "lock").touch()
-    monkeypatch.setattr(partial.fcntl, "flock", no_locks)
+    monkeypatch.setattr(atomic.fcntl, "flock", no_locks)
     write_checkpoint(tmp_path / "x.safetensors", TENSORS)
     assert names(tmp_path) == [left.name, "x.safetensors"]
 
@@ -136,7 +136,7 @@ def test_where_open_files_cannot_be_deleted_that_is_the_lock(tmp_path, monkeypat
             raise PermissionError(errno.EACCES, "is open")
         real(path)
 
-    monkeypatch.setattr(partial, "fcntl", None)
+    monkeypatch.setattr(atomic, "fcntl", None)
     monkeypatch.setattr(os, "unlink", unlink)
     write_checkpoint(tmp_path / "x.safetensors", TENSORS)
     assert names(tmp_path) == [held.name, "x.safetensors"]
@@ -245,7 +245,7 @@ def test_a_damaged_leftover_is_believed_as_far_as_it_is_whole(tmp_path, how, mis
 
 def test_a_key_is_listed_only_after_its_bytes_are_on_disk(tmp_path, monkeypatch):
     """The files are synced between the writing of a tensor and its line."""
-    monkeypatch.setattr(partial, "SYNC_EVERY", 8)
+    monkeypatch.setattr(atomic, "SYNC_EVERY", 8)
     events = []
     real = os.fsync
 
@@ -264,7 +264,7 @@ def test_a_key_is_listed_only_after_its_bytes_are_on_disk(tmp_path, monkeypatch)
 
 def test_threads_may_share_a_journal(tmp_path, monkeypatch):
     """Every tensor is listed once, whoever wrote it and whenever it was synced."""
-    monkeypatch.setattr(partial, "SYNC_EVERY", 64)
+    monkeypatch.setattr(atomic, "SYNC_EVERY", 64)
     plan = {f"t{i}": TensorInfo("U8", (16,)) for i in range(100)}
     data, barrier = bytes(16), threading.Barrier(4)
 

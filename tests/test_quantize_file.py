@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint.reader import read_header
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
+from hijack.safetensors_io.reader import read_header
 
 LARGEST = 448.0
 

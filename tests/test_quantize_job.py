@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint import config, fingerprint, partial, quantize_run
+from hijack.checkpoint import config_json as config
+from hijack.checkpoint import fingerprint, quantize_run
 from hijack.checkpoint.quantize_plan import QuantizePlan
-from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
+from hijack.safetensors_io import atomic as partial
+from hijack.safetensors_io.reader import open_tensors, read_header
 
 LAYERS = 6
 
@@ -568,7 +570,7 @@ def test_a_killed_job_goes_on_where_its_journal_ends(source, tmp_path, monkeypat
     hijack.quantize_file(source, whole)
     script = (
         "import os, sys, hijack, schemes.blockwise_fp8\n"
-        "from hijack.checkpoint import partial\n"
+        "from hijack.safetensors_io import atomic as partial\n"
         "partial.SYNC_EVERY = 1\n"
         "stop = lambda done, total, layer: done == 4 and os._exit(9)\n"
         "hijack.quantize_file(*sys.argv[1:], resume=True, progress=stop, workers=1)\n"

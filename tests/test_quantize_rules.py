@@ -5,10 +5,10 @@ import torch
 
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.checkpoint import quantize_choice
-from hijack.checkpoint.architectures import Architecture
-from hijack.checkpoint.header import Header, TensorInfo
 from hijack.checkpoint.quantize_choice import Rule, choose
 from hijack.errors import CheckpointError
+from hijack.model_families import Architecture
+from hijack.safetensors_io.header import Header, TensorInfo
 
 MODEL = ("blocks.0.ffn.0", "blocks.0.ffn.2", "blocks.1.ffn.0", "blocks.1.attn", "head")
 KNOWN = ("blocks.0.q", "blocks.0.k", "blocks.0.ffn.0", "blocks.0.mod", "head")

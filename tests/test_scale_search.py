@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hijack.errors import NonFiniteError, SchemeError
-from schemes import _fp8_quantize
+from schemes._fp8 import quantize
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()
@@ -88,7 +88,7 @@ def test_codes_are_those_of_the_chosen_scale(dtype, size):
         weight, block_size=size, dtype=dtype, scale_search=8
     )
     again = torch.empty_like(codes)
-    _fp8_quantize.encode(weight, params["weight_scale"], size, again, None)
+    quantize.encode(weight, params["weight_scale"], size, again, None)
     assert torch.equal(codes.view(torch.uint8), again.view(torch.uint8))
 
 
@@ -110,7 +110,7 @@ def test_as_good_as_a_search_that_casts(dtype, size, kind):
     weight = torch.randn(256, 512, generator=random).pow(3).to(kind)
     scale = directly(weight, size, dtype, 32)
     codes = torch.empty(weight.shape, dtype=dtype)
-    _fp8_quantize.encode(weight, scale, size, codes, None)
+    quantize.encode(weight, scale, size, codes, None)
     wanted = ratio(weight, dense((codes, {"weight_scale": scale})))
     options = {"block_size": size, "dtype": dtype, "scale_dtype": torch.float32}
     assert decibels(weight, scale_search=32, **options) > wanted - 0.05
@@ -121,7 +121,7 @@ def test_rows_a_few_at_a_time_give_the_same(monkeypatch):
     weight = torch.randn(50, 96)
     for size in ((1, 32), (8, 32), (50, 96)):
         whole = SCHEME.quantize(weight, block_size=size, scale_search=32)
-        monkeypatch.setattr(_fp8_quantize, "CHUNK", 700)
+        monkeypatch.setattr(quantize, "CHUNK", 700)
         parts = SCHEME.quantize(weight, block_size=size, scale_search=32)
         monkeypatch.undo()
         assert torch.equal(whole[1]["weight_scale"], parts[1]["weight_scale"])
@@ -133,9 +133,7 @@ def test_rounding_is_that_of_the_cast():
         most = torch.finfo(dtype).max
         x = torch.cat([torch.rand(4096) * most, torch.rand(4096) * 1e-4 * most])
         wanted = (x.to(dtype).float() - x).square().double()
-        error = _fp8_quantize._squared_error(
-            x[:, None, None], torch.ones(8192, 1), dtype
-        )
+        error = quantize._squared_error(x[:, None, None], torch.ones(8192, 1), dtype)
         torch.testing.assert_close(error[:, 0], wanted, rtol=1e-6, atol=0)
 
 

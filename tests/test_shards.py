@@ -12,12 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hijack.checkpoint import destination, files, layout
-from hijack.checkpoint.destination import parse_size
-from hijack.checkpoint.header import TensorInfo
-from hijack.checkpoint.reader import open_tensors, read_header
-from hijack.checkpoint.writer import open_writer
 from hijack.errors import CheckpointError
+from hijack.safetensors_io import files, layout
+from hijack.safetensors_io import shards as destination
+from hijack.safetensors_io.header import TensorInfo
+from hijack.safetensors_io.reader import open_tensors, read_header
+from hijack.safetensors_io.shards import parse_size
+from hijack.safetensors_io.writer import open_writer
 
 INDEX = "m.safetensors.index.json"
 

@@ -14,9 +14,10 @@ from torch import nn
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack import _conformance, testing
-from hijack._subjects import SUBJECTS
+from hijack import testing
 from hijack.testing import SchemeConformance, realistic_weight, registered, sqnr_db
+from hijack.testing import tensors as _conformance
+from hijack.testing.subjects import SUBJECTS
 from tests import broken_schemes as broken
 
 

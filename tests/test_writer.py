@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import hijack
-from hijack.checkpoint.header import TensorInfo
-from hijack.checkpoint.reader import read_header
-from hijack.checkpoint.writer import open_writer, write_checkpoint
 from hijack.errors import CheckpointError
+from hijack.safetensors_io.header import TensorInfo
+from hijack.safetensors_io.reader import read_header
+from hijack.safetensors_io.writer import open_writer, write_checkpoint
 from tests.tiny_file import PLAN, TENSORS, names, same
 
 # -- what is written -------------------------------------------------------------------
@@ -285,8 +285,8 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path):
     path.write_bytes(b"old")
     script = (
         "import resource, sys, torch\n"
-        "from hijack.checkpoint.header import TensorInfo\n"
-        "from hijack.checkpoint.writer import open_writer\n"
+        "from hijack.safetensors_io.header import TensorInfo\n"
+        "from hijack.safetensors_io.writer import open_writer\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
         "with open_writer(sys.argv[1], {'a': TensorInfo('U8', (1 << 30,))}):\n"
         "    print('was opened')\n"

@@ -2,7 +2,7 @@
 
 import torch
 
-from hijack.checkpoint.header import TensorInfo
+from hijack.safetensors_io.header import TensorInfo
 
 PLAN = {"a": TensorInfo("F32", (2,)), "b": TensorInfo("F32", (1,))}
 TENSORS = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([3.0])}

@@ -10,16 +10,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.claim import Claim
-from hijack.checkpoint.header import Header, TensorInfo, join
-from hijack.checkpoint.identification import Identification
-from hijack.checkpoint.identify import identify
-from hijack.checkpoint.loss import Loss, measure
 from hijack.checkpoint.quantize import Progress
-from hijack.checkpoint.reader import Paths, open_tensors, read_header
-from hijack.checkpoint.text import shown, table
 from hijack.errors import CheckpointError, ShapeError, printable
+from hijack.formats.claim import Claim
+from hijack.formats.detection import identify
+from hijack.formats.identification import Identification
+from hijack.metrics import Loss, measure
 from hijack.registry import default_registry
+from hijack.safetensors_io.header import Header, TensorInfo, join
+from hijack.safetensors_io.reader import Paths, open_tensors, read_header
+from hijack.text import shown, table
 
 
 @dataclasses.dataclass(frozen=True)

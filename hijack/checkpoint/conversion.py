@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.claim import Claim
-from hijack.checkpoint.dialect import Dialect, Spelled
-from hijack.checkpoint.header import Header, TensorInfo, join
-from hijack.checkpoint.loss import Loss, measure
-from hijack.checkpoint.reader import open_tensors
-from hijack.checkpoint.text import block_text
 from hijack.errors import HijackError
+from hijack.formats.claim import Claim
+from hijack.formats.dialect import Dialect, Spelled
+from hijack.metrics import Loss, measure
 from hijack.registry import default_registry
+from hijack.safetensors_io.header import Header, TensorInfo, join
+from hijack.safetensors_io.reader import open_tensors
 from hijack.scheme import Scheme
+from hijack.text import block_text
 
 Pair = tuple[int, int]
 Quantized = tuple[Tensor, Mapping[str, Tensor]]

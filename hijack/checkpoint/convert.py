@@ -9,20 +9,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hijack.checkpoint.config import config_of, write_config_beside
+from hijack.checkpoint.config_json import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
 from hijack.checkpoint.copying import Watch, chunks, refuse_place
-from hijack.checkpoint.destination import destination, parse_size
-from hijack.checkpoint.dialect import Dialect, FileMarks
-from hijack.checkpoint.header import Header, TensorInfo, join, parse_table
-from hijack.checkpoint.identification import Identification
-from hijack.checkpoint.identify import identify
-from hijack.checkpoint.loss import Loss
 from hijack.checkpoint.notes import mark_notes
 from hijack.checkpoint.quantize import Progress
-from hijack.checkpoint.reader import Paths, read_header
-from hijack.checkpoint.writer import CheckpointWriter, open_writer
 from hijack.errors import CheckpointError, UnconsumedScaleError
+from hijack.formats.detection import identify
+from hijack.formats.dialect import Dialect, FileMarks
+from hijack.formats.identification import Identification
+from hijack.metrics import Loss
+from hijack.safetensors_io.header import Header, TensorInfo, join, parse_table
+from hijack.safetensors_io.reader import Paths, read_header
+from hijack.safetensors_io.shards import destination, parse_size
+from hijack.safetensors_io.writer import CheckpointWriter, open_writer
 
 Pair = tuple[int, int]
 

@@ -6,10 +6,10 @@ import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hijack.checkpoint.destination import Destination
-from hijack.checkpoint.header import Header, TensorInfo
-from hijack.checkpoint.reader import Paths, data_start
 from hijack.errors import CheckpointError
+from hijack.safetensors_io.header import Header, TensorInfo
+from hijack.safetensors_io.reader import Paths, data_start
+from hijack.safetensors_io.shards import Destination
 
 #: Bytes copied at a time.
 CHUNK = 1 << 22

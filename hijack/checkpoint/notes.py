@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hijack.checkpoint.dialect import Dialect, FileMarks
 from hijack.checkpoint.quantize_choice import Choice
+from hijack.formats.dialect import Dialect, FileMarks
 
 
 def replaced_notes(choice: Choice) -> list[str]:

@@ -12,26 +12,26 @@ from typing import Any
 
 import torch
 
-from hijack.checkpoint.config import config_of, write_config_beside
+from hijack.checkpoint.config_json import config_of, write_config_beside
 from hijack.checkpoint.copying import Watch, refuse_place
-from hijack.checkpoint.destination import Destination, destination, parse_size
 from hijack.checkpoint.fingerprint import fingerprint
-from hijack.checkpoint.header import Header, join
-from hijack.checkpoint.identify import identify
-from hijack.checkpoint.layout import lay_out_files
-from hijack.checkpoint.lora import Loras, Spec, parse_loras
-from hijack.checkpoint.lora_delta import SUFFIXES
 from hijack.checkpoint.notes import mark_notes, refit_notes, replaced_notes
 from hijack.checkpoint.quantize_choice import Choice, Patterns, choose
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import Progress as Progress
 from hijack.checkpoint.quantize_run import Way, count_workers, run
-from hijack.checkpoint.reader import Paths, read_header
-from hijack.checkpoint.text import block_text
-from hijack.checkpoint.writer import open_writer
 from hijack.errors import CheckpointError
+from hijack.formats.detection import identify
+from hijack.lora.delta import SUFFIXES
+from hijack.lora.files import Loras, Spec, parse_loras
 from hijack.registry import default_registry
+from hijack.safetensors_io.header import Header, join
+from hijack.safetensors_io.layout import lay_out_files
+from hijack.safetensors_io.reader import Paths, read_header
+from hijack.safetensors_io.shards import Destination, destination, parse_size
+from hijack.safetensors_io.writer import open_writer
 from hijack.scheme import Scheme
+from hijack.text import block_text
 
 #: Endings of keys that only LoRA, LoHa and LoKr have.
 _LORA_PARTS = tuple(end for end in SUFFIXES if re.search("lora|hada|lokr", end))

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from hijack.checkpoint.architectures import Architecture, detect_architecture
-from hijack.checkpoint.header import Header, TensorInfo, join
-from hijack.checkpoint.text import parse_block_size
 from hijack.errors import CheckpointError, SchemeError
 from hijack.layers import DENSE_DTYPES
+from hijack.model_families import Architecture, detect_architecture
+from hijack.safetensors_io.header import Header, TensorInfo, join
+from hijack.text import parse_block_size
 
 Patterns = str | Sequence[str] | None
 

@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.dialect import Dialect, Spelled
-from hijack.checkpoint.header import TensorInfo, join
-from hijack.checkpoint.lora import Loras
 from hijack.checkpoint.quantize_choice import Choice
-from hijack.checkpoint.reader import data_start
-from hijack.checkpoint.text import block_text
-from hijack.checkpoint.writer import memory_of
 from hijack.errors import CheckpointError, HijackError, NonFiniteError
+from hijack.formats.dialect import Dialect, Spelled
 from hijack.layers import DENSE_DTYPES, quantize_weight
+from hijack.lora.files import Loras
+from hijack.safetensors_io.header import TensorInfo, join
+from hijack.safetensors_io.reader import data_start
+from hijack.safetensors_io.writer import memory_of
 from hijack.scheme import Scheme
+from hijack.text import block_text
 
 
 @dataclasses.dataclass(frozen=True)

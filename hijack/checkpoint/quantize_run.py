@@ -14,8 +14,8 @@ import torch
 
 from hijack.checkpoint.copying import chunks
 from hijack.checkpoint.quantize_plan import QuantizePlan, Step
-from hijack.checkpoint.writer import CheckpointWriter
 from hijack.errors import CheckpointError
+from hijack.safetensors_io.writer import CheckpointWriter
 
 #: Bytes of tensors in memory at once; only a single larger layer may take more.
 MEMORY = 1 << 28

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from hijack.hosts.control import HostStatus, add_host, arm, patch, status, unpatch
+from hijack.hosts.manager import HostStatus, add_host, arm, patch, status, unpatch
 
 __all__ = ["HostStatus", "add_host", "arm", "patch", "status", "unpatch"]

@@ -20,11 +20,11 @@ from torch import nn
 
 import hijack
 from hijack.checkpoint.compare import compare_files
-from hijack.checkpoint.header import Header, join
-from hijack.checkpoint.lora import Loras
-from hijack.checkpoint.reader import open_tensors, read_header
 from hijack.errors import HijackError
+from hijack.lora.files import Loras
 from hijack.registry import default_registry
+from hijack.safetensors_io.header import Header, join
+from hijack.safetensors_io.reader import open_tensors, read_header
 from tests.fuzz.case import Case
 from tests.fuzz.seeds import WRITTEN, dense
 

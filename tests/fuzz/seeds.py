@@ -13,7 +13,7 @@ from torch import Tensor
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint.reader import read_header
+from hijack.safetensors_io.reader import read_header
 from tests.fuzz.case import MODEL, Case
 
 GOLDEN = Path(__file__).parent.parent / "golden"

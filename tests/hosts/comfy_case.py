@@ -197,13 +197,13 @@ def check_schemes(dense):
     for scheme in (test_door.Int8(), test_door.Nibbles()):
         hijack.default_registry().register(scheme)
         coded, meant, marked = with_scheme(dense, scheme)
-        metadata = {"hijack": hijack.checkpoint.marker.write_marker(marked)}
+        metadata = {"hijack": hijack.formats.native_marker.write_marker(marked)}
         reference = first_output(load(meant))
         for prefix in ("", PREFIX):
             path = FOLDER / f"{scheme.name}-{len(prefix)}.safetensors"
             named = {prefix + key: t.contiguous() for key, t in coded.items()}
             layers = {prefix + layer: entry for layer, entry in marked.items()}
-            marker = hijack.checkpoint.marker.write_marker(layers)
+            marker = hijack.formats.native_marker.write_marker(layers)
             save_file(named, path, {"hijack": marker})
             output = first_output(comfy.sd.load_diffusion_model(str(path)))
             found["schemes"][f"{scheme.name} {prefix}"] = error(output, reference)
@@ -272,7 +272,7 @@ def check_modules():
     import test_door
 
     from hijack.hosts.comfyui.coded import Coded, Coding
-    from hijack.hosts.comfyui.layers import make_operations
+    from hijack.hosts.comfyui.operations import make_operations
 
     scheme, dense_ops = test_door.Int8(), comfy.ops.disable_weight_init
     operations = make_operations(dense_ops, torch.float32)

@@ -33,10 +33,10 @@ import comfy.lora
 import comfy.ops
 import comfy.sd
 
-from hijack.checkpoint.architectures import detect_architecture
-from hijack.checkpoint.lora import Loras
-from hijack.checkpoint.lora_keys import Names
-from hijack.checkpoint.reader import read_header
+from hijack.lora.files import Loras
+from hijack.lora.keys import Names
+from hijack.model_families import detect_architecture
+from hijack.safetensors_io.reader import read_header
 
 PREFIX = "model.diffusion_model."
 #: SDXL, narrow: the levels and depths that diffusers' names depend on are its own.

@@ -120,12 +120,12 @@ class Matrix:
         return self.found
 
     def _quantized_on_load(self):
-        from hijack.hosts.comfyui import online
+        from hijack.hosts.comfyui import quantize as online
 
         return online.load_quantized(self.dense, self.recipe)
 
     def _quantized(self):
-        from hijack.hosts.comfyui import online
+        from hijack.hosts.comfyui import quantize as online
 
         dense = comfy.sd.load_diffusion_model(self.dense)
         return online.quantize_model(dense, self.recipe)
@@ -147,7 +147,7 @@ def main():
 
     import hijack
     import schemes.blockwise_fp8  # noqa: F401
-    from hijack.hosts.comfyui.lazy import Recipe
+    from hijack.hosts.comfyui.lazy_tensor import Recipe
 
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
     coded, _ = comfy_models.musubi(bf16)

@@ -56,8 +56,8 @@ def memory(name):
 
 def warm_up(scheme):
     """Load something small, so that what is imported on the way is in memory."""
-    from hijack.hosts.comfyui import online
-    from hijack.hosts.comfyui.lazy import Recipe
+    from hijack.hosts.comfyui import quantize as online
+    from hijack.hosts.comfyui.lazy_tensor import Recipe
 
     small = comfy_case.FOLDER / "small.safetensors"
     shapes = comfy_models.small_qwen_shapes()
@@ -75,8 +75,8 @@ def main():
     """Load once with each recipe; the figures are printed as the last line."""
     import hijack
     import schemes.blockwise_fp8  # noqa: F401
-    from hijack.hosts.comfyui import online
-    from hijack.hosts.comfyui.lazy import Recipe
+    from hijack.hosts.comfyui import quantize as online
+    from hijack.hosts.comfyui.lazy_tensor import Recipe
 
     comfy.supported_models.QwenImage.unet_extra_config = {
         "num_attention_heads": HEADS,

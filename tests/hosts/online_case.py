@@ -199,8 +199,8 @@ def main():
     """All checks; what they found is printed as the last line."""
     import hijack
     import schemes.blockwise_fp8  # noqa: F401
-    from hijack.hosts.comfyui import online
-    from hijack.hosts.comfyui.lazy import Recipe
+    from hijack.hosts.comfyui import quantize as online
+    from hijack.hosts.comfyui.lazy_tensor import Recipe
 
     recipe = Recipe(hijack.schemes()["blockwise_fp8"], {"block_size": (1, 64)})
     tensors = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())

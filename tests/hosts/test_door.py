@@ -9,21 +9,21 @@ import pytest
 import torch
 
 import hijack
-from hijack.checkpoint.marker import write_marker
 from hijack.errors import (
     DTypeError,
     HijackError,
     UnconsumedScaleError,
     UnknownSchemeError,
 )
+from hijack.formats.native_marker import write_marker
 from hijack.hosts.comfyui import markers
-from hijack.hosts.comfyui.claims import (
+from hijack.hosts.comfyui.coded import Coded, Coding
+from hijack.hosts.comfyui.detection import (
     decode_claimed,
     encode_claimed,
     encode_others,
 )
-from hijack.hosts.comfyui.coded import Coded, Coding
-from hijack.hosts.comfyui.door import make_door
+from hijack.hosts.comfyui.loaders import make_door
 
 E4M3 = torch.float8_e4m3fn
 

@@ -7,7 +7,7 @@ import torch
 
 from hijack import HijackError
 from hijack.hosts.comfyui.coded import Coded, Coding
-from hijack.hosts.comfyui.rows import convert_rows
+from hijack.hosts.comfyui.fused_rows import convert_rows
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()

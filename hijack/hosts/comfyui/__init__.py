@@ -96,7 +96,7 @@ def get_version() -> str:
 
 def patches() -> list[Patch]:
     """What to patch."""
-    from hijack.hosts.comfyui.door import make_door
+    from hijack.hosts.comfyui.loaders import make_door
     from hijack.hosts.comfyui.lora import make_calculate_weight, make_copy_to_param
     from hijack.hosts.comfyui.saving import make_save_torch_file
 
@@ -129,17 +129,17 @@ def _patcher_methods() -> list[Patch]:
 
 def _other_doors() -> list[Patch]:
     """The doors of other models and other spellings, as far as they are there."""
-    from hijack.hosts.comfyui import encoders
-    from hijack.hosts.comfyui.door import make_diffusers_door
-    from hijack.hosts.comfyui.rows import make_convert_diffusers_mmdit
-    from hijack.hosts.comfyui.tags import make_load_torch_file
+    from hijack.hosts.comfyui import text_encoders
+    from hijack.hosts.comfyui.fused_rows import make_convert_diffusers_mmdit
+    from hijack.hosts.comfyui.loaders import make_diffusers_door
+    from hijack.hosts.comfyui.tensor_metadata import make_load_torch_file
 
     makers = (
-        encoders.make_load_text_encoders,
-        encoders.make_load_sd,
-        encoders.make_vae_init,
-        encoders.make_load_controlnet,
-        encoders.make_weight_dtype,
+        text_encoders.make_load_text_encoders,
+        text_encoders.make_load_sd,
+        text_encoders.make_vae_init,
+        text_encoders.make_load_controlnet,
+        text_encoders.make_weight_dtype,
         make_convert_diffusers_mmdit,
         make_diffusers_door,
         make_load_torch_file,

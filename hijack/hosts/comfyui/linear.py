@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hijack.hosts.comfyui.coded import Coded, PlainCarrier
-from hijack.hosts.comfyui.kitchen import KitchenCarrier
+from hijack.hosts.comfyui.comfy_kitchen import KitchenCarrier
 from hijack.hosts.comfyui.lora import Merge, Patches, merging, seed_of
 
 #: Every quantized layer alive, so that unpatching can say how many there are.

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.foreign import comfy_marker
-from hijack.checkpoint.foreign_formats import LAYER_MARKER
-from hijack.checkpoint.header import Header, join
+from hijack.formats.named_only import comfy_marker
+from hijack.formats.named_only_table import LAYER_MARKER
+from hijack.safetensors_io.header import Header, join
 
 #: The marker of a whole file, up to 0.3; from 0.4 on each layer has one.
 FILE_MARKER = "scaled_fp8"

@@ -17,11 +17,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hijack.checkpoint.dialect import Dialect, Spelled
-from hijack.checkpoint.header import TensorInfo, join
-from hijack.checkpoint.writer import write_checkpoint
 from hijack.errors import HijackError
+from hijack.formats.dialect import Dialect, Spelled
 from hijack.hosts.comfyui.linear import LIVE, Source
+from hijack.safetensors_io.header import TensorInfo, join
+from hijack.safetensors_io.writer import write_checkpoint
 
 #: What ComfyUI puts before the keys of a diffusion model it saves.
 PREFIX = "model.diffusion_model."

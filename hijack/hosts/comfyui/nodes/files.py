@@ -8,15 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from hijack.checkpoint.identify import identify
-from hijack.checkpoint.reader import read_header
 from hijack.errors import HijackError
+from hijack.formats.detection import identify
 from hijack.hosts.comfyui import saving
 from hijack.hosts.comfyui.linear import LIVE
 from hijack.hosts.comfyui.nodes.models import AUTO
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
-from hijack.hosts.control import status
+from hijack.hosts.manager import status
 from hijack.registry import default_registry
+from hijack.safetensors_io.reader import read_header
 
 #: Folders of ComfyUI's that hold checkpoints.
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "vae", "loras")

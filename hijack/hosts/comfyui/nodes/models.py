@@ -6,13 +6,13 @@ import inspect
 import sys
 from typing import Any
 
-from hijack.checkpoint.text import parse_block_size
 from hijack.errors import HijackError, SchemeError
-from hijack.hosts.comfyui import online
-from hijack.hosts.comfyui.lazy import Recipe
+from hijack.hosts.comfyui import quantize
+from hijack.hosts.comfyui.lazy_tensor import Recipe
 from hijack.hosts.comfyui.lora import Merge
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.registry import default_registry
+from hijack.text import parse_block_size
 
 AUTO = "auto"
 
@@ -49,7 +49,7 @@ def _parsed(block_size: str) -> tuple[int, int] | int | str:
         raise SchemeError(f"block_size: {error}; or write {AUTO}") from error
 
 
-def progress_bar() -> online.Progress:
+def progress_bar() -> quantize.Progress:
     """ComfyUI's progress bar, in the page and in the terminal."""
     utils = sys.modules["comfy.utils"]
     bars: list[Any] = []
@@ -67,7 +67,7 @@ def quantize_model(
 ) -> Result:
     """Run *Quantize Model*."""
     recipe = make_recipe(scheme, block_size)
-    result = online.quantize_model(model, recipe, include, exclude, progress_bar())
+    result = quantize.quantize_model(model, recipe, include, exclude, progress_bar())
     return Result((result,))
 
 
@@ -78,7 +78,7 @@ def load_quantized(
     folder_paths = sys.modules["folder_paths"]
     path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
     recipe = make_recipe(scheme, block_size)
-    result = online.load_quantized(path, recipe, include, exclude, progress_bar())
+    result = quantize.load_quantized(path, recipe, include, exclude, progress_bar())
     return Result((result,))
 
 

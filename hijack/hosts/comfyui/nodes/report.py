@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.text import table
 from hijack.errors import HijackError
 from hijack.hosts.comfyui.linear import LIVE
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
-from hijack.hosts.comfyui.online import NETWORK, read_weight
+from hijack.hosts.comfyui.quantize import NETWORK, read_weight
+from hijack.text import table
 
 #: Layers named in the text and the plot.
 WORST = 10

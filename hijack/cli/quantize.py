@@ -1,0 +1,216 @@
+"""``hijack quantize``: quantize a safetensors checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+
+import hijack
+from hijack.cli.progress import progress_bar
+from hijack.cli.writing import (
+    add_shard_size,
+    block_size,
+    print_notes,
+    refuse_existing,
+)
+from hijack.errors import printable
+from hijack.model_families import (
+    Architecture,
+    architectures,
+    detect_architecture,
+)
+from hijack.safetensors_io.reader import read_header
+from hijack.text import table
+
+HELP = "quantize a safetensors checkpoint"
+DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+SCALES = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "e8m0": getattr(torch, "float8_e8m0fnu", None),
+}
+_PATTERNS = {
+    "include": "quantize these layers and no others, such as 'transformer_blocks.*'; "
+    "replaces what is usual for the model, unless one is 'default'; may be repeated",
+    "exclude": "leave these layers dense, such as '*norm*', even if included; replaces "
+    "what is usually left out of the model, unless one is 'default'; may be repeated",
+}
+_FLAGS = {
+    "--ignore-unmatched": "leave out LoRAs of layers the checkpoint lacks",
+    "--dry-run": "say what would be done and how large it would be, and write nothing",
+    "--resume": "go on where a run with --resume was cut off, and leave what is done "
+    "if this one is",
+    "--write-config": "write config.json beside DST, for dialects whose readers expect "
+    "a quantization_config",
+    "--show-defaults": "print what is quantized by default: of SRC, or of every model "
+    "known",
+    "--force": "replace what exists",
+}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "paths",
+        nargs="*",
+        metavar="SRC ... DST",
+        help="a file, an index, or shards; and the file to write",
+    )
+    _add_formats(parser)
+    _add_choices(parser)
+    parser.add_argument("--device", default="cpu", help="such as cuda; default cpu")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help="threads, default one for each core"
+    )
+    add_shard_size(parser)
+    for flag, text in _FLAGS.items():
+        parser.add_argument(flag, action="store_true", help=text)
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="name what is left dense"
+    )
+    parser.set_defaults(refuse=parser.error)
+
+
+def _add_formats(parser: argparse.ArgumentParser) -> None:
+    """How weights are quantized."""
+    parser.add_argument(
+        "--scheme", default="blockwise_fp8", help="see `hijack schemes`"
+    )
+    parser.add_argument(
+        "--block-size",
+        type=block_size,
+        metavar="SIZE",
+        help="1x64, 128x128, row, tensor; default is the dialect's",
+    )
+    parser.add_argument("--dtype", choices=DTYPES, help="code dtype, default e4m3")
+    parser.add_argument(
+        "--scale-dtype", choices=SCALES, help="default is the weight's or the dialect's"
+    )
+    parser.add_argument(
+        "--scale-search",
+        type=int,
+        metavar="N",
+        help="try N scales for each block and take the one with the least error",
+    )
+    parser.add_argument(
+        "--dialect", help="default is the scheme's first that has words for the blocks"
+    )
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    """Which weights are quantized, and what is done to them first."""
+    for name, text in _PATTERNS.items():
+        parser.add_argument(f"--{name}", action="append", metavar="PATTERN", help=text)
+    parser.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=SIZE",
+        help="block size of some layers, such as 'blocks.*.ffn=128x128'; or "
+        "PATTERN=skip, =bf16, =f16, =f32 to leave them dense; the first that matches "
+        "counts; may be repeated",
+    )
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="merge a LoRA first; may be repeated",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize, and print what was done."""
+    if args.show_defaults:
+        print(_defaults(args.paths))
+        return 0
+    if len(args.paths) < 2:
+        _refuse(args, "expected SRC and DST")
+    *src, dst = args.paths
+    if not args.dry_run and not args.force:
+        refuse_existing(dst, args.max_shard_size)
+    with progress_bar("quantizing") as progress:
+        report = hijack.quantize_file(
+            src if len(src) > 1 else src[0],
+            dst,
+            args.scheme,
+            block_size=args.block_size,
+            dialect=args.dialect,
+            loras=args.lora,
+            include=args.include,
+            exclude=args.exclude,
+            progress=progress,
+            rules=args.rule,
+            ignore_unmatched=args.ignore_unmatched,
+            device=args.device,
+            workers=args.workers,
+            max_shard_size=args.max_shard_size,
+            resume=args.resume,
+            write_config=args.write_config,
+            dry_run=args.dry_run,
+            **_options(args),
+        )
+    print(_text(report, verbose=args.verbose))
+    print_notes(report.notes)
+    return 0
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the scheme, of those that were given."""
+    options: dict[str, Any] = {}
+    if args.dtype is not None:
+        options["dtype"] = DTYPES[args.dtype]
+    if args.scale_dtype is not None:
+        options["scale_dtype"] = SCALES[args.scale_dtype]
+    if args.scale_search is not None:
+        options["scale_search"] = args.scale_search
+    return options
+
+
+def _refuse(args: argparse.Namespace, what: str) -> NoReturn:
+    args.refuse(what)
+    raise SystemExit(2)
+
+
+# -- what is printed -------------------------------------------------------------------
+
+
+def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
+    """What was done, or would be."""
+    lines = []
+    if verbose:
+        lines += [f"left dense: {name} ({why})" for name, why in report.skipped.items()]
+        lines += [f"LoRA left out: {name}" for name in report.unmatched]
+        lines = list(map(printable, lines))
+    if report.architecture:
+        lines.append(f"model: {report.architecture}")
+    full = verbose or not report.written
+    if full or report.reblocked:
+        blocks = [[size, str(count)] for size, count in report.blocks.items()]
+        lines.append(table(["block", "layers"], blocks))
+    if full:
+        files = [[name, f"{size:,}"] for name, size in report.files.items()]
+        lines.append(table(["file", "bytes of the file"], files))
+    return "\n".join([*lines, str(report)])
+
+
+def _defaults(paths: Sequence[str]) -> str:
+    """The patterns of the model in a checkpoint, or of every model."""
+    if not paths:
+        return "\n".join(map(_patterns, architectures()))
+    found = detect_architecture(read_header(paths if len(paths) > 1 else paths[0]))
+    if found is None:
+        return "the model is not known; every layer with a 2-D weight is quantized"
+    return _patterns(found)
+
+
+def _patterns(known: Architecture) -> str:
+    include, exclude = " ".join(known.include), " ".join(known.exclude)
+    return (
+        f"{known.name} ({known.source})\n"
+        f"  include: {include or 'all'}\n  exclude: {exclude or 'none'}"
+    )

@@ -1,0 +1,1 @@
+"""How files store quantized weights: dialects, claims and detection."""

@@ -1,0 +1,1 @@
+"""safetensors files: headers, reading, planning, writing in one piece."""

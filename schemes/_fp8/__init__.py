@@ -1,0 +1,1 @@
+"""Parts of the block-wise FP8 scheme: blocks, decoding, quantizing, dialects."""
