@@ -43,14 +43,14 @@ class Case:
 
         self.folder, self.make = folder, comfy_models
         bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-        self.coded, self.exact = quantized(bf16, comfy_models.is_quantized)
+        self.encoded, self.exact = quantized(bf16, comfy_models.is_quantized)
         self.wan, self.exact_wan = quantized(
             comfy_models.make_state_dict(wan_shapes()), is_quantized_wan
         )
         self.load_stock = comfy.sd.load_diffusion_model
         self.reference = self.write("exact", self.exact)
         self.lora = {
-            size: make_lora(self.exact, self.coded, size) for size in (SMALL, LARGE)
+            size: make_lora(self.exact, self.encoded, size) for size in (SMALL, LARGE)
         }
         self.expected: dict[str, Tensor] = {}
         self.expect()
@@ -100,7 +100,7 @@ class Case:
 
     def run(self) -> dict[str, str]:
         """Every step: what came of it, or why it fails."""
-        path = self.write("block", self.coded)
+        path = self.write("block", self.encoded)
         steps: dict[str, Callable[[], str]] = {
             "load and sample": lambda: self.sampled("load and sample", path),
             "small LoRA": lambda: self.with_lora("small LoRA", path, SMALL),
@@ -166,7 +166,7 @@ class Case:
 
     def prefixed(self) -> str:
         """A file as checkpoints spell their keys."""
-        prefixed = {PREFIX + key: tensor for key, tensor in self.coded.items()}
+        prefixed = {PREFIX + key: tensor for key, tensor in self.encoded.items()}
         return self.write("prefixed", prefixed)
 
     def judge(self, name: str, clean: str, output: Tensor, without: Tensor) -> str:
@@ -183,13 +183,16 @@ def quantized(
     """Block-wise FP8 as musubi-tuner writes it, and what that means."""
     import comfy_models
 
-    coded, exact = dict(dense), dict(dense)
+    encoded, exact = dict(dense), dict(dense)
     for key, tensor in dense.items():
         if chosen(key, tensor):
             granularity = "row" if tensor.shape[1] % 64 else "block"
-            codes, scale, exact[key] = comfy_models.quantize(tensor, granularity)
-            coded[key], coded[key.replace(".weight", ".scale_weight")] = codes, scale
-    return coded, exact
+            qdata, scale, exact[key] = comfy_models.quantize(tensor, granularity)
+            encoded[key], encoded[key.replace(".weight", ".scale_weight")] = (
+                qdata,
+                scale,
+            )
+    return encoded, exact
 
 
 def is_quantized_wan(key: str, tensor: Tensor) -> bool:
@@ -221,18 +224,18 @@ def wan_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def make_lora(
-    dense: Mapping[str, Tensor], coded: Mapping[str, Tensor], size: float
+    dense: Mapping[str, Tensor], encoded: Mapping[str, Tensor], size: float
 ) -> dict[str, Tensor]:
     """A LoRA on every quantized layer."""
-    generator, made = torch.Generator().manual_seed(3), {}
-    for key in (key for key in coded if coded[key].dtype == torch.float8_e4m3fn):
+    generator, lora = torch.Generator().manual_seed(3), {}
+    for key in (key for key in encoded if encoded[key].dtype == torch.float8_e4m3fn):
         layer, weight = key.removesuffix(".weight"), dense[key].float()
         down = torch.randn(4, weight.shape[1], generator=generator)
         up = torch.randn(weight.shape[0], 4, generator=generator)
         up *= size * weight.norm() / (up @ down).norm()
-        made[f"diffusion_model.{layer}.lora_A.weight"] = down
-        made[f"diffusion_model.{layer}.lora_B.weight"] = up
-    return made
+        lora[f"diffusion_model.{layer}.lora_A.weight"] = down
+        lora[f"diffusion_model.{layer}.lora_B.weight"] = up
+    return lora
 
 
 def with_lora(model: Any, lora: Mapping[str, Tensor]) -> Any:
@@ -251,8 +254,8 @@ def sample(model: Any) -> Tensor:
     noise = comfy.sample.prepare_noise(latent, 1)
     positive, negative = [[context, {}]], [[context.flip(1), {}]]
     prompts = (positive, negative, latent)
-    given = (model, noise, 2, 2.0, "euler", "simple", *prompts)
-    result: Tensor = comfy.sample.sample(*given, disable_pbar=True, seed=1)
+    arguments = (model, noise, 2, 2.0, "euler", "simple", *prompts)
+    result: Tensor = comfy.sample.sample(*arguments, disable_pbar=True, seed=1)
     return result
 
 

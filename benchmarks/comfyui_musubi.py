@@ -9,7 +9,7 @@ Both load the same block-wise FP8 files into each ComfyUI that is named, and do 
 with the model. What counts is how far the result is from that of the exactly
 dequantized weights, with the exact LoRA, through ComfyUI's own code. Needs ComfyUI's
 dependencies, but no server and no GPU. ComfyUI-musubi is used as its README says: its
-loader node in the place of ComfyUI's, and ComfyUI's own nodes for everything else.
+loader node instead of ComfyUI's, and ComfyUI's own nodes for everything else.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ STEPS = (
 TEXT = """# Beside ComfyUI-musubi
 
 [ComfyUI-musubi](https://github.com/polym/ComfyUI-musubi) (commit {commit}) loads the
-same block-wise FP8 files with a loader node of its own. Made with
+same block-wise FP8 files with its own loader node. Made with
 
     HIJACK_PEER_COMFYUI_MUSUBI=/path/to/ComfyUI-musubi python -m \\
         benchmarks.comfyui_musubi COMFYUI ... > docs/comfyui-musubi.md
@@ -75,7 +75,9 @@ def version(root: str) -> str:
     return text.partition('__version__ = "')[2].partition('"')[0]
 
 
-def write_table(found: Mapping[tuple[str, str], Mapping[str, str]]) -> tuple[str, str]:
+def write_table(
+    results: Mapping[tuple[str, str], Mapping[str, str]],
+) -> tuple[str, str]:
     """A Markdown table, and the reasons of failures that it refers to."""
     reasons: list[str] = []
 
@@ -87,10 +89,10 @@ def write_table(found: Mapping[tuple[str, str], Mapping[str, str]]) -> tuple[str
             reasons.append(reason)
         return f"fails ({reasons.index(reason) + 1})"
 
-    head = " | ".join(f"{release} {SIDES[side]}" for release, side in found)
-    lines = [f"| | {head} |", "|---|" + "---|" * len(found)]
+    head = " | ".join(f"{release} {SIDES[side]}" for release, side in results)
+    lines = [f"| | {head} |", "|---|" + "---|" * len(results)]
     for step in STEPS:
-        cells = " | ".join(cell(each[step]) for each in found.values())
+        cells = " | ".join(cell(each[step]) for each in results.values())
         lines.append(f"| {step} | {cells} |")
     listed = [f"({n}) `{reason[:300]}`" for n, reason in enumerate(reasons, 1)]
     return "\n".join(lines), "\n\n".join(listed)
@@ -101,7 +103,7 @@ def main(roots: list[str]) -> None:
     peer = os.environ.get(PEER)
     if not peer or not roots:
         raise SystemExit(__doc__)
-    found = {}
+    results = {}
     for root in sorted(roots, key=lambda r: [int(n) for n in version(r).split(".")]):
         for side in SIDES:
             command = [sys.executable, "-m", "benchmarks.comfyui_case", side, root]
@@ -110,10 +112,10 @@ def main(roots: list[str]) -> None:
             )
             if done.returncode:
                 raise SystemExit(f"{version(root)}, {side}: see above")
-            found[version(root), side] = json.loads(done.stdout.splitlines()[-1])
+            results[version(root), side] = json.loads(done.stdout.splitlines()[-1])
     git = ["git", "-C", peer, "rev-parse", "--short=8", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
-    table, reasons = write_table(found)
+    table, reasons = write_table(results)
     text = TEXT.format(
         commit=commit.strip(),
         machine=machine(),

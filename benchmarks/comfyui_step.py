@@ -42,7 +42,7 @@ from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 import schemes.blockwise_fp8  # noqa: F401
 from benchmarks.timing import alternate, machine, ratio
 from hijack.hosts.comfyui import quantize as online
-from hijack.hosts.comfyui.lazy_tensor import Recipe
+from hijack.quantized import QuantizationConfig
 from hijack.registry import default_registry
 
 RANK, TEXT = 32, 128
@@ -59,26 +59,26 @@ def make_model() -> dict[str, Tensor]:
         operations=comfy.ops.manual_cast,
     )
     generator = torch.Generator().manual_seed(7)
-    made = {}
+    tensors = {}
     for key, tensor in model.state_dict().items():
         scale = tensor.shape[1] ** -0.5 if tensor.ndim > 1 else 0.1
         values = torch.randn(tensor.shape, generator=generator) * scale
-        made[key] = values.to(torch.bfloat16)
-    return made
+        tensors[key] = values.to(torch.bfloat16)
+    return tensors
 
 
 def make_lora(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """A LoRA for every Linear of the blocks."""
-    generator, made = torch.Generator().manual_seed(8), {}
+    generator, tensors = torch.Generator().manual_seed(8), {}
     for key, tensor in weights.items():
         if "transformer_blocks" in key and tensor.ndim == 2:
             name = f"diffusion_model.{key.removesuffix('.weight')}"
             rows, columns = tensor.shape
             down = torch.randn(RANK, columns, generator=generator) / columns**0.5
             up = torch.randn(rows, RANK, generator=generator) / 100
-            made[f"{name}.lora_A.weight"] = down.to(torch.bfloat16)
-            made[f"{name}.lora_B.weight"] = up.to(torch.bfloat16)
-    return made
+            tensors[f"{name}.lora_A.weight"] = down.to(torch.bfloat16)
+            tensors[f"{name}.lora_B.weight"] = up.to(torch.bfloat16)
+    return tensors
 
 
 def step(patcher: Any, device: torch.device) -> Callable[[int], object]:
@@ -96,7 +96,7 @@ def models() -> dict[str, Any]:
     weights = make_model()
     lora = make_lora(weights)
     scheme = default_registry().get("blockwise_fp8")
-    recipe = Recipe(scheme, {"block_size": (1, 64)})
+    recipe = QuantizationConfig.of(scheme, {"block_size": (1, 64)})
 
     def dense() -> Any:
         return comfy.sd.load_diffusion_model_state_dict(dict(weights))
@@ -104,11 +104,11 @@ def models() -> dict[str, Any]:
     def quantized() -> Any:
         return online.quantize_model(dense(), recipe)
 
-    made = {"dense": dense(), "quantized": quantized()}
+    patchers = {"dense": dense(), "quantized": quantized()}
     for name, patcher in {"dense": dense(), "quantized": quantized()}.items():
         changed = comfy.sd.load_lora_for_models(patcher, None, lora, 1.0, 0)[0]
-        made[f"{name}, LoRA"] = changed
-    return made
+        patchers[f"{name}, LoRA"] = changed
+    return patchers
 
 
 def main() -> None:

@@ -7,7 +7,7 @@
 All run in one process, in turn, in a new order each round; what is reported are medians
 of the quotients of each round. Every call takes the next of several weights that
 together are larger than any cache, as in a model. musubi-tuner's forward is its own
-function ``fp8_linear_forward_patch``, on the same codes and scales.
+function ``fp8_linear_forward_patch``, on the same quantized data and scales.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def runs_for(x: Tensor, linears: list[nn.Module], weights: list[Tensor]) -> Runs
 
 
 def with_musubis_names(linear: Any) -> SimpleNamespace:
-    """The same codes and scales under musubi-tuner's names."""
+    """The same quantized data and scales under musubi-tuner's names."""
     scale = linear.weight_scale[:, :, None]
     return SimpleNamespace(weight=linear.weight, scale_weight=scale, bias=None)
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from benchmarks.timing import alternate, machine, ratio
+from hijack.dtypes import bytes_of
 from hijack.formats.detection import identify
-from hijack.safetensors_io.header import bytes_of
 from hijack.safetensors_io.reader import read_header
 
 ROUNDS = 7
@@ -112,12 +112,12 @@ def measure(path: Path) -> list[str]:
     )
     times = {name: statistics.median(each) * 1e3 for name, each in seconds.items()}
     compared = ratio(seconds["identify"], seconds["parse"])
-    found = identify(header)
+    result = identify(header)
     return [
         f"{len(header.tensors)}",
         *(f"{times[name]:.0f}" for name in ("parse", "read", "identify")),
         f"{compared:.2f}",
-        f"{len(found.layers)}",
+        f"{len(result.layers)}",
     ]
 
 

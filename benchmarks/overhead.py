@@ -43,7 +43,7 @@ def time_calls(
 
 
 def nothing() -> Any:
-    """A scheme whose codes are the weight."""
+    """A scheme whose quantized data is the weight."""
     import hijack
 
     class Nothing(hijack.Scheme):

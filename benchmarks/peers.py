@@ -1,4 +1,4 @@
-"""Other people's code, run where it lies; none of it is in this repository."""
+"""Import other projects from their checkouts; none of them is in this repository."""
 
 from __future__ import annotations
 

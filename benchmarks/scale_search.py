@@ -56,7 +56,7 @@ def weights() -> dict[str, list[Tensor]]:
     torch.manual_seed(0)
     shape = (1024, SIZE)
     outliers = torch.randn(SIZE).exp()  # columns differ, as those of trained layers do
-    found = {
+    results = {
         "normal": [torch.randn(shape)],
         "Laplace": [Laplace(0.0, 1.0).sample(shape)],
         "outliers": [StudentT(4.0).sample(shape) * outliers],
@@ -65,8 +65,8 @@ def weights() -> dict[str, list[Tensor]]:
     if spec is not None and spec.origin is not None:
         state = load_file(Path(spec.origin).parent / "model" / "model.safetensors")
         layers = (name for name in state if "encoder.layer" in name)
-        found["MiniLM"] = [state[name] for name in layers if state[name].ndim == 2]
-    return {name: [w.bfloat16() for w in all_] for name, all_ in found.items()}
+        results["MiniLM"] = [state[name] for name in layers if state[name].ndim == 2]
+    return {name: [w.bfloat16() for w in all_] for name, all_ in results.items()}
 
 
 def decibel(matrices: list[Tensor], block_size: BlockSize, candidates: int) -> float:
@@ -121,8 +121,8 @@ def main() -> None:
     print("|---|---:|" + "---:|" * len(matrices))
     for block in BLOCKS:
         for count in (0, *COUNTS):
-            found = [decibel(all_, block, count) for all_ in matrices.values()]
-            print(f"| {block} | {count} |", *(f"{value:.2f} |" for value in found))
+            results = [decibel(all_, block, count) for all_ in matrices.values()]
+            print(f"| {block} | {count} |", *(f"{value:.2f} |" for value in results))
 
 
 if __name__ == "__main__":

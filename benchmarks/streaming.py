@@ -37,7 +37,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "8 threads": {"workers": 8},
     "blocks of 128 x 128": {"block_size": [128, 128], "dialect": "deepseek"},
     "shards of 1 GB": {"max_shard_size": "1GB"},
-    "with `resume`": {"resume": True},
 }
 
 
@@ -50,10 +49,10 @@ def main(folder: str | None = None) -> None:
         print(f"> {machine()}\n\n{size / 1e9:.2f} GB, largest tensor 75.5 MB\n")
         print("| | VmHWM, MB | RssAnon, MB | seconds |\n|---|---:|---:|---:|")
         for row, words in ROWS.items():
-            found = measure(place, words)
-            cells = [f"{found[key] / 1e6:.0f}" for key in ("peak", "anonymous")]
-            print(f"| {row} | {' | '.join(cells)} | {found['seconds']:.0f} |")
-            if found["peak"] > GOAL:
+            result = measure(place, words)
+            cells = [f"{result[key] / 1e6:.0f}" for key in ("peak", "anonymous")]
+            print(f"| {row} | {' | '.join(cells)} | {result['seconds']:.0f} |")
+            if result["peak"] > GOAL:
                 raise SystemExit(f"{row}: more than {GOAL / 1e6:.0f} MB")
 
 
@@ -74,8 +73,8 @@ def measure(place: Path, words: dict[str, Any]) -> dict[str, float]:
     )
     for path in place.glob("result*"):
         path.unlink()
-    found: dict[str, float] = json.loads(done.stdout)
-    return found
+    result: dict[str, float] = json.loads(done.stdout)
+    return result
 
 
 # -- the checkpoint --------------------------------------------------------------------
@@ -119,12 +118,12 @@ def child(place: Path, words: dict[str, Any]) -> None:
     start = time.perf_counter()
     hijack.quantize_file(place / "source.safetensors", place / "result", **words)
     seconds = time.perf_counter() - start
-    found = {
+    result = {
         "peak": status()["VmHWM"] - before["VmRSS"],
         "anonymous": watch.stop() - before["RssAnon"],
         "seconds": seconds,
     }
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 def status() -> dict[str, int]:

@@ -13,24 +13,24 @@ _PART = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Loss:
-    """The error of a weight against a reference.
+class QuantizationError:
+    """The error of a weight against a reference; a result, not an exception.
 
     Attributes:
         rmse: root of the mean squared error, in the weight's units.
         sqnr: energy of the reference over that of the error, in dB; inf if they are
             equal, -inf if only the reference is zero.
-        largest: largest absolute error.
+        max_abs_error: largest absolute error.
         numel: number of elements.
     """
 
     rmse: float
     sqnr: float
-    largest: float
+    max_abs_error: float
     numel: int
 
 
-def measure(reference: Tensor, other: Tensor) -> Loss:
+def quantization_error(reference: Tensor, other: Tensor) -> QuantizationError:
     """The error of one weight against another of the same shape.
 
     Sums are formed in float64, in parts, so that little memory is used besides. NaN or
@@ -42,26 +42,42 @@ def measure(reference: Tensor, other: Tensor) -> Loss:
     """
     signal = noise = largest = 0.0
     parts = zip(
-        torch.split(reference.reshape(-1), _PART),
-        torch.split(other.reshape(-1), _PART),
+        torch.split(reference.detach().reshape(-1), _PART),
+        torch.split(other.detach().reshape(-1), _PART),
         strict=True,
     )
-    for one, two in parts:
-        wide = one.double()
-        error = two.double() - wide
+    for exact, approximate in parts:
+        wide = exact.double()
+        error = approximate.double() - wide
         signal += float(wide.square().sum())
         noise += float(error.square().sum())
-        most = float(error.abs().max()) if error.numel() else 0.0
-        largest = most if most > largest or math.isnan(most) else largest
+        if error.numel():
+            largest = max(largest, float(error.abs().max()))
     count = reference.numel()
     if not math.isfinite(noise):
-        return Loss(math.nan, math.nan, math.nan, count)
-    return Loss(
-        math.sqrt(noise / max(count, 1)), _decibel(signal, noise), largest, count
-    )
+        return QuantizationError(math.nan, math.nan, math.nan, count)
+    rmse = math.sqrt(noise / max(count, 1))
+    return QuantizationError(rmse, _decibels(signal, noise), largest, count)
 
 
-def _decibel(signal: float, noise: float) -> float:
+def sqnr_db(reference: Tensor, actual: Tensor) -> float:
+    """Signal to quantization noise ratio.
+
+    Args:
+        reference: the exact tensor, of any shape and dtype.
+        actual: the approximation, of the same shape.
+
+    Returns:
+        Decibels; inf if both are equal, -inf if shapes differ or ``actual`` is not
+        finite.
+    """
+    if reference.shape != actual.shape:
+        return -math.inf
+    ratio = quantization_error(reference, actual).sqnr
+    return -math.inf if math.isnan(ratio) else ratio
+
+
+def _decibels(signal: float, noise: float) -> float:
     if noise == 0:
         return math.inf
     return 10 * math.log10(signal / noise) if signal else -math.inf

@@ -1,6 +1,6 @@
 """Which layers of known models are usually quantized.
 
-A row follows what musubi-tuner quantizes of a model, or where that knows none, what
+A row follows what musubi-tuner quantizes of a model or, where it has no list, what
 writers of such files leave dense: norms, embeddings, modulation, first and last layers.
 A model is told by names of its tensors.
 """
@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-from collections.abc import Iterator
-
-from hijack.safetensors_io.header import Header
+from collections.abc import Iterable, Iterator
 
 
 @dataclasses.dataclass(frozen=True)
-class Architecture:
+class ModelFamily:
     """A family of models.
 
     Attributes:
@@ -23,16 +21,16 @@ class Architecture:
         include: fnmatch patterns on layer names; what matches none stays dense.
         exclude: fnmatch patterns on layer names that stay dense all the same.
         source: whose choice it is.
-        signs: names of layers, and of parameters in none, all of which it has.
+        signature: names of layers, and of parameters in none, all of which it has.
     """
 
     name: str
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     source: str
-    signs: tuple[str, ...]
+    signature: tuple[str, ...]
 
-    def below(self, prefix: str) -> Architecture:
+    def below(self, prefix: str) -> ModelFamily:
         """The patterns of a model whose names begin with a prefix in its file.
 
         What else is in the file, such as a text encoder, matches none of them.
@@ -44,11 +42,11 @@ class Architecture:
 
 
 def _row(
-    name: str, source: str, include: str, exclude: str, signs: str
-) -> Architecture:
+    name: str, source: str, include: str, exclude: str, signature: str
+) -> ModelFamily:
     """A family, with the words that keys of tensors hold."""
     words = tuple(_patterns(include)), tuple(_patterns(exclude))
-    return Architecture(name, *words, source, tuple(signs.split()))
+    return ModelFamily(name, *words, source, tuple(signature.split()))
 
 
 def _patterns(words: str) -> Iterator[str]:
@@ -63,7 +61,7 @@ _MUSUBI = "musubi-tuner"
 _USAGE = "usual practice"
 
 #: More specific ones come first.
-_TABLE: tuple[Architecture, ...] = (
+_TABLE: tuple[ModelFamily, ...] = (
     _row(
         "Qwen-Image",
         _MUSUBI,
@@ -272,34 +270,34 @@ _TABLE: tuple[Architecture, ...] = (
 )
 
 
-def architectures() -> tuple[Architecture, ...]:
+def model_families() -> tuple[ModelFamily, ...]:
     """All families that are known; patterns are of names without a prefix."""
     return _TABLE
 
 
-def detect_architecture(header: Header) -> Architecture | None:
-    """The family of a checkpoint's model, or None if it is none of those known.
+def detect_family(keys: Iterable[str]) -> ModelFamily | None:
+    """The family of a model, or None if it is none of those known.
 
     Args:
-        header: of a dense checkpoint, with or without prefixes such as
+        keys: of a checkpoint or state dict, with or without prefixes such as
             ``model.diffusion_model.``.
 
     Returns:
-        The family, with patterns for the names as they are in this file.
+        The family, with patterns for the names as they are there.
     """
-    names = {key.removesuffix(".weight") for key in header.tensors}
-    for known in _TABLE:
-        prefix = _prefix(names, known.signs)
+    names = {key.removesuffix(".weight") for key in keys}
+    for family in _TABLE:
+        prefix = _prefix(names, family.signature)
         if prefix is not None:
-            return known.below(prefix)
+            return family.below(prefix)
     return None
 
 
-def _prefix(names: set[str], signs: tuple[str, ...]) -> str | None:
-    """What stands before the names of a model that has all signs, or None."""
-    first, *others = signs
+def _prefix(names: set[str], signature: tuple[str, ...]) -> str | None:
+    """What precedes the names of a model that has a whole signature, or None."""
+    first, *others = signature
     ends = (name for name in names if f".{name}".endswith(f".{first}"))
     for prefix in sorted((end[: len(end) - len(first)] for end in ends), key=len):
-        if all(prefix + sign in names for sign in others):
+        if all(prefix + name in names for name in others):
             return prefix
     return None

@@ -1,4 +1,4 @@
-"""Findings laid out for people to read."""
+"""Human-readable text: tables, block sizes, excerpts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hijack.errors import SchemeError, printable
 
 
 def block_text(block_size: tuple[int, int] | None) -> str:
-    """A block size as people write it: ``1x64``."""
+    """A block size as text, such as ``1x64``."""
     return "-" if block_size is None else f"{block_size[0]}x{block_size[1]}"
 
 
@@ -31,15 +31,15 @@ def parse_block_size(text: str) -> tuple[int, int] | int | str:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
-def shown(value: object, most: int = 300) -> str:
-    """What a file says, fit for a message: cut short, and of printable letters."""
+def excerpt(value: object, max_length: int = 300) -> str:
+    """Text from a file for a message: truncated, and printable characters only."""
     text = str(value)
-    return printable(text if len(text) <= most else f"{text[:most]}...")
+    return printable(text if len(text) <= max_length else f"{text[:max_length]}...")
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out rows in columns; columns of numbers are aligned to the right."""
-    lines = [[shown(cell) for cell in cells] for cells in (head, *rows)]
+    lines = [[excerpt(cell) for cell in cells] for cells in (head, *rows)]
     columns = list(zip(*lines, strict=True))
     widths = [max(map(len, column)) for column in columns]
     numeric = [_is_numeric(column[1:]) for column in columns]
@@ -56,7 +56,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:
-    """Whether a column holds numbers, or dashes where there is none."""
+    """Whether a column holds numbers, or dashes for missing ones."""
     numbers = [cell for cell in cells if cell != "-"]
     return bool(numbers) and all(
         cell[:1].isdigit() and "x" not in cell for cell in numbers

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hijack
-from hijack import cli
-from hijack.checkpoint import quantize_choice
-from hijack.model_families import Architecture
+from hijack import cli, selection
+from hijack.model_families import ModelFamily
 from hijack.safetensors_io.writer import CheckpointWriter
+from hijack.testing import registered
 
 
 @pytest.fixture
@@ -62,6 +62,93 @@ def test_quantize_takes_dtype_and_dialect(run, dense, tmp_path):
     tensors = load_file(path)
     assert tensors["a.weight"].dtype == torch.float8_e5m2
     assert tensors["a.weight_scale"].shape == (2, 4)
+
+
+class Ranked(hijack.Scheme):
+    """A toy: int8 with an option that is its own."""
+
+    name = "ranked"
+    options = (
+        hijack.Option("rank", "int", 4, "how many it has", minimum=1, maximum=16),
+    )
+
+    def quantize(self, weight, *, rank=4):
+        """One scale a row, and a tensor of the rank asked for."""
+        scale = weight.abs().amax(1, keepdim=True).float() / 127
+        codes = (weight / scale).round().to(torch.int8)
+        factor = torch.zeros(len(weight), rank, device=weight.device)
+        return codes, {"weight_scale": scale, "weight_factor": factor}
+
+    def dequantize(self, qdata, params, dtype):
+        """Multiply."""
+        return (qdata * params["weight_scale"]).to(dtype)
+
+
+@pytest.fixture
+def ranked():
+    """The toy, registered."""
+    with registered(Ranked()) as scheme:
+        yield scheme
+
+
+def test_any_option_of_any_scheme_can_be_passed(run, dense, tmp_path, ranked):
+    """By its name; text becomes a value of the option's type."""
+    path = tmp_path / "q.safetensors"
+    words = ("quantize", dense, path, "--scheme", "ranked", "--force")
+    for extra, rank in (([], 4), (["--option", "rank=16"], 16)):
+        assert run(*words, *extra)[0] == 0
+        assert load_file(path)["a.weight_factor"].shape == (64, rank)
+    fp8 = ["--option", "block_size=8x8", "--option", "dtype=float8_e5m2", "--force"]
+    assert run("quantize", dense, path, "--dialect", "hijack", *fp8)[0] == 0
+    tensors = load_file(path)
+    assert tensors["a.weight"].dtype == torch.float8_e5m2
+    assert tensors["a.weight_scale"].shape == (8, 16)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--option", "rnak=3"], "has no option 'rnak'; expected options among rank"),
+        (["--option", "rank"], "got 'rank', expected NAME=VALUE"),
+        (["--option", "=3"], "got '=3', expected NAME=VALUE"),
+        (["--option", "rank=many"], "rank: got 'many', expected a whole number from 1"),
+        (["--option", "rank=99"], "rank: got 99, expected a whole number from 1 to 16"),
+        (["--block-size", "1x64"], "has no option 'block_size'; expected options amon"),
+        (["--scale-search", "8"], "has no option 'scale_search'; expected options amo"),
+    ],
+)
+def test_options_a_scheme_does_not_have_are_refused(
+    run, dense, tmp_path, ranked, words, message
+):
+    """With those it has, and their values; the shorthands are FP8's."""
+    path = tmp_path / "q.safetensors"
+    status, _, err = run("quantize", dense, path, "--scheme", "ranked", *words)
+    assert status == 1
+    assert message in err
+    assert not path.exists()
+
+
+def test_convert_takes_options_of_the_schemes_in_a_file(run, dense, tmp_path):
+    """For layers that are requantized."""
+    path, other = tmp_path / "q.safetensors", tmp_path / "c.safetensors"
+    assert run("quantize", dense, path, "--block-size", "1x32")[0] == 0
+    words = ("convert", path, other, "--dialect", "deepseek", "--requantize")
+    status, _, err = run(*words, "--option", "rank=3")
+    assert status == 1
+    assert "blockwise_fp8: has no option 'rank'; expected options among block_s" in err
+    assert run(*words, "--option", "block_size=64x64")[0] == 0
+    assert load_file(other)["a.weight_scale_inv"].shape == (1, 2)
+
+
+def test_schemes_lists_the_options_of_each(run, ranked):
+    """With defaults, values and help."""
+    out = run("schemes")[1]
+    part = out[out.index("ranked: options") :].splitlines()
+    row = "rank 4 a whole number from 1 to 16 how many it has"
+    assert " ".join(part[3].split()) == row
+    fp8 = out[out.index("blockwise_fp8: options") :]
+    assert "scale_search" in fp8
+    assert "from 0 to 128" in fp8
 
 
 def test_quantize_takes_scales_and_rules(run, dense, tmp_path):
@@ -130,10 +217,10 @@ def test_shards_are_written_beside_their_index(run, dense, tmp_path):
 
 def test_defaults_are_shown(run, dense, tmp_path, monkeypatch):
     """Those of a checkpoint's model, and those of every model known."""
-    assert "the model is not known" in run("quantize", "--show-defaults", dense)[1]
-    toy = Architecture("Toy", ("a*",), ("*.mod", "*.b"), "its makers", ())
-    for module in (cli.quantize, quantize_choice):
-        monkeypatch.setattr(module, "detect_architecture", lambda header: toy)
+    assert "the model is unknown" in run("quantize", "--show-defaults", dense)[1]
+    toy = ModelFamily("Toy", ("a*",), ("*.mod", "*.b"), "its makers", ())
+    for module in (cli.quantize, selection):
+        monkeypatch.setattr(module, "detect_family", lambda keys: toy)
     path, target = tmp_path / "toy.safetensors", tmp_path / "q.safetensors"
     layers = ("a.0", "a.mod", "a.1")
     save_file({f"{la}.weight": torch.ones(2, 64) for la in layers}, path)
@@ -160,8 +247,9 @@ def notes(out):
 
 def test_a_note_says_that_patterns_replace_defaults(run, dense, tmp_path, monkeypatch):
     """Of a known model, unless the word default is among them."""
-    toy = Architecture("Toy", ("*",), ("*norm*", "*mod*"), "its makers", ())
-    monkeypatch.setattr(quantize_choice, "detect_architecture", lambda header: toy)
+    toy = ModelFamily("Toy", ("*",), ("*norm*", "*mod*"), "its makers", ())
+    monkeypatch.setattr(selection, "detect_family", lambda keys: toy)
+    save_file({f"{name}.weight": torch.ones(2, 64) for name in "ab"}, dense)
     words = ("quantize", dense, tmp_path / "q.safetensors", "--dry-run")
     (note,) = notes(run(*words, "--exclude", "b")[1])
     assert "replaces what is left out of Toy by default (*norm* *mod*)" in note
@@ -178,7 +266,7 @@ def test_a_note_says_why_blocks_are_not_those_asked_for(run, dense, tmp_path):
     out = run("quantize", dense, path, "--block-size", "1x60")[1]
     assert ["1x128", "1"] in [line.split() for line in out.splitlines()]
     (note,) = notes(out)
-    assert "such as a with 1x128 instead of 1x60: where columns do not divide" in note
+    assert "such as a with 1x128 instead of 1x60: if the block does not divide" in note
     assert "--dialect hijack" in note
     for words in (["1x32"], ["32"], ["1x60", "--dialect", "hijack"], ["999x999"]):
         words = [dense, path, "--force", "--block-size", *words]
@@ -200,7 +288,7 @@ def test_notes_say_what_readers_of_a_dialect_expect(run, dense, tmp_path):
     for command in (["quantize", dense, "--block-size", "1x64"], ["convert", path]):
         name, source, *words = command
         found = notes(run(name, source, other, *deepseek, *words)[1])
-        assert "most readers of deepseek only take blocks of 128x128" in found[1]
+        assert "most readers of deepseek only support blocks of 128x128" in found[1]
 
 
 def test_defaults_of_every_model_are_shown(run):
@@ -245,13 +333,13 @@ def test_identify_shows_a_table_and_json(run, dense, tmp_path):
     assert "not quantized: BF16" in run("identify", dense)[1]
 
 
-def test_identify_reports_orphans_in_its_status(run, tmp_path):
+def test_identify_reports_unconsumed_scales_in_its_status(run, tmp_path):
     """A scale nobody reads makes the status 3."""
     path = tmp_path / "o.safetensors"
     save_file({"a.weight_scale": torch.ones(1)}, path)
     status, out, _ = run("identify", path)
     assert status == 3
-    assert "orphan: a.weight_scale" in out
+    assert "unconsumed: a.weight_scale" in out
 
 
 def test_schemes_lists_names_dialects_and_origin(run):
@@ -279,9 +367,9 @@ def bad_inputs(folder):
     text = folder / "t.safetensors"
     text.write_text("hello, this is not a checkpoint")
     yield ("identify", folder / "none.safetensors"), "No such file"
-    yield ("identify", text), "no safetensors file"
+    yield ("identify", text), "not a safetensors file"
     yield ("identify", folder), "is a folder"
-    yield ("quantize", text, folder / "q"), "no safetensors file"
+    yield ("quantize", text, folder / "q"), "not a safetensors file"
     yield ("demo", "--out", text), "t.safetensors: File exists"
 
 
@@ -335,28 +423,6 @@ def test_an_interruption_ends_with_status_130(run, dense, tmp_path, monkeypatch)
     assert status == 130
     assert err.splitlines()[-1] == "hijack: interrupted; nothing was replaced"
     assert [p.name for p in tmp_path.iterdir()] == [dense.name]
-
-
-def test_an_interruption_with_resume_is_gone_on_with(run, dense, tmp_path, monkeypatch):
-    """The message says so; the same command then finishes the file."""
-    path, whole = tmp_path / "q.safetensors", tmp_path / "whole.safetensors"
-    assert run("quantize", dense, whole)[0] == 0
-    real = CheckpointWriter.write
-
-    def interrupt(self, key, tensor):
-        real(self, key, tensor)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(CheckpointWriter, "write", interrupt)
-    status, _, err = run("quantize", dense, path, "--resume")
-    assert status == 130
-    assert err.splitlines()[-1].endswith(
-        "replaced, and the same command goes on from here"
-    )
-    monkeypatch.undo()
-    assert run("quantize", dense, path, "--resume")[0] == 0
-    assert path.read_bytes() == whole.read_bytes()
-    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_device_that_is_not_there_is_reported(run, dense, tmp_path):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 import hijack
 from hijack import cli
 from hijack.errors import CheckpointError
-from hijack.metrics import measure
+from hijack.metrics import quantization_error
 from hijack.safetensors_io.reader import read_header
 
 
@@ -34,10 +34,10 @@ def test_each_weight_gets_its_error(files):
     error = stored["blocks.1.weight"].double() * scale - wanted
     loss = found.layers["blocks.1.weight"]
     assert loss.rmse == pytest.approx(error.square().mean().sqrt().item(), rel=1e-6)
-    assert loss.largest == pytest.approx(error.abs().max().item(), rel=1e-6)
+    assert loss.max_abs_error == pytest.approx(error.abs().max().item(), rel=1e-6)
     ratio = wanted.square().sum() / error.square().sum()
     assert loss.sqnr == pytest.approx(10 * torch.log10(ratio).item(), rel=1e-6)
-    assert found.layers["norm.weight"].largest == 0
+    assert found.layers["norm.weight"].max_abs_error == 0
     assert not found.same
     assert hijack.compare_files(files[1], files[1]).same
 
@@ -141,7 +141,7 @@ def test_models_that_have_nothing_in_common_are_refused(files, tmp_path):
 )
 def test_extremes_have_numbers_too(one, two, sqnr):
     """Equal, nothing to compare with, and what is no number."""
-    assert str(measure(one, two).sqnr) == sqnr
+    assert str(quantization_error(one, two).sqnr) == sqnr
 
 
 def test_weights_that_hold_nan_are_the_worst(files, tmp_path, capsys, monkeypatch):

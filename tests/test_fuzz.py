@@ -14,7 +14,7 @@ from hijack.checkpoint.compare import compare_files
 from hijack.errors import CheckpointError, HeaderError, ShapeError
 from hijack.lora.files import Loras
 from hijack.safetensors_io.reader import open_tensors, read_header
-from hijack.text import shown
+from hijack.text import excerpt
 from schemes._fp8.blocks import infer_block_size
 from tests.fuzz.case import Case
 from tests.fuzz.check import Checker
@@ -139,9 +139,9 @@ def test_nothing_a_file_says_makes_a_message_that_cannot_be_shown(name):
 
 def test_text_that_can_be_shown_is_not_changed():
     """Escapes are for what is not printable."""
-    assert shown("q says é") == "q says é"
-    assert shown("\x1b[31m\n\ud800") == r"\x1b[31m\n\ud800"
-    assert shown(["x"] * 500, 9) == "['x', 'x'..."
+    assert excerpt("q says é") == "q says é"
+    assert excerpt("\x1b[31m\n\ud800") == r"\x1b[31m\n\ud800"
+    assert excerpt(["x"] * 500, 9) == "['x', 'x'..."
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,8 @@ def test_files_of_another_kind_are_named(path, message):
 
 
 HEADERS = {
-    r"said to be 999 bytes": (b"{}", {"length": 999}),
-    r"said to be 18446744073709551615 bytes": (b"{}", {"length": 2**64 - 1}),
+    r"header length 999 exceeds the file size": (b"{}", {"length": 999}),
+    r"header length 18446744073709551615 exceeds": (b"{}", {"length": 2**64 - 1}),
     r"not UTF-8": (b'{"a\xff": 1}', {}),
     r"not JSON": (b"{,}", {}),
     r"nested too deeply": (b"[" * 100_000, {}),
@@ -140,11 +140,11 @@ HEADERS = {
         {"a": entry(shape=(2**62, 2**62, 0), offsets=(0, 0))},
         {"data": b""},
     ),
-    r"a: shape \[3\] of F4 .*no whole number": (
+    r"a: shape \[3\] of F4 .*not a whole number": (
         {"a": entry("F4", (3,), (0, 1))},
         {"data": b"\0"},
     ),
-    r"no text UTF-8 could hold": ({"\ud800": entry()}, {}),
+    r"is not valid UTF-8": ({"\ud800": entry()}, {}),
     r"not JSON; Exceeds the limit": (b'{"a": ' + b"9" * 5000 + b"}", {}),
     r"a: 8 bytes for shape \[3\]": ({"a": entry(shape=(3,))}, {}),
     r"b: begins at byte 4.*overlaps": (
@@ -178,7 +178,7 @@ def test_missing_files_and_folders_are_refused(tmp_path):
         read_header(tmp_path)
     with pytest.raises(HeaderError, match="empty list of shards"):
         read_header([])
-    with pytest.raises(HeaderError, match="is no file name"):
+    with pytest.raises(HeaderError, match="is not a valid file name"):
         read_header("a\0b")
 
 

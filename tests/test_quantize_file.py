@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
 from hijack.safetensors_io.reader import read_header
+from hijack.testing import registered
 
 LARGEST = 448.0
 
@@ -212,16 +214,16 @@ def test_a_quantized_source_is_refused(source, tmp_path):
         (
             "none/x",
             None,
-            r"cannot be written; .*none is no folder that exists; make it",
+            r"cannot be written; .*none is not a folder; make it",
         ),
         (
             "none/x",
             1 << 30,
-            r"cannot be written; .*none is no folder that exists; make",
+            r"cannot be written; .*none is not a folder; make",
         ),
         ("x" * 256, None, "cannot be written; File name too long"),
         ("x" * 230, 1 << 30, "cannot be written; File name too long"),
-        ("a\0b", None, r"a\\x00b': is no file name"),
+        ("a\0b", None, r"a\\x00b': is not a valid file name"),
     ],
 )
 def test_no_file_can_be_written_there(source, tmp_path, name, shards, match, dry_run):
@@ -285,7 +287,7 @@ def test_wrong_arguments_are_refused(source, tmp_path):
     refused(source, tmp_path, CheckpointError, "workers: got 0, expected", workers=0)
     words = {"dialect": "musubi", "block_size": (32, 32)}
     refused(source, tmp_path, CheckpointError, "dialect musubi: cannot", **words)
-    refused(source, tmp_path, CheckpointError, "never written; exp", dialect="kijai")
+    refused(source, tmp_path, CheckpointError, "not written; exp", dialect="kijai")
 
 
 def test_the_source_is_never_overwritten(source, tmp_path):
@@ -332,7 +334,10 @@ def test_a_disk_that_is_full_leaves_the_old_file(source, tmp_path):
 
 
 def test_memory_is_bounded_by_a_layer(tmp_path):
-    """Quantizing 128 MB of 8 MB layers peaks far below the file's size."""
+    """Quantizing 128 MB of 8 MB layers peaks far below the file's size.
+
+    Each thread holds a layer: the number of threads is given, not that of the cores.
+    """
     path = tmp_path / "big.safetensors"
     weight = torch.randn(2048, 2048).bfloat16()
     save_file({f"l{i}.weight": weight.clone() for i in range(16)}, path)
@@ -341,7 +346,7 @@ def test_memory_is_bounded_by_a_layer(tmp_path):
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "hijack.quantize_file(sys.argv[2], sys.argv[3])\n"  # warms up
         "before = peak()\n"
-        "hijack.quantize_file(sys.argv[1], sys.argv[3])\n"
+        "hijack.quantize_file(sys.argv[1], sys.argv[3], workers=2)\n"
         "print(peak() - before)\n"
     )
     small = tmp_path / "small.safetensors"
@@ -354,3 +359,45 @@ def test_memory_is_bounded_by_a_layer(tmp_path):
     assert done.returncode == 0, done.stderr
     scale = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * scale < 48e6
+
+
+class LinearOnly(hijack.Scheme):
+    """A toy that takes Linear layers of an even width."""
+
+    name = "linear_only"
+
+    def quantize(self, weight):
+        """Halve the numbers' bits."""
+        return weight.to(torch.float8_e4m3fn), {"weight_mark": weight.new_ones(1)}
+
+    def dequantize(self, qdata, params, dtype):
+        """Widen."""
+        return qdata.to(dtype)
+
+    def declines(self, shape):
+        """Odd widths."""
+        return f"width {shape[1]} is odd" if shape[1] % 2 else None
+
+
+def test_targets_of_the_scheme_hold_and_the_result_loads(tmp_path):
+    """What is no target stays dense, and so does what the scheme declines."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed_tokens = nn.Embedding(16, 8)
+            self.conv = nn.Conv2d(4, 8, 3)
+            self.inner = nn.Linear(8, 8)
+            self.odd = nn.Linear(9, 8)
+
+    dense, path = tmp_path / "dense.safetensors", tmp_path / "q.safetensors"
+    save_file(Model().state_dict(), dense)
+    with registered(LinearOnly()):
+        report = hijack.quantize_file(dense, path, "linear_only", include="*")
+        assert report.layers == ("inner",)
+        assert report.skipped == {
+            "conv": "looks like Conv2d; the scheme quantizes Linear",
+            "embed_tokens": "looks like Embedding; the scheme quantizes Linear",
+            "odd": "width 9 is odd",
+        }
+        assert len(hijack.load(Model(), path).layers) == 1

@@ -149,7 +149,11 @@ def too_long(writer):
         (no_b, CheckpointError, "b: was planned but never written"),
         (fail, FeedError, None),
         (interrupt, KeyboardInterrupt, None),
-        (other_shape, CheckpointError, r"a: got F32 \[3\], planned were F32 \[2\]"),
+        (
+            other_shape,
+            CheckpointError,
+            r"a: got F32 \[3\], expected the planned F32 \[2\]",
+        ),
         (too_short, CheckpointError, "a: got 4 bytes, expected 8"),
         (too_long, CheckpointError, "a: got 9 bytes, expected 8"),
     ],
@@ -186,7 +190,7 @@ def test_a_folder_is_no_file_name(tmp_path):
     """Neither is the folder that is missing."""
     with pytest.raises(CheckpointError, match="is a folder, expected a file name"):
         write_checkpoint(tmp_path, TENSORS)
-    with pytest.raises(CheckpointError, match=r"written; .*none is no folder that"):
+    with pytest.raises(CheckpointError, match=r"written; .*none is not a folder"):
         write_checkpoint(tmp_path / "none" / "x.safetensors", TENSORS)
 
 
@@ -256,11 +260,11 @@ def test_a_disk_with_room_and_no_files_left_is_told_apart(tmp_path, monkeypatch)
     """No room is needed for what a quota, or too many files, stand in the way of."""
     real = os.open
 
-    def no_lock(path, flags, *mode):
-        return full() if str(path).endswith("lock") else real(path, flags, *mode)
+    def no_file(path, *words, **more):
+        return full() if str(path).endswith("00001") else real(path, *words, **more)
 
-    monkeypatch.setattr(os, "open", no_lock)
-    message = "elsewhere; what is used up may be a quota, or the number of files"
+    monkeypatch.setattr(os, "open", no_file)
+    message = "elsewhere; the limit may be a quota, or the number of files"
     with pytest.raises(CheckpointError, match=message):
         write_checkpoint(tmp_path / "x.safetensors", TENSORS)
     assert names(tmp_path) == []

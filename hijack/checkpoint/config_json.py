@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hijack.errors import CheckpointError
-from hijack.formats.dialect import FileMarks
-from hijack.safetensors_io.atomic import Partial, leftovers, replace, write_durably
+from hijack.formats.dialect import FormatMetadata
+from hijack.safetensors_io.atomic import replace, temp_dir, write_durably
 from hijack.safetensors_io.files import read_config
 from hijack.safetensors_io.header import CONFIG_KEY, Header
 
@@ -17,72 +17,66 @@ _NAME = "config.json"
 
 
 def config_of(
-    marks: FileMarks, dialect: str, source: Header, path: Path
+    metadata: FormatMetadata, dialect: str, source: Header, path: Path
 ) -> Mapping[str, object]:
-    """What a file in a dialect has to say in ``config.json``.
+    """The ``quantization_config`` to write beside a file.
 
     Args:
-        marks: what it says as a whole.
-        dialect: that of the file.
-        source: what it is made of.
+        metadata: of the file.
+        dialect: of the file.
+        source: header of the file it is made from.
         path: of the file.
 
     Raises:
-        CheckpointError: if readers of the dialect expect none, it would lie beside the
-            source, which would be read by it no longer, or the one there cannot be
-            read.
+        CheckpointError: if the dialect has no config, the config would be beside the
+            source, which it does not describe, or the existing one cannot be read.
     """
-    if marks.config is None:
+    if metadata.config is None:
         raise CheckpointError(
             f"write_config: dialect {dialect} has no quantization_config; expected one "
-            "such as deepseek; leave write_config out"
+            "such as deepseek; leave out write_config"
         )
     for info in source.tensors.values():
         if info.file and info.file.parent.resolve() == path.parent.resolve():
             raise CheckpointError(
-                f"{path.parent / _NAME}: would lie beside the source too, and describe "
-                f"it wrongly; expected another folder for {path.name}; write it there, "
-                "or leave write_config out (--write-config)"
+                f"{path.parent / _NAME}: would be beside the source too, which it does "
+                f"not describe; expected another folder for {path.name}; write it "
+                "there, or leave out write_config (--write-config)"
             )
     target = path.parent / _NAME
     if os.path.lexists(target) and read_config(path.parent) is None:
         raise CheckpointError(
-            f"{target}: is no table of JSON that can be read, and would be lost; "
-            "expected a config to add to; move it away, or leave write_config out"
+            f"{target}: is not a JSON object, and would be overwritten; expected a "
+            "config to add to; move it away, or leave out write_config"
         )
-    return marks.config
+    return metadata.config
 
 
 def write_config_beside(
     path: Path, source: Mapping[str, object] | None, quantization: Mapping[str, object]
 ) -> Path:
-    """Say in a checkpoint's ``config.json`` how it is quantized.
+    """Write a checkpoint's ``quantization_config`` to ``config.json``.
 
-    What the file says besides stays; where there is none, that of the source is taken.
+    The rest of an existing file is kept; without one, the source's config is used.
 
     Args:
         path: the checkpoint.
-        source: the config that lay beside the source, if any.
-        quantization: what to put under ``quantization_config``.
+        source: the config beside the source, if any.
+        quantization: the ``quantization_config``.
 
     Returns:
-        The file written, whole or not at all.
+        The file, which is written atomically.
 
     Raises:
         CheckpointError: if it cannot be written.
     """
     target = path.parent / _NAME
-    kept = read_config(path.parent) or source or {}
-    text = json.dumps({**kept, CONFIG_KEY: quantization}, indent=2) + "\n"
-    for left in leftovers(target):
-        left.remove()
     try:
-        partial = Partial.create(target)  # another process may be at the same file
-        try:
-            write_durably(partial.folder / _NAME, text.encode())
-            replace(partial.folder / _NAME, target)
-        finally:
-            partial.remove()
+        with temp_dir(target) as folder:
+            kept = read_config(path.parent) or source or {}
+            text = json.dumps({**kept, CONFIG_KEY: quantization}, indent=2) + "\n"
+            write_durably(folder / _NAME, text.encode())
+            replace(folder / _NAME, target)
     except OSError as error:
         raise CheckpointError(
             f"{target}: cannot be written; {error.strerror}"

@@ -1,4 +1,4 @@
-"""One layer on its way from one dialect to another."""
+"""The conversion of one layer from one dialect to another."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hijack.claim import Claim
 from hijack.errors import HijackError
-from hijack.formats.claim import Claim
-from hijack.formats.dialect import Dialect, Spelled
-from hijack.metrics import Loss, measure
-from hijack.registry import default_registry
+from hijack.formats import matching
+from hijack.formats.dialect import Dialect, EncodedLayer
+from hijack.metrics import QuantizationError, quantization_error
+from hijack.quantized import QuantizationConfig, QuantizedTensor
 from hijack.safetensors_io.header import Header, TensorInfo, join
 from hijack.safetensors_io.reader import open_tensors
 from hijack.scheme import Scheme
@@ -33,12 +34,10 @@ class Conversion:
         source: the dialect it is in.
         target: the dialect it will be in.
         shape: of the dense weight.
-        block_size: the blocks it will have.
-        options: what the target is told when it encodes.
-        requantized: whether it is quantized anew.
-        inputs: keys of scales of inputs, and what they will be called.
-        params: names of the scheme's tensors beside the codes.
-        planned: key to dtype and shape of what will be written; the codes first.
+        options: passed to the target's ``encode``.
+        requantized: whether it is dequantized and quantized again.
+        inputs: keys of input scales, to their new keys.
+        encoded: the layer as the target will store it, once that is planned.
     """
 
     claim: Claim
@@ -46,90 +45,102 @@ class Conversion:
     source: Dialect
     target: Dialect
     shape: tuple[int, ...]
-    block_size: Pair | None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     requantized: bool = False
     inputs: dict[str, str] = dataclasses.field(default_factory=dict)
-    params: tuple[str, ...] = ()
-    planned: dict[str, TensorInfo] = dataclasses.field(default_factory=dict)
+    encoded: EncodedLayer | None = None
 
     @classmethod
-    def of(cls, header: Header, claim: Claim, dialect: str) -> Conversion:
-        """What the header alone tells of a layer.
+    def of(
+        cls, header: Header, claim: Claim, dialect: str, scheme: Scheme
+    ) -> Conversion:
+        """A conversion that is not planned yet, from the header alone.
 
         Raises:
-            CheckpointError: if its scheme has no such dialect, or does not write it.
+            CheckpointError: if the scheme has no such dialect, or cannot write it.
             HijackError: if its tensors do not fit each other.
         """
-        scheme = default_registry().get(claim.scheme)
-        source, target = scheme.dialect(claim.dialect), scheme.written(dialect)
+        source = matching.dialect_of(scheme, claim.dialect)
+        target = matching.written_dialect(scheme, dialect)
         infos = {key: header.tensors[key] for key in claim.keys.values()}
         meta = {
             key: torch.empty(info.torch_shape, dtype=info.torch_dtype, device="meta")
             for key, info in infos.items()
         }
-        qdata, params = scheme.decode(claim, meta)
-        shape = tuple(scheme.dequantize(qdata, params, torch.float32).shape)
-        return cls(claim, scheme, source, target, shape, claim.block_size)
+        qdata, params = matching.decode(scheme, claim, meta)
+        shape = claim.shape or scheme.dense_shape(qdata, params)
+        return cls(claim, scheme, source, target, shape)
+
+    @property
+    def block_size(self) -> Pair | None:
+        """The planned block size."""
+        return None if self.encoded is None else self.encoded.block_size
+
+    @property
+    def planned(self) -> dict[str, TensorInfo]:
+        """Key to dtype and shape of what will be written; ``qdata`` is the first."""
+        tensors = {} if self.encoded is None else self.encoded.tensors
+        return {join(self.claim.layer, name): info for name, info in tensors.items()}
 
     # -- planning ----------------------------------------------------------------------
 
-    def fit(
-        self, header: Header, settled: Mapping[str, Any], asked: Mapping[str, Any]
+    def plan(
+        self, header: Header, shared: Mapping[str, Any], requested: Mapping[str, Any]
     ) -> str:
-        """Find blocks the target can spell; if there are none, say why.
+        """Find a block size the target can store; if there is none, return why.
 
         Args:
             header: of the source.
-            settled: options that all layers of the file share.
-            asked: options that were asked for; blocks among them are those to have.
+            shared: options that all layers of the file share.
+            requested: options of the user; a block size among them is the only one
+                that is tried.
 
         Raises:
             HijackError: if there are no such options.
         """
         reason, size = "there are no such blocks", self.claim.block_size
-        wanted: list[tuple[Pair | None, Any]] = [(None, None)]
-        given = self._asked(asked) if asked else None
-        if size is not None and given is not None and "block_size" in asked:
-            wanted = [given]
+        candidates: list[tuple[Pair | None, Any]] = [(None, None)]
+        requested_size = self._requested_size(requested) if requested else None
+        if size is not None and requested_size and "block_size" in requested:
+            candidates = [requested_size]
         elif size is not None:
-            choices = self.target.blocks(self.shape, size, settled)
-            whole = settled.get("block_size") == "tensor"
-            wanted = [(choice, "tensor" if whole else choice) for choice in choices]
-        for choice, spelled in wanted:
-            self.options = {**settled, **asked}
-            if choice is not None:
-                self.options["block_size"] = spelled
+            sizes = self.target.blocks(self.shape, size, shared)
+            whole = shared.get("block_size") == "tensor"
+            candidates = [(choice, "tensor" if whole else choice) for choice in sizes]
+        for candidate, option in candidates:
+            self.options = {**shared, **requested}
+            if candidate is not None:
+                self.options["block_size"] = option
             try:
-                reason = self._try(header, choice)
+                reason = self._try(header, candidate)
             except HijackError as error:
                 reason = str(error)
             if not reason:
                 return ""
         return reason
 
-    def _asked(self, asked: Mapping[str, Any]) -> tuple[Pair | None, Any]:
-        """The blocks that quantizing with some options would give, and their option."""
-        options = self.target.fit_options(self.shape, dict(asked))
-        made = self.scheme.create_params(self.shape, torch.float32, "meta", **options)
-        return self.scheme.block_size(*made), options.get("block_size")
+    def _requested_size(self, requested: Mapping[str, Any]) -> tuple[Pair | None, Any]:
+        """The block size that quantizing with some options gives, and its option."""
+        options = self.target.fit_options(self.shape, dict(requested))
+        meta = self.scheme.create_params(self.shape, torch.float32, "meta", **options)
+        return self.scheme.block_size(*meta), options.get("block_size")
 
-    def _try(self, header: Header, wanted: Pair | None) -> str:
+    def _try(self, header: Header, block_size: Pair | None) -> str:
         qdata, params = self._decode(header)
-        if wanted is not None and wanted != self.claim.block_size:
-            changed = self.scheme.reblock(qdata, params, wanted)
-            if changed is None:
+        if block_size is not None and block_size != self.claim.block_size:
+            regrouped = self.scheme.reblock(qdata, params, block_size)
+            if regrouped is None:
                 return (
                     f"{self.claim.layer}: its blocks of "
                     f"{block_text(self.claim.block_size)} do not give blocks of "
-                    f"{block_text(wanted)}, which dialect {self.target.name} would have"
+                    f"{block_text(block_size)}, which dialect {self.target.name} needs"
                 )
-            params = changed
+            params = regrouped
         self._plan(qdata, params)
         return ""
 
-    def fit_anew(self, options: Mapping[str, Any]) -> str:
-        """Plan to quantize the layer anew; if that cannot be spelled, say why."""
+    def plan_requantize(self, options: Mapping[str, Any]) -> str:
+        """Plan to requantize the layer; if that cannot be stored, return why."""
         self.requantized = True
         self.options = self.target.fit_options(self.shape, dict(options))
         try:
@@ -143,48 +154,50 @@ class Conversion:
         return ""
 
     def _plan(self, qdata: Tensor, params: Mapping[str, Tensor]) -> None:
-        """Ask the target for dtypes and shapes of what it will write."""
+        """Encode the layer without data."""
         meta = {name: tensor.to("meta") for name, tensor in params.items()}
-        codes = qdata.to("meta")
-        self.params = tuple(meta)
-        self.block_size = self.scheme.block_size(codes, meta)
-        made = self.encode(codes, meta)
-        self.planned = {key: TensorInfo.of(tensor) for key, tensor in made.items()}
+        weight = self._weight((qdata.to("meta"), meta))
+        tensors = self._encode(weight.qdata, meta)
+        encoded = matching.encoded_layer(weight, tensors)
+        if not self.requantized:
+            encoded = dataclasses.replace(encoded, options=self.claim.options)
+        self.encoded = encoded
 
-    def spelled(self) -> Spelled:
-        """For the target to say what the file is."""
-        prefix = len(join(self.claim.layer, ""))
-        tensors = {key[prefix:]: info for key, info in self.planned.items()}
-        return Spelled(
-            self.scheme.name, self.params, self.shape, self.block_size, tensors
-        )
-
-    # -- doing -------------------------------------------------------------------------
+    # -- converting --------------------------------------------------------------------
 
     def read(self, header: Header) -> Quantized:
-        """Codes and parameters, as the result will have them."""
+        """The quantized data and parameters of the result."""
         qdata, params = self._decode(header)
         if self.requantized:
-            dense = self.scheme.dequantize(qdata, params, torch.float32)
+            dense = self._weight((qdata, params)).dense(torch.float32)
             return self.scheme.quantize(dense, **self.options)
         if self.block_size is None or self.block_size == self.claim.block_size:
             return qdata, params
-        changed = self.scheme.reblock(qdata, params, self.block_size)
-        return qdata, params if changed is None else changed
+        regrouped = self.scheme.reblock(qdata, params, self.block_size)
+        return qdata, params if regrouped is None else regrouped
 
     def encode(self, qdata: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors of the result, by full key, the codes first."""
+        """The tensors of the result by full key; ``qdata`` is the first."""
+        tensors = self._encode(qdata, params)
+        return {join(self.claim.layer, name): t for name, t in tensors.items()}
+
+    def error(self, header: Header, converted: Quantized) -> QuantizationError:
+        """The error of requantizing, against what the source decodes to."""
+        reference, other = map(self._weight, (self._decode(header), converted))
+        return quantization_error(
+            reference.dense(torch.float32), other.dense(torch.float32)
+        )
+
+    def _encode(self, qdata: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
-            made = self.target.encode(qdata, params, self.options)
+            return self.target.encode(qdata, params, self.options)
         except HijackError as error:
             raise type(error)(f"{self.claim.layer}: {error}") from error
-        return {join(self.claim.layer, name): tensor for name, tensor in made.items()}
 
-    def loss(self, header: Header, made: Quantized) -> Loss:
-        """What quantizing anew lost, against what the source decodes to."""
-        dense = self.scheme.dequantize(*self._decode(header), torch.float32)
-        return measure(dense, self.scheme.dequantize(*made, torch.float32))
+    def _weight(self, quantized: Quantized) -> QuantizedTensor:
+        config = QuantizationConfig.of(self.scheme, self.options)
+        return QuantizedTensor(*quantized, config, self.shape)
 
     def _decode(self, header: Header) -> Quantized:
-        # mapped anew each time, so that the pages read do not add up
-        return self.scheme.decode(self.claim, open_tensors(header))
+        # mapped again each time, so that the pages read do not add up
+        return matching.decode(self.scheme, self.claim, open_tensors(header))

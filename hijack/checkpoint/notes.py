@@ -1,51 +1,52 @@
-"""What people should know of a result, though nothing is wrong with it."""
+"""Notes on a result: worth knowing, but not errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from hijack.checkpoint.quantize_choice import Choice
-from hijack.formats.dialect import Dialect, FileMarks
+from hijack.formats.dialect import Dialect, FormatMetadata
+from hijack.selection import Choice
 
 
 def replaced_notes(choice: Choice) -> list[str]:
-    """That patterns which were given took the place of a known model's."""
-    known = choice.architecture
-    name = "" if known is None else known.name
-    whats = {"include": "quantized in", "exclude": "left out of"}
+    """Notes that requested patterns replaced the defaults of a known model."""
+    name = "" if choice.family is None else choice.family.name
+    effects = {"include": "quantized in", "exclude": "left out of"}
     return [
-        f"{option} (--{option}) replaces what is {whats[option]} {name} by default "
+        f"{option} (--{option}) replaces what is {effects[option]} {name} by default "
         f"({' '.join(usual)}); add 'default' (--{option} default) to keep that"
         for option, usual in choice.replaced.items()
     ]
 
 
-def refit_notes(
+def adjusted_block_notes(
     dialect: Dialect, layers: Mapping[str, tuple[str, str]], count: int
 ) -> list[str]:
-    """That a dialect gave layers other blocks than those asked for, and why.
+    """A note that a dialect adjusted the requested block size of layers, and why.
 
     Args:
         dialect: that of the result.
-        layers: those layers, to the blocks asked for and the blocks they have.
-        count: how many layers are quantized.
+        layers: each such layer, to its requested and its actual block size.
+        count: number of quantized layers.
     """
     if not layers:
         return []
-    first, (asked, given) = next(iter(layers.items()))
+    first, (requested, actual) = next(iter(layers.items()))
     return [
-        f"{len(layers)} of {count} layers have other blocks than those asked for, such "
-        f"as {first} with {given} instead of {asked}: {dialect.refit}; dialect hijack "
-        "(--dialect hijack) has the blocks asked for"
+        f"{len(layers)} of {count} layers have other blocks than requested, such as "
+        f"{first} with {actual} instead of {requested}: {dialect.refit_reason}; "
+        "dialect hijack (--dialect hijack) can store the requested blocks"
     ]
 
 
-def mark_notes(marks: FileMarks, dialect: str, write_config: bool) -> Sequence[str]:
-    """What a dialect's own readers may miss in a file."""
-    if marks.config is None or write_config:
-        return marks.notes
+def format_notes(
+    metadata: FormatMetadata, dialect: str, write_config: bool
+) -> Sequence[str]:
+    """Notes on what the dialect's own readers need or do not support."""
+    if metadata.config is None or write_config:
+        return metadata.notes
     return (
         f"readers of {dialect} look for quantization_config in config.json; "
         "write_config (--write-config) writes it",
-        *marks.notes,
+        *metadata.notes,
     )

@@ -13,27 +13,27 @@ from typing import Any
 import torch
 
 from hijack.checkpoint.config_json import config_of, write_config_beside
-from hijack.checkpoint.copying import Watch, refuse_place
-from hijack.checkpoint.fingerprint import fingerprint
-from hijack.checkpoint.notes import mark_notes, refit_notes, replaced_notes
-from hijack.checkpoint.quantize_choice import Choice, Patterns, choose
+from hijack.checkpoint.copying import SourceSnapshot, check_output
+from hijack.checkpoint.notes import adjusted_block_notes, format_notes, replaced_notes
 from hijack.checkpoint.quantize_plan import QuantizePlan
-from hijack.checkpoint.quantize_run import Progress as Progress
-from hijack.checkpoint.quantize_run import Way, count_workers, run
+from hijack.checkpoint.quantize_run import RunOptions, count_workers, run
 from hijack.errors import CheckpointError
+from hijack.formats import matching
 from hijack.formats.detection import identify
 from hijack.lora.delta import SUFFIXES
 from hijack.lora.files import Loras, Spec, parse_loras
-from hijack.registry import default_registry
+from hijack.progress import Progress
+from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, join
-from hijack.safetensors_io.layout import lay_out_files
+from hijack.safetensors_io.layout import plan_files
 from hijack.safetensors_io.reader import Paths, read_header
 from hijack.safetensors_io.shards import Destination, destination, parse_size
 from hijack.safetensors_io.writer import open_writer
 from hijack.scheme import Scheme
+from hijack.selection import Choice, Patterns, choose
 from hijack.text import block_text
 
-#: Endings of keys that only LoRA, LoHa and LoKr have.
+#: Suffixes of keys that only LoRA, LoHa and LoKr have.
 _LORA_PARTS = tuple(end for end in SUFFIXES if re.search("lora|hada|lokr", end))
 
 
@@ -46,16 +46,16 @@ class QuantizeReport:
         skipped: name of every other layer with a 2-D weight or more, and why.
         bytes_before: size of all tensors of the source.
         bytes_after: size of all tensors of the result.
-        blocks: block size, as people write it, to the number of layers with it.
+        blocks: block size as text, such as ``1x64``, to the number of such layers.
         merged: keys of the tensors that LoRAs were merged into.
         unmatched: names in LoRA files of layers that the checkpoint lacks.
-        dialect: how the quantized layers are spelled.
-        architecture: name of the model's, "" if it is not known.
+        dialect: in which the quantized layers are stored.
+        architecture: name of the model's family, "" if it is unknown.
         files: name to size of each file written, but for the index of shards.
         written: False after a dry run.
-        reblocked: layers with other blocks than those asked for, which the dialect
-            cannot spell.
-        notes: sentences of what people should know of the result.
+        reblocked: layers with other blocks than requested, because the dialect cannot
+            store those.
+        notes: human-readable notes on the result.
     """
 
     layers: tuple[str, ...]
@@ -102,50 +102,50 @@ def quantize_file(
     device: str | torch.device = "cpu",
     workers: int | None = None,
     max_shard_size: int | str | None = None,
-    resume: bool = False,
     write_config: bool = False,
     dry_run: bool = False,
+    registry: Registry | None = None,
     **options: Any,
 ) -> QuantizeReport:
     """Quantize the 2-D weights of a safetensors checkpoint.
 
-    Memory is bounded by 256 MB, or by the largest layer if that takes more. Everything
-    that is not quantized is copied byte for byte, and metadata is kept.
+    Memory is bounded by 256 MB, or by the largest layer if that needs more. Everything
+    else is copied byte for byte, and metadata is kept.
 
     Args:
         src: a safetensors file, an index file, or a list of shards.
-        dst: the file to write; replaced only when the new one is whole. A link is not
-            replaced, but the file it leads to.
+        dst: the file to write; replaced only when the new one is complete. If it is a
+            link, the file it points to is replaced.
         scheme: a registered name, or a scheme.
-        block_size: the scheme's block size; None takes the dialect's default.
-        dialect: how to spell the quantized layers; None takes the scheme's first, or
-            its own where that has no words for the blocks asked for.
+        block_size: the scheme's block size; None is the dialect's default.
+        dialect: in which to store the quantized layers; None is the scheme's first, or
+            its native one if that cannot store the requested blocks.
         loras: files to merge first, such as ``"style.safetensors:0.8"`` or (path,
             strength); a single one needs no list. They are merged in float32 into all
-            tensors they change.
-        include: fnmatch patterns on layer names; None is those of the model's
-            architecture, or every layer with a 2-D floating weight. Weights of more
-            dimensions are quantized only if a pattern given here names them.
+            tensors they target.
+        include: fnmatch patterns on layer names; None is those of the model's family,
+            or every layer with a 2-D floating weight. Weights of more dimensions are
+            quantized only if a pattern here names them. Weights of modules that are
+            not targets of the scheme, judging by names and shapes, never are.
         exclude: fnmatch patterns on layer names to leave dense; None is those of the
-            architecture, ``()`` none. In both lists ``"default"`` stands for the
-            architecture's patterns.
+            family, ``()`` none. In both lists ``"default"`` stands for the family's
+            patterns.
         progress: called after each layer.
-        rules: in order, the first that matches a layer counts: ``"PATTERN=128x128"``
-            gives a block size, ``"PATTERN=skip"`` leaves dense, ``"PATTERN=bf16"``,
-            ``f16`` or ``f32`` leaves dense in that dtype. A pattern that matches a
-            module matches the layers in it.
+        rules: the first that matches a layer applies: ``"PATTERN=128x128"`` sets the
+            block size, ``"PATTERN=skip"`` leaves it dense, ``"PATTERN=bf16"``, ``f16``
+            or ``f32`` leaves it dense in that dtype. A pattern that matches a module
+            matches all layers in it.
         ignore_unmatched: whether LoRAs of layers that the checkpoint lacks are left
-            out; else they are refused.
+            out; by default they are refused.
         device: where to compute, such as ``"cuda"``.
         workers: number of threads; None is one for each core. ``scheme.quantize`` is
             called from several at once, and the result is the same.
-        max_shard_size: bytes, or text such as ``"5GB"``: write shards of no more, and
-            ``dst`` with ``.index.json`` as their index.
-        resume: go on where a run with the same source, options and ``dst`` and with
-            ``resume`` was cut off, and if this one is, leave what is done to the next.
+        max_shard_size: bytes, or text such as ``"5GB"``: write shards of at most this
+            size, and ``dst`` with ``.index.json`` as their index.
         write_config: write ``config.json`` beside ``dst``, with the
             ``quantization_config`` that readers of some dialects expect.
-        dry_run: only say what would be done.
+        dry_run: only report what would be done.
+        registry: whose schemes and plugins are asked; None for the one in force.
         **options: further options of ``scheme.quantize``.
 
     Returns:
@@ -153,28 +153,36 @@ def quantize_file(
 
     Raises:
         CheckpointError: if the source is quantized already, or is a LoRA and
-            ``include`` is None; if nothing is left to quantize, a rule or a pattern of
-            ``include`` is in vain, a LoRA does not fit, the dialect cannot spell a
+            ``include`` is None; if nothing is left to quantize, a rule or a pattern
+            matches no layer, a LoRA does not fit, the dialect cannot store a
             layer, or writing fails.
         NonFiniteError: if a weight holds inf or NaN.
         HijackError: of other kinds, naming the file or the layer.
     """
-    chosen, header = default_registry().get(scheme), read_header(src)
+    registry = current_registry(registry)
+    chosen, header = registry.get(scheme), read_header(src)
     wanted = parse_loras(loras)
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
-    place = destination(dst, sharded=size is not None)
-    refuse_place(place, Path(dst), src, header, [path for path, _ in wanted])
-    _refuse_source(header, include)
+    output = destination(dst, sharded=size is not None)
+    check_output(output, Path(dst), src, header, [path for path, _ in wanted])
+    _refuse_source(header, include, registry)
     if block_size is not None:
         options["block_size"] = block_size
-    choice = choose(header, include, exclude, rules)
+    chosen.check_options(options)
+
+    def declines(shape: tuple[int, ...], own: Mapping[str, Any]) -> str | None:
+        return chosen.declines(shape, **{**options, **own})
+
+    choice = choose(header, chosen.targets, include, exclude, rules, declines)
     merged = Loras.open(wanted, header, ignore_unmatched)
     plan = _plan(chosen, dialect, choice, options, merged)
-    how = Way(_device(device), count_workers(workers), progress)
-    config = _config(plan, Path(dst)) if write_config else None
-    report = _report(plan, place, size, _notes(plan, write_config), not dry_run)
+    run_options = RunOptions(_device(device), count_workers(workers), progress)
+    config = None
+    if write_config:
+        config = config_of(plan.format_metadata, plan.dialect.name, header, Path(dst))
+    report = _report(plan, output, size, _notes(plan, write_config), not dry_run)
     if not dry_run:
-        _write(plan, Path(dst), size, how, wanted, resume=resume)
+        _write(plan, Path(dst), size, run_options, [path for path, _ in wanted])
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
@@ -187,43 +195,40 @@ def _plan(
     options: Mapping[str, Any],
     loras: Loras,
 ) -> QuantizePlan:
-    """In the dialect asked for; in no one's, in the first of those that can."""
-    first = scheme.written(dialect)
+    """A plan in the requested dialect; without one, in the first that works."""
+    first = matching.written_dialect(scheme, dialect)
     try:
         return QuantizePlan(scheme, first, choice, options, loras)
     except CheckpointError:
-        if dialect is not None or first is scheme.native:
+        if dialect is not None or first is matching.native_of(scheme):
             raise
-    return QuantizePlan(scheme, scheme.native, choice, options, loras)
+    return QuantizePlan(scheme, matching.native_of(scheme), choice, options, loras)
 
 
 def _write(
     plan: QuantizePlan,
     dst: Path,
     size: int | None,
-    how: Way,
-    loras: Sequence[tuple[Path, float]],
-    *,
-    resume: bool,
+    run_options: RunOptions,
+    loras: Sequence[Path],
 ) -> None:
-    watch = Watch(plan.header, [path for path, _ in loras])
-    job = fingerprint(plan, how.device, loras, watch) if resume else None
-    with open_writer(dst, plan.tensors, plan.metadata, None, size, job) as writer:
-        run(plan, writer, how)
-        watch.check()
+    snapshot = SourceSnapshot(plan.header, loras)
+    with open_writer(dst, plan.tensors, plan.metadata, None, size) as writer:
+        run(plan, writer, run_options)
+        snapshot.check_unchanged()
 
 
 def _report(
     plan: QuantizePlan,
-    place: Destination,
+    output: Destination,
     size: int | None,
     notes: tuple[str, ...],
     written: bool,
 ) -> QuantizeReport:
-    layouts = lay_out_files(plan.tensors, plan.metadata, None, size)
+    layouts = plan_files(plan.tensors, plan.metadata, None, size)
     sizes = [layout.size for layout in layouts]
-    kinds = Counter(block_text(made.block_size) for made in plan.spelled.values())
-    known = plan.choice.architecture
+    kinds = Counter(block_text(layer.block_size) for layer in plan.encoded.values())
+    family = plan.choice.family
     return QuantizeReport(
         tuple(plan.options),
         plan.choice.skipped,
@@ -233,10 +238,10 @@ def _report(
         tuple(key for key in plan.header.tensors if plan.loras.touches(key)),
         plan.loras.unmatched,
         plan.dialect.name,
-        "" if known is None else known.name,
-        dict(zip(place.names(len(sizes)), sizes, strict=True)),
+        "" if family is None else family.name,
+        dict(zip(output.names(len(sizes)), sizes, strict=True)),
         written,
-        tuple(plan.refitted),
+        tuple(plan.adjusted_blocks),
         notes,
     )
 
@@ -244,25 +249,30 @@ def _report(
 def _notes(plan: QuantizePlan, write_config: bool) -> tuple[str, ...]:
     return (
         *replaced_notes(plan.choice),
-        *refit_notes(plan.dialect, plan.refitted, len(plan.options)),
-        *mark_notes(plan.marks, plan.dialect.name, write_config),
+        *adjusted_block_notes(plan.dialect, plan.adjusted_blocks, len(plan.options)),
+        *format_notes(plan.format_metadata, plan.dialect.name, write_config),
     )
 
 
 # -- what is refused -------------------------------------------------------------------
 
 
-def _refuse_source(header: Header, include: Patterns) -> None:
-    """Refuse what is no dense checkpoint."""
+def _refuse_source(header: Header, include: Patterns, registry: Registry) -> None:
+    """Refuse a source that is not a dense checkpoint."""
     if include is None and _is_lora(header):
         raise CheckpointError(
             f"{header.source}: is a LoRA; expected a checkpoint; merge it into one "
             "with loras (--lora), or name its layers with include (--include)"
         )
-    found = identify(header)
-    claimed = [*found.layers, *found.ambiguous, *found.foreign, *found.unknown]
-    if claimed or found.orphans:
-        first = claimed[0] if claimed else found.orphans[0]
+    result = identify(header, registry)
+    claimed = [
+        *result.layers,
+        *result.ambiguous,
+        *result.unsupported,
+        *result.unknown,
+    ]
+    if claimed or result.unconsumed:
+        first = claimed[0] if claimed else result.unconsumed[0]
         raise CheckpointError(
             f"{header.source}: is quantized already ({first}); expected dense weights; "
             "quantize the original, or see `hijack identify`"
@@ -270,7 +280,7 @@ def _refuse_source(header: Header, include: Patterns) -> None:
 
 
 def _is_lora(header: Header) -> bool:
-    """Whether parts of LoRAs are all the layers a file has."""
+    """Whether all layers of a file are parts of LoRAs."""
     parts = [key for key in header.tensors if key.endswith(_LORA_PARTS)]
     layers = (join(layer, "weight") for layer in header.layers())
     matrices = {key for key in layers if len(header.tensors[key].shape) > 1}
@@ -278,18 +288,14 @@ def _is_lora(header: Header) -> bool:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """A device that can be computed on."""
+    """A device that works."""
     try:
-        found = torch.device(device)
-        torch.ones(1, device=found).item()  # what is on no real device has no data
+        usable = torch.device(device)
+        torch.ones(1, device=usable).item()  # fails on meta, too
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(
             f"device: {device!r} cannot be used; {reason}; expected one such as cpu or "
             "cuda"
         ) from error
-    return found
-
-
-def _config(plan: QuantizePlan, dst: Path) -> Mapping[str, object]:
-    return config_of(plan.marks, plan.dialect.name, plan.header, dst)
+    return usable

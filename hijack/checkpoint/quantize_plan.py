@@ -11,56 +11,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.checkpoint.quantize_choice import Choice
+from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError, NonFiniteError
-from hijack.formats.dialect import Dialect, Spelled
-from hijack.layers import DENSE_DTYPES, quantize_weight
+from hijack.formats import matching
+from hijack.formats.dialect import Dialect, EncodedLayer
 from hijack.lora.files import Loras
-from hijack.safetensors_io.header import TensorInfo, join
-from hijack.safetensors_io.reader import data_start
+from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
+from hijack.safetensors_io.header import TensorInfo, join, merge_metadata
+from hijack.safetensors_io.reader import open_data
 from hijack.safetensors_io.writer import memory_of
 from hijack.scheme import Scheme
+from hijack.selection import Choice
 from hijack.text import block_text
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What takes the place of one tensor of the source.
+    """How one tensor of the source is processed.
 
     Attributes:
         key: of the tensor.
-        names: keys of what is written.
         layer: the layer that is quantized, or None.
-        copied: whether it stays as it is, byte for byte.
-        cost: bytes in memory while it is done, at most.
+        copied: whether it is copied byte for byte.
+        cost: most bytes of memory it takes.
     """
 
     key: str
-    names: tuple[str, ...]
     layer: str | None = None
     copied: bool = True
     cost: int = 0
 
 
 class QuantizePlan:
-    """A quantized checkpoint before anything of it is made.
+    """The plan of a quantized checkpoint, made from the header alone.
 
     Args:
         scheme: to quantize with.
-        dialect: to spell the quantized layers in.
-        choice: what becomes of each layer.
-        options: of ``scheme.quantize``; those of a layer's rule outweigh them.
+        dialect: to store the quantized layers in.
+        choice: which layers are quantized.
+        options: of ``scheme.quantize``; those of a layer's rule outrank them.
         loras: to merge first.
 
     Attributes:
         steps: one for each tensor of the source, in file order.
         tensors: key to dtype and shape of every tensor of the result.
-        spelled: what the dialect made of each quantized layer.
-        marks: what the file says as a whole.
-        metadata: of the result.
+        encoded: each quantized layer as the dialect stores it.
+        format_metadata: of the whole file.
+        metadata: header metadata of the result.
 
     Raises:
-        HijackError: naming a layer that cannot be quantized or spelled.
+        HijackError: naming a layer that cannot be quantized or stored.
     """
 
     def __init__(
@@ -74,37 +74,38 @@ class QuantizePlan:
         header = choice.header
         self.header, self.scheme, self.dialect = header, scheme, dialect
         self.choice, self.loras = choice, loras
-        self.asked = {layer: {**options, **own} for layer, own in choice.layers.items()}
-        self.options = {
-            layer: dialect.fit_options(self._shape(layer), asked)
-            for layer, asked in self.asked.items()
+        self.requested = {
+            layer: {**options, **rule} for layer, rule in choice.layers.items()
         }
-        self.spelled: dict[str, Spelled] = {}
+        self.options = {
+            layer: dialect.fit_options(self._shape(layer), requested)
+            for layer, requested in self.requested.items()
+        }
+        self.encoded: dict[str, EncodedLayer] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.steps: list[Step] = []
-        self.metadata, left = self._unmark()
+        self.metadata, removed = self._unmark()
         for key in header.tensors:
-            if key not in left:
+            if key not in removed:
                 self._plan(key)
-        loose = [step.key for step in self.steps if step.layer is None]
-        others = {key: self.tensors[key] for key in loose}
-        self.marks = dialect.finish(self.spelled, others)
-        self.metadata |= self.marks.metadata
-        for key, tensor in self.marks.tensors.items():
+        others = {s.key: self.tensors[s.key] for s in self.steps if s.layer is None}
+        self.format_metadata = dialect.finish(self.encoded, others)
+        self.metadata = merge_metadata(self.metadata, self.format_metadata.metadata)
+        for key, tensor in self.format_metadata.tensors.items():
             self._add(key, TensorInfo.of(tensor))
 
     def _unmark(self) -> tuple[dict[str, str], set[str]]:
-        """Metadata and markers without what was said of the layers until now.
+        """The source's metadata without entries of the layers; keys of their markers.
 
-        A dense file may have them, if it was quantized once.
+        A dense file may have them if it was once quantized.
         """
-        metadata, left = dict(self.header.metadata), set[str]()
-        for dialect in self.scheme.all_dialects():
+        metadata, removed = dict(self.header.metadata), set[str]()
+        for dialect in matching.dialects_of(self.scheme):
             metadata, keys = dialect.unmark(
                 metadata, self.header.tensors.keys(), self.options
             )
-            left |= keys
-        return metadata, left
+            removed |= keys
+        return metadata, removed
 
     def _plan(self, key: str) -> None:
         info, layer = self.header.tensors[key], self._layer(key)
@@ -123,30 +124,24 @@ class QuantizePlan:
         cost = info.nbytes + sum(written.nbytes for written in planned.values())
         if self.loras.touches(key):
             _check_dense(key, info)
-            cost += 3 * 4 * math.prod(info.shape)  # float32, and what a merge makes
+            cost += 3 * 4 * math.prod(info.shape)  # float32, and temporaries of merging
         copied = layer is None and cast is None and not self.loras.touches(key)
-        self.steps.append(
-            Step(key, tuple(planned), layer, copied, 0 if copied else cost)
-        )
+        self.steps.append(Step(key, layer, copied, 0 if copied else cost))
 
     def _plan_layer(self, layer: str, info: TensorInfo) -> dict[str, TensorInfo]:
         meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
         qdata, params, tensors = self._encode(layer, meta, self.options[layer])
         infos = {suffix: TensorInfo.of(tensor) for suffix, tensor in tensors.items()}
-        self.spelled[layer] = Spelled(
-            self.scheme.name,
-            tuple(params),
-            info.shape,
-            self.scheme.block_size(qdata, params),
-            infos,
-        )
+        config = QuantizationConfig.of(self.scheme, self.options[layer])
+        weight = QuantizedTensor(qdata, params, config, info.shape)
+        self.encoded[layer] = matching.encoded_layer(weight, tensors)
         return {join(layer, suffix): written for suffix, written in infos.items()}
 
     def _add(self, key: str, info: TensorInfo) -> None:
         if key in self.tensors:
             raise CheckpointError(
-                f"{key}: the dialect {self.dialect.name} would write it, and the "
-                "source holds it already; is the source quantized?"
+                f"{key}: the dialect {self.dialect.name} would write it, but the "
+                "source has it already; is the source quantized?"
             )
         self.tensors[key] = info
 
@@ -158,7 +153,7 @@ class QuantizePlan:
     def _encode(
         self, layer: str, weight: Tensor, options: Mapping[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-        """Codes, parameters, and the tensors of the file by suffix."""
+        """Quantized data, parameters, and the tensors of the file by suffix."""
         qdata, params = quantize_weight(self.scheme, weight, options, layer)
         try:
             tensors = self.dialect.encode(qdata, params, self.options[layer])
@@ -166,16 +161,16 @@ class QuantizePlan:
             raise type(error)(f"{layer}: {error}") from error
         return qdata, params, tensors
 
-    # -- making ------------------------------------------------------------------------
+    # -- computing ---------------------------------------------------------------------
 
-    def make(self, step: Step, device: torch.device) -> dict[str, Tensor]:
-        """The tensors that take the place of one of the source.
+    def compute(self, step: Step, device: torch.device) -> dict[str, Tensor]:
+        """The tensors that replace one of the source.
 
-        LoRAs are merged in float32. If the scheme can, it quantizes the float32 weight,
-        with parameters such as the source's dtype gives; else that dtype comes between.
+        LoRAs are merged in float32. If the scheme can, it quantizes the float32 weight
+        with parameters as for the source's dtype; else the weight is cast to it first.
 
         Args:
-            step: which is not copied.
+            step: one that is not copied.
             device: where to compute.
         """
         tensor = _read(step.key, self.header.tensors[step.key]).to(device)
@@ -189,36 +184,36 @@ class QuantizePlan:
             like = self.scheme.options_like(dtype)
             tensor = tensor.to(dtype) if like is None else tensor
             options = {**(like or {}), **options}
-        made = self._encode(layer, tensor, options)[2]
-        return {join(layer, suffix): data for suffix, data in made.items()}
+        encoded = self._encode(layer, tensor, options)[2]
+        return {join(layer, suffix): data for suffix, data in encoded.items()}
 
     def _dense(self, key: str, tensor: Tensor) -> Tensor:
-        """A tensor that is not quantized, in the dtype planned for it."""
+        """A tensor that is not quantized, in its planned dtype."""
         planned = self.tensors[key].torch_dtype
-        made = tensor if planned is None else tensor.to(planned)
-        if not made.isfinite().all():
+        dense = tensor if planned is None else tensor.to(planned)
+        if not dense.isfinite().all():
             raise NonFiniteError(
                 f"{key}: holds inf or NaN as {self.tensors[key].dtype}; expected "
                 "finite values; leave it in its own dtype, or repair the checkpoint"
             )
-        return made
+        return dense
 
     # -- blocks and sizes --------------------------------------------------------------
 
     @functools.cached_property
-    def refitted(self) -> dict[str, tuple[str, str]]:
-        """Layers with other blocks than those asked for: to these, and to theirs."""
-        found = {}
-        for layer, asked in self.asked.items():
-            size = asked.get("block_size")
+    def adjusted_blocks(self) -> dict[str, tuple[str, str]]:
+        """Layers with another block size than requested: requested and actual one."""
+        adjusted = {}
+        for layer, options in self.requested.items():
+            size = options.get("block_size")
             if size in (None, self.options[layer].get("block_size")):
                 continue
-            shape, given = self._shape(layer), self.spelled[layer].block_size
-            made = self.scheme.create_params(shape, torch.float32, "meta", **asked)
-            wanted = self.scheme.block_size(*made)
-            if wanted != given:
-                found[layer] = (block_text(wanted), block_text(given))
-        return found
+            shape, actual = self._shape(layer), self.encoded[layer].block_size
+            meta = self.scheme.create_params(shape, torch.float32, "meta", **options)
+            requested = self.scheme.block_size(*meta)
+            if requested != actual:
+                adjusted[layer] = (block_text(requested), block_text(actual))
+        return adjusted
 
     def _shape(self, layer: str) -> tuple[int, ...]:
         return self.header.tensors[join(layer, "weight")].shape
@@ -244,22 +239,16 @@ def _check_dense(key: str, info: TensorInfo) -> None:
 
 def _read(key: str, info: TensorInfo) -> Tensor:
     """A dense tensor, read from its file."""
+    if info.torch_dtype is None:
+        raise CheckpointError(f"{key}: dtype {info.dtype} is not known to torch")
     data = torch.empty(info.nbytes, dtype=torch.uint8)
-    if info.file is None or info.torch_dtype is None:
-        raise CheckpointError(f"{key}: got a tensor in memory, expected one in a file")
-    left = memory_of(data)
-    try:
-        with info.file.open("rb", buffering=0) as file:
-            file.seek(data_start(info.file) + info.begin)
-            while left and (count := file.readinto(left)):
-                left = left[count:]
-    except OSError as error:
+    rest = memory_of(data)
+    with open_data(info) as file:
+        while rest and (count := file.readinto(rest)):  # type: ignore[attr-defined]
+            rest = rest[count:]
+    if rest:
         raise CheckpointError(
-            f"{info.file}: cannot be read; {error.strerror}"
-        ) from error
-    if left:
-        raise CheckpointError(
-            f"{key}: got {info.nbytes - len(left)} bytes, expected {info.nbytes}; was "
-            "the source changed while it was read?"
+            f"{key}: got {info.nbytes - len(rest)} bytes, expected {info.nbytes}; did "
+            "the source change while it was read?"
         )
     return data.view(info.torch_dtype).view(info.shape)

@@ -1,4 +1,4 @@
-"""Carry out a plan on several threads, with bounded memory."""
+"""Execute a plan on several threads, with bounded memory."""
 
 from __future__ import annotations
 
@@ -15,22 +15,20 @@ import torch
 from hijack.checkpoint.copying import chunks
 from hijack.checkpoint.quantize_plan import QuantizePlan, Step
 from hijack.errors import CheckpointError
+from hijack.progress import Progress
 from hijack.safetensors_io.writer import CheckpointWriter
 
-#: Bytes of tensors in memory at once; only a single larger layer may take more.
+#: Bytes of tensors in memory at once; only a single larger layer may need more.
 MEMORY = 1 << 28
-#: Bytes a layer takes before what it leaves behind is worth looking after.
+#: Bytes of a layer from which freed memory is returned to the system.
 _LARGE = 1 << 24
-#: More threads than this wait for each other.
-MOST_WORKERS = 8
-
-#: Called with layers done, layers in all, and the name of the layer just done.
-Progress = Callable[[int, int, str], None]
+#: More threads than this only wait for each other.
+MAX_WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Way:
-    """How to carry out a plan.
+class RunOptions:
+    """How to execute a plan.
 
     Attributes:
         device: where to compute.
@@ -43,65 +41,61 @@ class Way:
     progress: Progress | None = None
 
 
-def run(plan: QuantizePlan, writer: CheckpointWriter, how: Way) -> None:
-    """Write every tensor of a plan that is still missing."""
-    for key, tensor in plan.marks.tensors.items():
-        if key in writer.missing:
-            writer.write(key, tensor)
-    steps = [s for s in plan.steps if not writer.missing.isdisjoint(s.names)]
-    total = len(plan.options)
-    done = total - sum(step.layer is not None for step in steps)
+def run(plan: QuantizePlan, writer: CheckpointWriter, options: RunOptions) -> None:
+    """Write every tensor of a plan."""
+    for key, tensor in plan.format_metadata.tensors.items():
+        writer.write(key, tensor)
+    done, total = 0, len(plan.options)
 
     def do(step: Step) -> None:
         if step.copied:
             writer.write_bytes(step.key, chunks(plan.header.tensors[step.key]))
             return
-        _make(plan, step, writer, how.device)
+        _write(plan, step, writer, options.device)
         if step.cost > _LARGE:
-            _give_back()
+            _trim_memory()
 
-    with contextlib.closing(_each(steps, do, how.workers)) as finished:
+    with contextlib.closing(_each(plan.steps, do, options.workers)) as finished:
         for step in finished:
             done += step.layer is not None
-            if how.progress is not None and step.layer is not None:
-                how.progress(done, total, step.layer)
+            if options.progress is not None and step.layer is not None:
+                options.progress(done, total, step.layer)
 
 
-def _make(
+def _write(
     plan: QuantizePlan, step: Step, writer: CheckpointWriter, device: torch.device
 ) -> None:
-    """Make and write what a step is for; nothing of it is held afterwards."""
-    for name, tensor in plan.make(step, device).items():
+    """Compute and write the tensors of a step; their memory is released on return."""
+    for name, tensor in plan.compute(step, device).items():
         writer.write(name, tensor)
 
 
-def _give_back() -> None:
-    """Have the system take back memory that was freed.
+def _trim_memory() -> None:
+    """Return freed memory to the system.
 
-    glibc keeps some for each thread that ever computed; that of a few together is more
-    than a layer.
+    glibc keeps some for each thread; that of a few threads is more than a layer.
     """
     with contextlib.suppress(TypeError, AttributeError, OSError):  # another libc
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def count_workers(asked: int | None) -> int:
-    """How many threads to use.
+def count_workers(workers: int | None) -> int:
+    """The number of threads to use; None is one for each core.
 
     Raises:
-        CheckpointError: if it is no positive number.
+        CheckpointError: if it is not a positive number.
     """
-    if asked is None:
+    if workers is None:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
-        return min(cores, MOST_WORKERS)
-    if type(asked) is not int or asked < 1:
+        return min(cores, MAX_WORKERS)
+    if type(workers) is not int or workers < 1:
         raise CheckpointError(
-            f"workers: got {asked!r}, expected a positive number of threads, or None "
+            f"workers: got {workers!r}, expected a positive number of threads, or None "
             "for one on each core"
         )
-    return asked
+    return workers
 
 
 def _each(
@@ -109,7 +103,7 @@ def _each(
 ) -> Generator[Step]:
     """Do every step, and yield each when it is done.
 
-    A step begins when there is a thread for it, and room in memory for what it costs.
+    A step starts when a thread is free and there is enough memory for its cost.
     """
     with _pool(workers) as pool:
         running: dict[Future[None], Step] = {}
@@ -133,13 +127,13 @@ def _finished(running: dict[Future[None], Step]) -> Iterator[Step]:
 
 @contextlib.contextmanager
 def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads each of which computes alone.
+    """A thread pool whose threads use one torch thread each.
 
-    torch would have every one of them share its work with threads of its own, which
-    only get in each other's way. Its setting is of the whole process for threads that
-    have not computed yet; so it is put back as soon as all of ours have taken it over.
+    By default torch would split the work of each over threads of its own, which would
+    compete. The setting is global for threads that have not computed yet, so it is
+    restored as soon as all of ours have taken it over.
     """
-    usual = torch.get_num_threads()
+    default = torch.get_num_threads()
     ready = threading.Barrier(workers + 1)
 
     def begin() -> None:
@@ -153,6 +147,6 @@ def _pool(workers: int) -> Iterator[ThreadPoolExecutor]:
             ready.wait()
             wait(started)
         finally:
-            ready.abort()  # nobody waits for a thread the system refused
-            torch.set_num_threads(usual)
+            ready.abort()  # release waiters if the system refused a thread
+            torch.set_num_threads(default)
         yield pool

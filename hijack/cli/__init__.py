@@ -1,4 +1,4 @@
-"""The command line: its frame, and the small commands."""
+"""The command line: its entry point and the small commands."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import torch
 import hijack
 from hijack.cli import compare, convert, identify, quantize
 from hijack.errors import HijackError
+from hijack.formats import matching
+from hijack.registry import disabled
 from hijack.text import table
 
 #: The modules of `hijack.cli`, in the order the help shows them.
@@ -40,21 +42,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except HijackError as error:
         return _complain(str(error))
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - lives as long as the process
         return 0
     except OSError as error:
         return _complain(f"{error.filename or 'output'}: {error.strerror}")
     except KeyboardInterrupt:
-        kept = ", and the same command goes on from here"
-        more = kept if getattr(args, "resume", False) else ""
-        _complain(f"interrupted; nothing was replaced{more}")
+        _complain("interrupted; nothing was replaced")
         return 130
     return status
 
 
 def _complain(message: str) -> int:
-    """One line on stderr, whatever the names in it hold."""
+    """Print one line on stderr, with unprintable characters escaped."""
     line = " ".join(message.splitlines())
     encoding = sys.stderr.encoding or "utf-8"
     line = line.encode(encoding, "backslashreplace").decode(encoding)
@@ -64,15 +64,15 @@ def _complain(message: str) -> int:
 
 def _load_schemes() -> None:
     """Register the reference scheme where no installed entry point did."""
-    if "blockwise_fp8" not in hijack.schemes():
+    if "blockwise_fp8" not in hijack.schemes() and not disabled("blockwise_fp8"):
         import schemes.blockwise_fp8  # noqa: F401 - registers itself
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, instead of the whole usage."""
+    """Prints errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """End with status 2."""
+        """Exit with status 2."""
         self.exit(2, f"{self.prog}: {message}; see `{self.prog} --help`\n")
 
 
@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="versions, plugins, hosts and problems")
     doctor.set_defaults(run=_doctor)
     demo = commands.add_parser("demo", help="quantize a small model and show the error")
-    demo.add_argument("--out", default="hijack-demo", help="folder for what it writes")
+    demo.add_argument("--out", default="hijack-demo", help="folder for its files")
     demo.set_defaults(run=_demo)
     return parser
 
@@ -105,17 +105,37 @@ def _schemes(args: argparse.Namespace) -> int:
     rows = [
         [
             name,
-            ", ".join(d.name for d in scheme.all_dialects() if d.writes),
+            ", ".join(d.name for d in matching.dialects_of(scheme) if d.writes),
             scheme.origin,
         ]
         for name, scheme in sorted(hijack.schemes().items())
     ]
     print(table(["scheme", "dialects written", "from"], rows))
+    for name, scheme in sorted(hijack.schemes().items()):
+        print(f"\n{name}: {_options(scheme)}")
     return 0
 
 
+def _options(scheme: hijack.Scheme) -> str:
+    """The values of ``--option``, as a table."""
+    options = scheme.declared_options()
+    if not options:
+        return "no options"
+    rows = [
+        [
+            option.name,
+            "-" if option.default is None else option.text(option.default),
+            option.expected(),
+            option.help,
+        ]
+        for option in options
+    ]
+    head = ["--option NAME", "default", "values", "what it is"]
+    return f"options\n{table(head, rows)}"
+
+
 def _doctor(args: argparse.Namespace) -> int:
-    registry = hijack.default_registry()
+    registry = hijack.current_registry()
     print(f"hijack {_version()} in {Path(hijack.__file__).parent}")
     print(f"python {platform.python_version()}, torch {torch.__version__}")
     for name in ("safetensors", "pluggy", "wrapt"):
@@ -125,6 +145,8 @@ def _doctor(args: argparse.Namespace) -> int:
     print(f"schemes: {', '.join(sorted(registry.schemes())) or 'none'}")
     for status in hijack.status().values():
         print(status)
+    for plugin, seconds in registry.slow_imports.items():
+        print(f"plugin {plugin}: took {seconds:.1f} s to import")
     for problem in registry.problems:
         print(problem)
     return 1 if registry.problems else 0

@@ -1,4 +1,4 @@
-"""``hijack compare``: how far the weights of two checkpoints are apart."""
+"""``hijack compare``: the error of each weight of a checkpoint."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import argparse
 from pathlib import Path
 
 import hijack
+from hijack.cli.common import add_assume
 from hijack.cli.progress import progress_bar
 from hijack.errors import CheckpointError
 
-HELP = "how far the weights of two checkpoints are apart"
+HELP = "compare the weights of two checkpoints"
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("reference", help="file or index, such as the original")
-    parser.add_argument("other", help="file or index held against it")
+    parser.add_argument("other", help="file or index to compare with it")
     parser.add_argument("--json", action="store_true", help="everything, as JSON")
     parser.add_argument(
         "--plot", metavar="PNG", help="draw the error of every weight into a file"
@@ -27,41 +28,35 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="rows to print, default 20",
     )
-    parser.add_argument(
-        "--assume",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="scheme, dialect or block size where a file does not tell; repeatable",
-    )
+    add_assume(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print what was found; 3 if weights are missing, broken or of other shapes."""
+    """Print the comparison; 3 if weights are missing, broken or differ in shape."""
     with progress_bar("comparing") as progress:
-        found = hijack.compare_files(
+        comparison = hijack.compare_files(
             args.reference, args.other, assume=args.assume, progress=progress
         )
-    print(found.to_json() if args.json else found.as_table(args.worst))
+    print(comparison.to_json() if args.json else comparison.as_table(args.worst))
     if args.plot:
-        _draw(found, Path(args.plot))
-    lone = found.only_reference or found.only_other
-    return 3 if lone or found.skipped or found.broken else 0
+        _draw(comparison, Path(args.plot))
+    unmatched = comparison.only_reference or comparison.only_other
+    return 3 if unmatched or comparison.skipped or comparison.broken else 0
 
 
 def _count(text: str) -> int:
-    """A number of rows; argparse names what is none."""
+    """A number of rows, for argparse."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"got {text!r}, expected a number from 0 on")
     return int(text)
 
 
-def _draw(found: hijack.Comparison, path: Path) -> None:
-    """Draw it, if matplotlib is there."""
+def _draw(comparison: hijack.Comparison, path: Path) -> None:
+    """Draw the comparison, if matplotlib is installed."""
     try:
         from hijack.cli.plot import draw_comparison
     except ImportError as error:
         raise CheckpointError(
             f"{path}: drawing needs {error.name}; install comfyui-hijack[cli]"
         ) from error
-    draw_comparison(found, path)
+    draw_comparison(comparison, path)

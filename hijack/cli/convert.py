@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import hijack
-from hijack.cli.progress import progress_bar
-from hijack.cli.writing import (
+from hijack.cli.common import (
+    add_assume,
+    add_options,
     add_shard_size,
     block_size,
     print_notes,
     refuse_existing,
 )
+from hijack.cli.progress import progress_bar
 from hijack.errors import printable
+from hijack.options import parse_options
 
 HELP = "write a quantized checkpoint in another dialect, without loss"
 
@@ -27,25 +31,20 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--block-size",
         type=block_size,
         metavar="SIZE",
-        help="blocks to have instead of the dialect's choice",
+        help="block size instead of the dialect's choice",
     )
+    add_options(parser)
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="quantize layers anew that cannot be converted without loss",
+        help="requantize layers that cannot be converted without loss",
     )
     parser.add_argument(
         "--drop-input-scales",
         action="store_true",
-        help="leave out scales of inputs the dialect has no place for",
+        help="leave out input scales that the dialect cannot store",
     )
-    parser.add_argument(
-        "--assume",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="scheme, dialect or block size where the file does not tell; repeatable",
-    )
+    add_assume(parser)
     parser.add_argument(
         "--write-config",
         action="store_true",
@@ -54,7 +53,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add_shard_size(parser)
     parser.add_argument("--force", action="store_true", help="replace an existing file")
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="name what lost or changed"
+        "-v", "--verbose", action="store_true", help="list layers that changed"
     )
 
 
@@ -62,12 +61,13 @@ def run(args: argparse.Namespace) -> int:
     """Convert, and print what was done."""
     if not args.force:
         refuse_existing(args.dst, args.max_shard_size)
-    options: dict[str, Any] = {}
+    source = args.src if len(args.src) > 1 else args.src[0]
+    options = _options(source, args.assume, args.option)
     if args.block_size is not None:
-        options["block_size"] = args.block_size
+        options.setdefault("block_size", args.block_size)
     with progress_bar("converting") as progress:
         report = hijack.convert_file(
-            args.src if len(args.src) > 1 else args.src[0],
+            source,
             args.dst,
             args.dialect,
             requantize=args.requantize,
@@ -83,9 +83,26 @@ def run(args: argparse.Namespace) -> int:
             print(printable(f"other blocks: {layer}"))
         for key in report.dropped:
             print(printable(f"left out: {key}"))
-    for layer, loss in report.requantized.items():
-        name = printable(layer)
-        print(f"quantized anew: {name}: SQNR {loss.sqnr:.1f} dB, RMSE {loss.rmse:.3g}")
+    for layer, error in report.requantized.items():
+        quality = f"SQNR {error.sqnr:.1f} dB, RMSE {error.rmse:.3g}"
+        print(f"requantized: {printable(layer)}: {quality}")
     print(printable(str(report)))
     print_notes(report.notes)
     return 0
+
+
+def _options(
+    source: str | Sequence[str], assume: Sequence[str], texts: Sequence[str]
+) -> dict[str, Any]:
+    """Options of the schemes of a checkpoint's layers.
+
+    Raises:
+        SchemeError: if no scheme in it has such an option.
+    """
+    if not texts:
+        return {}
+    claims = hijack.identify(source, assume=assume).claims().values()
+    names = sorted({claim.scheme for claim in claims})
+    registry = hijack.current_registry()
+    declared = [o for name in names for o in registry.get(name).declared_options()]
+    return parse_options(declared, texts, " and ".join(names) or "no scheme")

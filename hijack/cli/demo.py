@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import hijack
 from hijack.cli.progress import progress_bar
-from hijack.hooks import Wrapped, dense_weight
+from hijack.metrics import sqnr_db
+from hijack.modules import Wrapped, dense_weight
 from hijack.safetensors_io.writer import write_checkpoint
 from hijack.text import table
 
@@ -153,17 +154,9 @@ def compare(dense: nn.Module, quantized: nn.Module, x: Tensor) -> list[Row]:
     return rows
 
 
-def sqnr_db(reference: Tensor, actual: Tensor) -> float:
-    """Signal to quantization noise ratio in dB; inf where nothing differs."""
-    reference, actual = reference.detach().double(), actual.detach().double()
-    noise = float((reference - actual).square().sum())
-    signal = float(reference.square().sum())
-    return math.inf if noise == 0 else 10 * math.log10(signal / noise)
-
-
 def _own_tensors(module: Wrapped) -> list[Tensor]:
-    names = module._hijack.names
-    return [module.weight, *(module.get_buffer(name) for name in names)]
+    weight: Any = module.weight
+    return list(weight.plain_tensors().values())
 
 
 def _megabytes(path: Path) -> str:

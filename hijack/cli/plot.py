@@ -1,4 +1,4 @@
-"""Pictures of what was measured; needs matplotlib, of the extra ``cli``."""
+"""Plots; they need matplotlib, of the extra ``cli``."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from matplotlib.figure import Figure
 from hijack.checkpoint.compare import Comparison
 from hijack.errors import CheckpointError
 
-#: Weights that are named in the picture.
-NAMED = 5
+#: Weights that are labelled in the plot.
+LABELLED = 5
 
 
-def draw_comparison(found: Comparison, path: Path) -> None:
-    """The signal-to-noise ratio of every weight, in file order, the worst named.
+def draw_comparison(comparison: Comparison, path: Path) -> None:
+    """Plot the signal-to-noise ratio of every weight, and label the worst.
 
     Args:
-        found: what to draw; weights that are equal are left out, those that hold NaN or
-            inf are only named.
+        comparison: what to draw; equal weights are left out, those with NaN or inf are
+            only in the legend.
         path: the PNG to write.
 
     Raises:
@@ -30,26 +30,30 @@ def draw_comparison(found: Comparison, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     points = [
-        (number, key, loss)
-        for number, (key, loss) in enumerate(found.layers.items())
-        if math.isfinite(loss.sqnr)
+        (number, key, error)
+        for number, (key, error) in enumerate(comparison.layers.items())
+        if math.isfinite(error.sqnr)
     ]
-    worst = sorted(points, key=lambda point: point[2].sqnr)[:NAMED]
+    worst = sorted(points, key=lambda point: point[2].sqnr)[:LABELLED]
     axes.scatter([p[0] for p in points], [p[2].sqnr for p in points], s=10)
-    for rank, (number, key, loss) in enumerate(worst, 1):
-        label = f"{rank}  {key}  {loss.sqnr:.1f} dB"
-        axes.scatter([number], [loss.sqnr], s=18, color="tab:red", label=label)
+    for rank, (number, key, error) in enumerate(worst, 1):
+        label = f"{rank}  {key}  {error.sqnr:.1f} dB"
+        axes.scatter([number], [error.sqnr], s=18, color="tab:red", label=label)
         axes.annotate(
-            str(rank), (number, loss.sqnr), xytext=(5, 4), textcoords="offset points"
+            str(rank), (number, error.sqnr), xytext=(5, 4), textcoords="offset points"
         )
-    for key in found.broken[:NAMED]:
+    for key in comparison.broken[:LABELLED]:
         axes.scatter([], [], marker="x", color="black", label=f"{key}  NaN or inf")
-    if worst or found.broken:
+    if worst or comparison.broken:
         axes.legend(title="worst", fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    equal = sum(loss.largest == 0 for loss in found.layers.values())
-    axes.set_xlabel(f"weight, in file order ({equal} of {len(found.layers)} are equal)")
+    equal = sum(error.max_abs_error == 0 for error in comparison.layers.values())
+    axes.set_xlabel(
+        f"weight, in file order ({equal} of {len(comparison.layers)} are equal)"
+    )
     axes.set_ylabel("SQNR, dB (higher is better)")
-    axes.set_title(f"{Path(found.other).name} against {Path(found.reference).name}")
+    axes.set_title(
+        f"{Path(comparison.other).name} against {Path(comparison.reference).name}"
+    )
     axes.grid(alpha=0.3)
     try:
         figure.savefig(path, format="png", dpi=120)

@@ -1,4 +1,4 @@
-"""Bars that show how far a command is."""
+"""Progress bars of commands."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 
-from hijack.checkpoint.quantize import Progress
 from hijack.errors import printable
+from hijack.progress import Progress
 
 
 @contextlib.contextmanager

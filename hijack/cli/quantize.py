@@ -9,19 +9,17 @@ from typing import Any, NoReturn
 import torch
 
 import hijack
-from hijack.cli.progress import progress_bar
-from hijack.cli.writing import (
+from hijack.cli.common import (
+    add_options,
     add_shard_size,
     block_size,
     print_notes,
     refuse_existing,
 )
+from hijack.cli.progress import progress_bar
 from hijack.errors import printable
-from hijack.model_families import (
-    Architecture,
-    architectures,
-    detect_architecture,
-)
+from hijack.model_families import ModelFamily, detect_family, model_families
+from hijack.options import parse_options
 from hijack.safetensors_io.reader import read_header
 from hijack.text import table
 
@@ -34,21 +32,19 @@ SCALES = {
     "e8m0": getattr(torch, "float8_e8m0fnu", None),
 }
 _PATTERNS = {
-    "include": "quantize these layers and no others, such as 'transformer_blocks.*'; "
-    "replaces what is usual for the model, unless one is 'default'; may be repeated",
+    "include": "quantize only these layers, such as 'transformer_blocks.*'; replaces "
+    "the model's defaults, unless one is 'default'; may be repeated",
     "exclude": "leave these layers dense, such as '*norm*', even if included; replaces "
-    "what is usually left out of the model, unless one is 'default'; may be repeated",
+    "the model's defaults, unless one is 'default'; may be repeated",
 }
 _FLAGS = {
     "--ignore-unmatched": "leave out LoRAs of layers the checkpoint lacks",
-    "--dry-run": "say what would be done and how large it would be, and write nothing",
-    "--resume": "go on where a run with --resume was cut off, and leave what is done "
-    "if this one is",
+    "--dry-run": "report layers and file sizes, and write nothing",
     "--write-config": "write config.json beside DST, for dialects whose readers expect "
     "a quantization_config",
-    "--show-defaults": "print what is quantized by default: of SRC, or of every model "
-    "known",
-    "--force": "replace what exists",
+    "--show-defaults": "print which layers are quantized by default: of SRC, or of "
+    "every known model",
+    "--force": "replace existing files",
 }
 
 
@@ -70,7 +66,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     for flag, text in _FLAGS.items():
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument(
-        "-v", "--verbose", action="store_true", help="name what is left dense"
+        "-v", "--verbose", action="store_true", help="list layers that are left dense"
     )
     parser.set_defaults(refuse=parser.error)
 
@@ -86,7 +82,10 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="1x64, 128x128, row, tensor; default is the dialect's",
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="code dtype, default e4m3")
+    add_options(parser)
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the quantized data, default e4m3"
+    )
     parser.add_argument(
         "--scale-dtype", choices=SCALES, help="default is the weight's or the dialect's"
     )
@@ -97,7 +96,7 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         help="try N scales for each block and take the one with the least error",
     )
     parser.add_argument(
-        "--dialect", help="default is the scheme's first that has words for the blocks"
+        "--dialect", help="default is the scheme's first that can store the blocks"
     )
 
 
@@ -112,7 +111,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN=SIZE",
         help="block size of some layers, such as 'blocks.*.ffn=128x128'; or "
         "PATTERN=skip, =bf16, =f16, =f32 to leave them dense; the first that matches "
-        "counts; may be repeated",
+        "applies; may be repeated",
     )
     parser.add_argument(
         "--lora",
@@ -138,7 +137,6 @@ def run(args: argparse.Namespace) -> int:
             src if len(src) > 1 else src[0],
             dst,
             args.scheme,
-            block_size=args.block_size,
             dialect=args.dialect,
             loras=args.lora,
             include=args.include,
@@ -149,7 +147,6 @@ def run(args: argparse.Namespace) -> int:
             device=args.device,
             workers=args.workers,
             max_shard_size=args.max_shard_size,
-            resume=args.resume,
             write_config=args.write_config,
             dry_run=args.dry_run,
             **_options(args),
@@ -160,15 +157,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of the scheme, of those that were given."""
-    options: dict[str, Any] = {}
-    if args.dtype is not None:
-        options["dtype"] = DTYPES[args.dtype]
-    if args.scale_dtype is not None:
-        options["scale_dtype"] = SCALES[args.scale_dtype]
-    if args.scale_search is not None:
-        options["scale_search"] = args.scale_search
-    return options
+    """Options of the scheme on the command line."""
+    scheme = hijack.current_registry().get(args.scheme)
+    shorthands = {
+        "block_size": args.block_size,
+        "dtype": DTYPES.get(args.dtype),
+        "scale_dtype": SCALES.get(args.scale_dtype),
+        "scale_search": args.scale_search,
+    }
+    options = {name: value for name, value in shorthands.items() if value is not None}
+    return options | parse_options(scheme.declared_options(), args.option, scheme.name)
 
 
 def _refuse(args: argparse.Namespace, what: str) -> NoReturn:
@@ -176,11 +174,11 @@ def _refuse(args: argparse.Namespace, what: str) -> NoReturn:
     raise SystemExit(2)
 
 
-# -- what is printed -------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------
 
 
 def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
-    """What was done, or would be."""
+    """The report as text."""
     lines = []
     if verbose:
         lines += [f"left dense: {name} ({why})" for name, why in report.skipped.items()]
@@ -201,16 +199,17 @@ def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
 def _defaults(paths: Sequence[str]) -> str:
     """The patterns of the model in a checkpoint, or of every model."""
     if not paths:
-        return "\n".join(map(_patterns, architectures()))
-    found = detect_architecture(read_header(paths if len(paths) > 1 else paths[0]))
-    if found is None:
-        return "the model is not known; every layer with a 2-D weight is quantized"
-    return _patterns(found)
+        return "\n".join(map(_patterns, model_families()))
+    header = read_header(paths if len(paths) > 1 else paths[0])
+    family = detect_family(header.tensors)
+    if family is None:
+        return "the model is unknown; every layer with a 2-D weight is quantized"
+    return _patterns(family)
 
 
-def _patterns(known: Architecture) -> str:
-    include, exclude = " ".join(known.include), " ".join(known.exclude)
+def _patterns(family: ModelFamily) -> str:
+    include, exclude = " ".join(family.include), " ".join(family.exclude)
     return (
-        f"{known.name} ({known.source})\n"
+        f"{family.name} ({family.source})\n"
         f"  include: {include or 'all'}\n  exclude: {exclude or 'none'}"
     )

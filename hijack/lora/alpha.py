@@ -1,10 +1,10 @@
-"""What a LoRA is multiplied with: alpha by rank, wherever a trainer wrote it down."""
+"""The scale of a LoRA, alpha / rank, wherever a trainer stored alpha."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from hijack.errors import CheckpointError, HeaderError
@@ -12,25 +12,32 @@ from hijack.safetensors_io.files import read_json
 from hijack.safetensors_io.header import Header, parse_table
 from hijack.safetensors_io.reader import open_tensors
 
-#: The table that diffusers writes into a header, and the file that PEFT writes.
+#: The metadata that diffusers writes, and the files that PEFT writes.
 _METADATA = "lora_adapter_metadata"
 _FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def alpha_of(source: Header, module: str, key: str | None, rank: int) -> float:
-    """What the difference of one LoRA is multiplied with.
+def alpha_scale(
+    source: Header,
+    module: str,
+    key: str | None,
+    rank: int,
+    peft_config: Callable[[], Mapping[str, Any]],
+) -> float:
+    """The factor of one LoRA's difference.
 
-    A tensor in the file outweighs what diffusers or PEFT say of the whole; without
-    either it is 1.
+    A tensor in the file outranks the config of diffusers or PEFT; without either the
+    factor is 1.
 
     Args:
         source: header of the LoRA file.
         module: its name there.
         key: of its alpha, if it has one.
-        rank: that alpha is held against; 0 where alpha has no meaning.
+        rank: the divisor of alpha; 0 if alpha does not apply.
+        peft_config: returns PEFT's config of the file; called if it is needed.
 
     Raises:
-        CheckpointError: if alpha is no finite number.
+        CheckpointError: if alpha is not a finite number.
     """
     if rank == 0:
         return 1.0
@@ -39,8 +46,10 @@ def alpha_of(source: Header, module: str, key: str | None, rank: int) -> float:
         where = f"{source.source}: {key}"
     else:
         where = f"{source.source}: {module}"
-        config, name = _config(source, module)
-        alpha = _listed(config, name, rank)
+        config, name = _diffusers_config(source, module)
+        if not config:
+            config, name = peft_config(), module.removeprefix("base_model.model.")
+        alpha = _config_alpha(config, name, rank)
         divisor = math.sqrt(rank) if config.get("use_rslora") is True else float(rank)
     if not math.isfinite(alpha):
         raise CheckpointError(
@@ -59,24 +68,20 @@ def _read(source: Header, key: str) -> float:
     return float(open_tensors(source)[key])
 
 
-def _config(source: Header, module: str) -> tuple[Mapping[str, Any], str]:
-    """PEFT's config that counts for a module, and the module's name in it."""
+def _diffusers_config(source: Header, module: str) -> tuple[Mapping[str, Any], str]:
+    """The entries in a header for a module's component, and the module's name there."""
     table = parse_table(source.metadata.get(_METADATA, ""))
     component, _, name = module.partition(".")
-    start = f"{component}."
-    config = {k.removeprefix(start): v for k, v in table.items() if k.startswith(start)}
-    if config:
-        return config, name
-    if _CONFIG not in source.memo:
-        source.memo[_CONFIG] = _beside(source)
-    return source.memo[_CONFIG], module.removeprefix("base_model.model.")
+    prefix = f"{component}."
+    entries = (item for item in table.items() if item[0].startswith(prefix))
+    return {key.removeprefix(prefix): value for key, value in entries}, name
 
 
-def _beside(source: Header) -> Mapping[str, Any]:
-    """What PEFT wrote beside a file of its own; empty where it did not.
+def read_peft_config(source: Header) -> Mapping[str, Any]:
+    """The config that PEFT writes beside its own files; empty without one.
 
     Raises:
-        HeaderError: if nobody can read it; without it the LoRA's strength is unknown.
+        HeaderError: if it cannot be read; without it the LoRA's strength is unknown.
     """
     file = next((info.file for info in source.tensors.values()), None)
     if file is None or file.name != _FILE:
@@ -86,17 +91,19 @@ def _beside(source: Header) -> Mapping[str, Any]:
         return {}
     config = read_json(path)
     if not isinstance(config, dict):
-        raise HeaderError(f"{path}: is no table, expected PEFT's config; get it again")
+        raise HeaderError(
+            f"{path}: is not a JSON object, expected PEFT's config; get it again"
+        )
     return config
 
 
-def _listed(config: Mapping[str, Any], name: str, rank: int) -> float:
-    """Alpha of a module: its own, or that of all; the rank where there is neither."""
+def _config_alpha(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """Alpha of a module, else of all modules, else the rank."""
     alpha = config.get("lora_alpha", rank)
     patterns = config.get("alpha_pattern")
-    for pattern, own in patterns.items() if isinstance(patterns, dict) else ():
+    for pattern, value in patterns.items() if isinstance(patterns, dict) else ():
         if f".{name}".endswith(f".{pattern}"):
-            alpha = own
+            alpha = value
             break
     try:
         return float(alpha)

@@ -1,8 +1,8 @@
-"""What the tensors of a LoRA add to a weight.
+"""Compute what a LoRA adds to a weight.
 
-Kinds, in the letters of LyCORIS: LoRA (down, up, and mid for convolutions), LoHa (two
-products, multiplied element by element), LoKr (a Kronecker product), full differences,
-and each of the first three with DoRA's magnitudes. References: arXiv 2106.09685,
+Kinds, in the notation of LyCORIS: LoRA (down, up, and mid for convolutions), LoHa (two
+products, multiplied elementwise), LoKr (a Kronecker product), full differences, and
+each of the first three with DoRA's magnitudes. References: arXiv 2106.09685,
 2108.06098, 2309.14859, 2402.09353.
 """
 
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from hijack.errors import CheckpointError
 
-#: Endings of keys, with the part of a LoRA they are; longer ones come first.
+#: Suffixes of keys to the part of a LoRA; longer ones first.
 SUFFIXES: Mapping[str, str] = {
-    ".lora_magnitude_vector.default.weight": "row_lengths",
-    ".lora_magnitude_vector.weight": "row_lengths",
-    ".lora_magnitude_vector": "row_lengths",
+    ".lora_magnitude_vector.default.weight": "row_magnitudes",
+    ".lora_magnitude_vector.weight": "row_magnitudes",
+    ".lora_magnitude_vector": "row_magnitudes",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
     ".lora_A.default.weight": "down",
@@ -40,7 +40,7 @@ SUFFIXES: Mapping[str, str] = {
     ".up.weight": "up",
     ".lora_A": "down",
     ".lora_B": "up",
-    ".dora_scale": "lengths",
+    ".dora_scale": "magnitudes",
     ".alpha": "alpha",
     ".hada_w1_a": "w1_a",
     ".hada_w1_b": "w1_b",
@@ -60,7 +60,7 @@ SUFFIXES: Mapping[str, str] = {
     ".w_norm": "diff",
     ".diff": "diff",
 }
-#: What there is no merging of, told by a part of the key.
+#: Kinds that cannot be merged, by a part of the key.
 UNSUPPORTED: Mapping[str, str] = {
     ".oft_": "OFT or BOFT",
     ".boft_": "BOFT",
@@ -73,10 +73,10 @@ UNSUPPORTED: Mapping[str, str] = {
     ".vera_lambda": "VeRA",
     ".ia3_l": "IA3",
     ".on_input": "IA3",
-    ".set_weight": "a weight that takes the place of another",
+    ".set_weight": "a weight that replaces another",
     ".reshape_weight": "a LoRA that changes the shape of the weight",
 }
-#: The tensors each kind consists of, apart from those any kind may have.
+#: The parts of each kind, apart from those any kind may have.
 _KINDS: Sequence[frozenset[str]] = tuple(
     frozenset(parts.split())
     for parts in (
@@ -93,14 +93,14 @@ _KINDS: Sequence[frozenset[str]] = tuple(
         "diff",
     )
 )
-_ANY_KIND = frozenset({"alpha", "lengths", "row_lengths", "bias", "up_bias"})
+_ANY_KIND = frozenset({"alpha", "magnitudes", "row_magnitudes", "bias", "up_bias"})
 
 
 def check_parts(parts: Mapping[str, str], where: str) -> None:
-    """Refuse a LoRA that lacks tensors, or is of two kinds at once.
+    """Refuse a LoRA that lacks tensors or mixes kinds.
 
     Args:
-        parts: names of its parts, as in `SUFFIXES`, to keys.
+        parts: its parts, as in `SUFFIXES`, to keys.
         where: the file, for messages.
 
     Raises:
@@ -112,27 +112,27 @@ def check_parts(parts: Mapping[str, str], where: str) -> None:
     key, *others = parts.values()
     near = [known for known in _KINDS if kind < known]
     if near:
-        absent = " and ".join(sorted(min(near, key=len) - kind))
+        missing = " and ".join(sorted(min(near, key=len) - kind))
         raise CheckpointError(
-            f"{where}: {key}: has no {absent} beside it, expected all tensors of a "
+            f"{where}: {key}: has no {missing} beside it, expected all tensors of a "
             "LoRA; the file is damaged or incomplete"
         )
     raise CheckpointError(
         f"{where}: {key}: together with {', '.join(others) or 'nothing else'} this is "
-        "no LoRA, LoHa, LoKr or difference; the file is damaged or of another kind"
+        "not a LoRA, LoHa, LoKr or difference; the file is damaged or of another kind"
     )
 
 
-def fit(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) -> int:
-    """Refuse a LoRA that is not for a weight of this shape.
+def check_shapes(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) -> int:
+    """Refuse a LoRA that does not fit a weight of this shape.
 
     Args:
-        parts: of the weight, as in `SUFFIXES`; on the meta device is enough.
+        parts: of the LoRA, as in `SUFFIXES`; may be on the meta device.
         shape: of the weight.
         where: file and module, for messages.
 
     Returns:
-        The rank that alpha is held against; 0 where alpha has no meaning.
+        The divisor of alpha; 0 if alpha does not apply.
 
     Raises:
         CheckpointError: naming the shapes.
@@ -140,9 +140,9 @@ def fit(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) -> int:
     try:
         difference, rank = _delta(parts)
         good = _flat(difference.shape) == _flat(shape)
-        if good and parts.keys() & {"lengths", "row_lengths"}:
-            _lengths(difference.view(shape), parts)
-    except (RuntimeError, IndexError, TypeError):  # torch's words for shapes
+        if good and parts.keys() & {"magnitudes", "row_magnitudes"}:
+            _magnitude_ratio(difference.view(shape), parts)
+    except (RuntimeError, IndexError, TypeError):  # torch's errors for shapes
         good = False
     if not good:
         shapes = ", ".join(f"{n} {list(t.shape)}" for n, t in parts.items())
@@ -156,32 +156,32 @@ def fit(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) -> int:
 def merge(
     weight: Tensor, parts: Mapping[str, Tensor], factor: float, strength: float
 ) -> Tensor:
-    """A weight with a LoRA in it.
+    """Merge a LoRA into a weight.
 
     Args:
-        weight: (N, ...) float32; is not changed.
-        parts: float32, as in `SUFFIXES`; they `fit`.
-        factor: what the difference is multiplied with: alpha / rank.
-        strength: how much of the LoRA is wanted.
+        weight: (N, ...) float32; not modified.
+        parts: float32, as in `SUFFIXES`; `check_shapes` accepted them.
+        factor: of the difference: alpha / rank.
+        strength: of the LoRA.
 
     Returns:
-        (N, ...) float32, a tensor of its own.
+        (N, ...) float32, a new tensor.
     """
     difference = _delta(parts)[0].reshape(weight.shape)
-    if not parts.keys() & {"lengths", "row_lengths"}:
+    if not parts.keys() & {"magnitudes", "row_magnitudes"}:
         return torch.add(weight, difference, alpha=strength * factor)
-    whole = torch.add(weight, difference, alpha=factor)
-    whole *= _lengths(whole, parts)
-    return weight + strength * (whole - weight)
+    merged = torch.add(weight, difference, alpha=factor)
+    merged *= _magnitude_ratio(merged, parts)
+    return weight + strength * (merged - weight)
 
 
 def _flat(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape as a matrix: a LoRA of a convolution may be of its flat weight."""
+    """The shape as a matrix: a LoRA of a convolution may have a flat weight."""
     return (shape[0], math.prod(shape[1:])) if len(shape) > 1 else tuple(shape)
 
 
 def _delta(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """The difference before it is scaled, and the rank alpha is held against."""
+    """The unscaled difference, and the divisor of alpha."""
     if "down" in parts:
         down = parts["down"].flatten(1)
         if "mid" in parts:
@@ -189,30 +189,30 @@ def _delta(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
             down = middle.movedim(-1, 1).flatten(1)
         return parts["up"].flatten(1) @ down, len(parts["down"])
     if "w1_a" in parts:
-        one = _product(parts["w1_a"], parts["w1_b"], parts.get("t1"))
-        two = _product(parts["w2_a"], parts["w2_b"], parts.get("t2"))
-        if one.shape != two.shape:
+        first = _product(parts["w1_a"], parts["w1_b"], parts.get("t1"))
+        second = _product(parts["w2_a"], parts["w2_b"], parts.get("t2"))
+        if first.shape != second.shape:
             raise RuntimeError("the factors differ in shape")
-        return one.mul_(two), len(parts["w1_b"])
+        return first.mul_(second), len(parts["w1_b"])
     if "diff" in parts:
         return parts["diff"], 0
     return _kronecker(parts)
 
 
 def _kronecker(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    one, two, rank = parts.get("kron_1"), parts.get("kron_2"), 0
-    if one is None:
-        one, rank = parts["kron_1_a"] @ parts["kron_1_b"], len(parts["kron_1_b"])
-    if two is None:
+    first, second, rank = parts.get("kron_1"), parts.get("kron_2"), 0
+    if first is None:
+        first, rank = parts["kron_1_a"] @ parts["kron_1_b"], len(parts["kron_1_b"])
+    if second is None:
         rank = len(parts["kron_2_b"])
-        two = _product(parts["kron_2_a"], parts["kron_2_b"], parts.get("kron_t2"))
-    if one.ndim != 2 or two.ndim < 2:
-        raise RuntimeError("the factors are no matrices")
-    return torch.kron(one[(..., *[None] * (two.ndim - 2))], two), rank
+        second = _product(parts["kron_2_a"], parts["kron_2_b"], parts.get("kron_t2"))
+    if first.ndim != 2 or second.ndim < 2:
+        raise RuntimeError("the factors are not matrices")
+    return torch.kron(first[(..., *[None] * (second.ndim - 2))], second), rank
 
 
 def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """Of matrices (N, r) and (r, K); with a core (r, r, ...) between, of (r, N)."""
+    """(N, r) times (r, K); with a core (r, r, ...) the first matrix is (r, N)."""
     if core is None:
         return torch.mm(a, b)
     right = core.movedim(1, -1) @ b  # (r, ..., K)
@@ -220,16 +220,16 @@ def _product(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
     return left.view(len(left), *right.shape[1:]).movedim(-1, 1).contiguous()
 
 
-def _lengths(whole: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
-    """DoRA: what gives each row, or each column, of a weight a length of its own.
+def _magnitude_ratio(weight: Tensor, parts: Mapping[str, Tensor]) -> Tensor:
+    """DoRA's magnitude of each row or column, over its actual norm.
 
-    PEFT's are of rows, whatever their shape; LyCORIS' say by their shape which.
+    PEFT's magnitudes are of rows, whatever their shape; LyCORIS' follow their shape.
     """
-    lengths = parts.get("row_lengths")
+    magnitudes = parts.get("row_magnitudes")
     axis = 0
-    if lengths is None:
-        lengths = parts["lengths"]
-        axis = 0 if lengths.shape[:1] == whole.shape[:1] else 1
-    others = [dim for dim in range(whole.ndim) if dim != axis]
-    actual: Tensor = torch.linalg.vector_norm(whole, dim=others, keepdim=True)
-    return lengths.reshape(actual.shape) / (actual + torch.finfo(whole.dtype).eps)
+    if magnitudes is None:
+        magnitudes = parts["magnitudes"]
+        axis = 0 if magnitudes.shape[:1] == weight.shape[:1] else 1
+    others = [dim for dim in range(weight.ndim) if dim != axis]
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    return magnitudes.reshape(norms.shape) / (norms + torch.finfo(weight.dtype).eps)

@@ -1,8 +1,8 @@
-"""Finds the layers of a checkpoint by what trainers call them.
+"""Find the layers of a checkpoint by the names in LoRA files.
 
-A name is looked for as it is, then with every dot an underscore, since kohya's keys do
-not tell one from the other, then by the tables of `lora_names`; each time with prefixes
-cut off one after another. Text encoders are called by numbers; see `lora_encoders`.
+A name is looked up unchanged, then with every dot as an underscore, because kohya's
+keys do not distinguish them, then by the tables of `hijack.lora.names`; each time with
+prefixes removed one by one. Text encoders are numbered; see `hijack.lora.encoders`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ BASE_PREFIXES = (
     "unet.",
     "net.",
 )
-#: Prefixes of layers in LoRA files, once or one behind the other; longer ones first.
+#: Prefixes of layers in LoRA files, one or several; longer ones first.
 LORA_PREFIXES = (
     "base_model.model.",
     *BASE_PREFIXES,
@@ -38,8 +38,8 @@ LORA_PREFIXES = (
 )
 
 Spans = list[tuple[int, int]]
-#: How a (N, K) weight is divided: its rows that are the layer of a word, in order.
-_WAYS: Mapping[str, Callable[[int, int], Spans]] = {
+#: Word of `hijack.lora.names` to the rows of a fused (N, K) weight, in order.
+_SPLITS: Mapping[str, Callable[[int, int], Spans]] = {
     "": lambda n, k: [(0, n)],
     "q": lambda n, k: [(0, k)],
     "k": lambda n, k: [(k, (n + k) // 2)],
@@ -47,59 +47,59 @@ _WAYS: Mapping[str, Callable[[int, int], Spans]] = {
     "first": lambda n, k: [(0, k)],
     "second": lambda n, k: [(k, 2 * k)],
     "third": lambda n, k: [(2 * k, 3 * k)],
-    "rest": lambda n, k: [(3 * k, n)],
+    "remainder": lambda n, k: [(3 * k, n)],
     "qkv": lambda n, k: [(0, 3 * k)],
-    "upper": lambda n, k: [(0, n // 2)],
-    "lower": lambda n, k: [(n // 2, n)],
-    "swapped": lambda n, k: [(k, n), (0, k)] if n == 2 * k else [(0, n)],
-    "turned": lambda n, k: [(0, n)],
+    "first_half": lambda n, k: [(0, n // 2)],
+    "second_half": lambda n, k: [(n // 2, n)],
+    "swap_halves": lambda n, k: [(k, n), (0, k)] if n == 2 * k else [(0, n)],
+    "transposed": lambda n, k: [(0, n)],
 }
-#: Where the halves change places, a name leads either way.
-_SYMMETRIC = ("", "swapped")
+#: Splits for which names are translated in both directions.
+_SYMMETRIC = ("", "swap_halves")
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a LoRA changes: a layer, some rows of it, or a lone parameter.
+    """What a LoRA changes: a layer, some of its rows, or a single parameter.
 
     Attributes:
-        name: of the layer, or the parameter.
-        key: of the weight, or the parameter.
-        way: how the weight is divided; see `lora_names`.
+        name: of the layer or parameter.
+        key: of the weight or parameter.
+        split: which part of a fused weight; see `hijack.lora.names`.
     """
 
     name: str
     key: str
-    way: str = ""
+    split: str = ""
 
     @property
     def bias(self) -> str:
         """Key of the bias that belongs to the weight."""
-        if self.name.endswith("in_proj_weight"):  # torch's attention has it in one
+        if self.name.endswith("in_proj_weight"):  # torch's attention has a fused one
             return f"{self.name.removesuffix('weight')}bias"
         return join(self.name, "bias")
 
     @property
-    def turned(self) -> bool:
-        """Whether the checkpoint has the transpose of what the LoRA is for."""
-        return self.way == "turned"
+    def transposed(self) -> bool:
+        """Whether the checkpoint has the transpose of the LoRA's weight."""
+        return self.split == "transposed"
 
     def rows(self, n: int, k: int) -> tuple[slice, ...]:
-        """The rows of a (n, k) weight that, one behind another, are what is meant."""
-        return tuple(slice(a, b) for a, b in _WAYS[self.way](n, k))
+        """The rows of a (n, k) weight that, concatenated, are the target."""
+        return tuple(slice(a, b) for a, b in _SPLITS[self.split](n, k))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Alias:
-    """Another name, as a pattern, and what makes the checkpoint's of it."""
+    """A pattern of names, and the template of the checkpoint's name."""
 
     pattern: re.Pattern[str]
     template: str
-    way: str
+    split: str
 
 
-class Names:
-    """The layers of a checkpoint.
+class LayerNames:
+    """The layers of a checkpoint, by the names in LoRA files.
 
     Args:
         keys: of its tensors.
@@ -109,47 +109,46 @@ class Names:
         self._dotted: dict[str, Target | None] = {}
         self._flat: dict[str, Target | None] = {}
         keys = list(keys)
-        for called, key in encoder_layers(keys):
+        for alias, key in encoder_layers(keys):
             target = Target(key.removesuffix(".weight"), key)
-            self._put(called.removesuffix(".weight"), target)
+            self._add(alias.removesuffix(".weight"), target)
         for key in keys:
             name = key.removesuffix(".weight")
             target = Target(name, key)
             # Flux calls the weight of a norm its scale
-            for called in dict.fromkeys((name, name.removesuffix(".scale"))):
+            for alias in dict.fromkeys((name, name.removesuffix(".scale"))):
                 for prefix in ("", *BASE_PREFIXES):
-                    if called.startswith(prefix):
-                        self._put(called[len(prefix) :], target)
+                    if alias.startswith(prefix):
+                        self._add(alias[len(prefix) :], target)
 
-    def _put(self, name: str, target: Target) -> None:
-        for table, spelled in ((self._dotted, name), (self._flat, _flat(name))):
-            known = table.get(spelled, target)
-            table[spelled] = target if known == target else None
+    def _add(self, name: str, target: Target) -> None:
+        for table, key in ((self._dotted, name), (self._flat, _flat(name))):
+            known = table.get(key, target)
+            table[key] = target if known == target else None
 
     def find(self, module: str) -> Target | None:
-        """What a name in a LoRA file means, or None.
+        """The target of a name in a LoRA file, or None.
 
         Raises:
-            CheckpointError: if it may mean two layers.
+            CheckpointError: if it may be one of two layers.
         """
         for name in _without_prefixes(module):
-            for spelled in _spellings(name):
-                found = self._find(spelled)
-                if found is not None:
-                    return found
+            for variant in _variants(name):
+                if (target := self._find(variant)) is not None:
+                    return target
         return None
 
     def _find(self, name: str) -> Target | None:
-        for table, spelled in ((self._dotted, name), (self._flat, _flat(name))):
-            if spelled in table:
-                return self._only(table, spelled)
+        for table, key in ((self._dotted, name), (self._flat, _flat(name))):
+            if key in table:
+                return self._only(table, key)
         flat = _flat(name)
         for alias in (*_aliases().get(_word(flat), ()), *_aliases()["{"]):
             match = alias.pattern.fullmatch(flat)
             known = match and match.expand(alias.template)
             if known in self._flat:
                 target = self._only(self._flat, known)
-                return dataclasses.replace(target, way=alias.way)
+                return dataclasses.replace(target, split=alias.split)
         return None
 
     def _only(self, table: Mapping[str, Target | None], name: str) -> Target:
@@ -171,10 +170,10 @@ def _word(flat: str) -> str:
 
 
 def _without_prefixes(name: str) -> Iterator[str]:
-    """A name, and what is left of it when prefixes are cut off one after another."""
+    """A name, and what is left as prefixes are removed one by one."""
     yield name
-    if (called := numbered(name)) is not None:
-        yield called
+    if (encoder_name := numbered(name)) is not None:
+        yield encoder_name
         return
     for prefix in LORA_PREFIXES:
         if name.startswith(prefix):
@@ -182,40 +181,39 @@ def _without_prefixes(name: str) -> Iterator[str]:
             return
 
 
-def _spellings(name: str) -> Iterator[str]:
-    """A name, and what it was in older versions of diffusers."""
-    plain = name.replace(".processor.", ".")
-    for spelled in dict.fromkeys((name, plain)):
-        yield spelled
-        if spelled.endswith("to_out"):
-            yield f"{spelled}.0"
+def _variants(name: str) -> Iterator[str]:
+    """A name, and its current form if it is of an older version of diffusers."""
+    for variant in dict.fromkeys((name, name.replace(".processor.", "."))):
+        yield variant
+        if variant.endswith("to_out"):
+            yield f"{variant}.0"
 
 
 @functools.cache
 def _aliases() -> Mapping[str, list[_Alias]]:
-    """Names by their first word, "{" if that may be any; in both directions."""
+    """Aliases by their first word, "{" if it may be any; in both directions."""
     aliases: dict[str, list[_Alias]] = {"{": []}
     for theirs, ours in (*_rows(), *_unet()):
-        ours, _, way = ours.partition(":")
+        ours, _, split = ours.partition(":")
         pairs = [(theirs, ours)]
-        if way in _SYMMETRIC:
+        if split in _SYMMETRIC:
             pairs.append((ours, theirs))
-        for given, known in pairs:
-            word = _word(_flat(given))
+        for alias, known in pairs:
+            word = _word(_flat(alias))
             word = "{" if "{" in word else word
-            aliases.setdefault(word, []).append(_alias(given, known, way))
+            aliases.setdefault(word, []).append(_alias(alias, known, split))
     return aliases
 
 
-def _alias(given: str, known: str, way: str) -> _Alias:
-    pattern = re.escape(_flat(given)).replace(r"\{\}", r"(\d+)")
+def _alias(alias: str, known: str, split: str) -> _Alias:
+    pattern = re.escape(_flat(alias)).replace(r"\{\}", r"(\d+)")
     pattern, count = pattern.replace(r"\{\*\}", "(.+)"), itertools.count(1)
     template = re.sub(r"\{\*?\}", lambda _: f"\\g<{next(count)}>", _flat(known))
-    return _Alias(re.compile(pattern), template, way)
+    return _Alias(re.compile(pattern), template, split)
 
 
 def _rows() -> Iterator[tuple[str, str]]:
-    """Pairs of their name and ours, from the tables."""
+    """Pairs of the name in LoRA files and in checkpoints, from the tables."""
     for line in "".join(TABLES).splitlines():
         pair = line.split()
         if pair and not line.startswith(" "):
@@ -248,7 +246,7 @@ _UNET = {
 
 
 def _unet() -> Iterator[tuple[str, str]]:
-    """Stable Diffusion and SDXL: diffusers counts by level, and by block in a level."""
+    """The UNet of Stable Diffusion and SDXL, which diffusers counts by levels."""
     yield from _UNET.items()
     blocks = {"mid_block.{}.0": "middle_block.0", "mid_block.{}.1": "middle_block.2"}
     for level in range(4):

@@ -1,19 +1,22 @@
-"""What diffusers and trainers call layers that have other names in a checkpoint.
+"""Layer names of diffusers and trainers that differ from those of checkpoints.
 
-A line without indentation says what their block is called and what ours; the lines
-under it name layers in the block, a dot is the model itself. ``{}`` stands for any
-number and ``{*}`` for any rest. A word behind a colon is of layers they divide:
+A line without indentation has the name of a block in LoRA files and in checkpoints; the
+lines under it name layers in the block. A dot is the model itself. ``{}`` stands for
+any number and ``{*}`` for any remainder. A word behind a colon says which part of a
+fused weight the layer is:
 
-=========  ===========================================================================
-q, k, v    of three behind one another, of which q is as high as the weight is wide
-first ...  pieces as high as the weight is wide; ``rest`` is what follows three of them
-qkv        those three pieces
-upper      the upper half, as ``lower`` is the other
-swapped    the halves change places, if the weight is twice as high as it is wide
-turned     the checkpoint has the transpose of the weight
-=========  ===========================================================================
+===========  =========================================================================
+q, k, v      one of three consecutive parts, where q has as many rows as the weight has
+             columns
+first ...    parts with as many rows as there are columns; ``remainder`` follows three
+             of them
+qkv          those three parts
+first_half   the first half of the rows, as ``second_half`` is the other
+swap_halves  the halves are swapped, if there are twice as many rows as columns
+transposed   the checkpoint has the transpose of the weight
+===========  =========================================================================
 
-Names that differ in dots and underscores alone, or in prefixes, need no line.
+Names that differ only in dots and underscores, or in prefixes, need no line.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ single_transformer_blocks.{} single_blocks.{}
   attn.to_q linear1:first
   attn.to_k linear1:second
   attn.to_v linear1:third
-  proj_mlp linear1:rest
+  proj_mlp linear1:remainder
   attn.to_qkv_mlp_proj linear1
   attn.to_out linear2
   proj_out linear2
@@ -56,7 +59,7 @@ single_transformer_blocks.{} single_blocks.{}
 . .
   x_embedder img_in
   context_embedder txt_in
-  norm_out.linear final_layer.adaLN_modulation.1:swapped
+  norm_out.linear final_layer.adaLN_modulation.1:swap_halves
   proj_out final_layer.linear
   controlnet_x_embedder pos_embed_input
   double_stream_modulation_img.linear double_stream_modulation_img.lin
@@ -79,7 +82,7 @@ time_guidance_embed .
   guidance_embedder.linear_2 guidance_in.out_layer
 """
 
-#: XLabs' trainer names what it patches: 1 is the image, 2 the text beside it.
+#: XLabs' trainer: 1 is the image stream, 2 the text stream.
 _XLABS = """
 double_blocks.{} double_blocks.{}
   processor.qkv_lora1 img_attn.qkv
@@ -92,7 +95,7 @@ single_blocks.{} single_blocks.{}
   linear1_qkv linear1:qkv
 """
 
-#: Tencent's own names; ComfyUI's are those of Flux.
+#: Tencent's names; ComfyUI uses those of Flux.
 _HUNYUAN_VIDEO = """
 double_blocks.{} double_blocks.{}
   img_mod.linear img_mod.lin
@@ -131,7 +134,7 @@ txt_in.individual_token_refiner.blocks.{} txt_in.individual_token_refiner.blocks
   txt_in.c_embedder.linear_2 txt_in.c_embedder.out_layer
 """
 
-#: Diffusers' names where Flux has none, and where Tencent's are not those of Flux.
+#: diffusers' names that Flux lacks, or where Tencent's differ from Flux's.
 _HUNYUAN_VIDEO_DIFFUSERS = """
 transformer_blocks.{} double_blocks.{}
   norm1.linear img_mod.linear
@@ -252,7 +255,7 @@ transformer_blocks.{} joint_blocks.{}.context_block
   attn.to_add_out attn.proj
   attn.norm_added_q attn.ln_q
   attn.norm_added_k attn.ln_k
-  norm1_context.linear adaLN_modulation.1:swapped
+  norm1_context.linear adaLN_modulation.1:swap_halves
   ff_context.net.0.proj mlp.fc1
   ff_context.net.2 mlp.fc2
 . .
@@ -270,8 +273,8 @@ transformer_blocks.{} blocks.{}
   attn1.to_v attn.qkv:v
   attn1.to_out.0 attn.proj
   attn2.to_q cross_attn.q_linear
-  attn2.to_k cross_attn.kv_linear:upper
-  attn2.to_v cross_attn.kv_linear:lower
+  attn2.to_k cross_attn.kv_linear:first_half
+  attn2.to_v cross_attn.kv_linear:second_half
   attn2.to_out.0 cross_attn.proj
   ff.net.0.proj mlp.fc1
   ff.net.2 mlp.fc2
@@ -325,7 +328,7 @@ single_transformer_blocks.{} single_layers.{}
   pos_embed.pos_embed positional_encoding
   pos_embed.proj init_x_linear
   proj_out final_linear
-  norm_out.linear modF.1:swapped
+  norm_out.linear modF.1:swap_halves
 """
 
 _KREA_2 = """
@@ -362,7 +365,7 @@ _LTX = """
   {*}.norm_k {*}.k_norm
 """
 
-#: transformers' names of CLIP, and OpenCLIP's own; see `lora_encoders`.
+#: transformers' names of CLIP, and OpenCLIP's own; see `hijack.lora.encoders`.
 _OPEN_CLIP = """
 te{}.text_model.encoder.layers.{} te{}.transformer.resblocks.{}
   self_attn.q_proj attn.in_proj_weight:q
@@ -376,7 +379,7 @@ te{}.text_model.encoder.layers.{} te{}.transformer.resblocks.{}
 te{} te{}
   text_model.embeddings.token_embedding token_embedding
   text_model.final_layer_norm ln_final
-  text_projection projection:turned
+  text_projection projection:transposed
 """
 
 TABLES = (

@@ -1,4 +1,4 @@
-"""Files as they are opened, and small ones read: regular, bounded, no key twice."""
+"""Open regular files, and read small JSON files strictly."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, BinaryIO
 from hijack.errors import HeaderError
 from hijack.safetensors_io.header import CONFIG_KEY
 
-#: Bytes of the longest JSON that is read, as safetensors has it for headers.
+#: Bytes of the longest JSON that is read, the limit of safetensors for headers.
 MAX_BYTES = 100_000_000
 
 
 @contextlib.contextmanager
 def open_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to read; what is no file is refused, a pipe without waiting for it."""
+    """Open a regular file to read; others are refused, pipes without waiting."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISDIR(mode):
@@ -34,35 +34,49 @@ def open_file(path: Path) -> Iterator[BinaryIO]:
     except ValueError as error:
         if isinstance(error, HeaderError) or "\0" not in str(path):
             raise
-        raise HeaderError(f"{str(path)!r}: is no file name") from error
+        raise HeaderError(f"{str(path)!r}: is not a valid file name") from error
 
 
 def read_json(path: Path) -> Any:
-    """What a small file of JSON says.
+    """Parse a small JSON file.
 
     Raises:
-        HeaderError: if it is none, larger than any such file, or has a key twice.
+        HeaderError: if it is malformed, too large, or has a duplicate key.
+    """
+    with open_file(path) as file:
+        text = file.read(MAX_BYTES + 1)
+    if len(text) > MAX_BYTES:
+        raise HeaderError(
+            f"{path}: is longer than {MAX_BYTES:,} bytes, expected a small JSON file; "
+            "it is damaged, or something else"
+        )
+    return parse_json(text, f"{path}:")
+
+
+def parse_json(text: bytes, where: str) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: the JSON, in UTF-8.
+        where: the subject of error messages.
+
+    Raises:
+        HeaderError: if it is malformed or has a duplicate key.
     """
     try:
-        with open_file(path) as file:
-            text = file.read(MAX_BYTES + 1)
-        if len(text) > MAX_BYTES:
-            raise HeaderError(
-                f"{path}: is longer than {MAX_BYTES:,} bytes, expected a small file "
-                "of JSON; it is damaged, or something else"
-            )
-        return json.loads(text.decode(), object_pairs_hook=without_duplicates)
-    except HeaderError:
-        raise
-    except DuplicateError as error:
-        raise HeaderError(f"{path}: has the key {error} twice") from error
+        return json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+    except _DuplicateKeyError as error:
+        raise HeaderError(f"{where} has the key {error} twice") from error
+    except UnicodeDecodeError as error:
+        raise HeaderError(f"{where} is not UTF-8; {error.reason}") from error
     except RecursionError as error:
-        raise HeaderError(f"{path}: is nested too deeply") from error
+        raise HeaderError(f"{where} is nested too deeply") from error
     except ValueError as error:
-        raise HeaderError(f"{path}: is not JSON; {error}") from error
+        raise HeaderError(f"{where} is not JSON; {error}") from error
 
 
 def read_config(folder: Path, name: str = "config.json") -> Mapping[str, object] | None:
+    """A JSON object in a folder; None if there is none that can be read."""
     path = folder / name
     if not path.is_file():
         return None
@@ -74,22 +88,22 @@ def read_config(folder: Path, name: str = "config.json") -> Mapping[str, object]
 
 
 def read_configs(folder: Path) -> Mapping[str, object] | None:
-    """``config.json``, and what SDNQ writes of its own beside it."""
+    """``config.json``, with SDNQ's separate quantization config."""
     config = read_config(folder)
-    own = read_config(folder, f"{CONFIG_KEY}.json")
-    return config if own is None else {**(config or {}), CONFIG_KEY: own}
+    sdnq = read_config(folder, f"{CONFIG_KEY}.json")
+    return config if sdnq is None else {**(config or {}), CONFIG_KEY: sdnq}
 
 
-class DuplicateError(Exception):
+class _DuplicateKeyError(Exception):
     """A JSON object has a key twice."""
 
 
-def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise DuplicateError(repr(key))
+                raise _DuplicateKeyError(repr(key))
             seen.add(key)
     return table

@@ -1,4 +1,4 @@
-"""Python's garbage collector, out of the way where records are made in bulk."""
+"""Pause Python's garbage collector while many objects are created."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Pause the collector; it is as it was before when the block ends.
+def gc_paused() -> Iterator[None]:
+    """Pause the collector, and restore its state at the end.
 
-    The records of a header hold no cycles. Making tens of thousands of them would have
-    the collector walk all objects of the process several times, torch's among them,
-    and free nothing.
+    The records of a header have no reference cycles. While tens of thousands of them
+    are created, the collector would traverse all objects of the process several times,
+    including torch's, and free nothing.
     """
     enabled = gc.isenabled()
     gc.disable()

@@ -1,11 +1,10 @@
-"""What a checkpoint says about itself before any tensor data is read."""
+"""The header of a checkpoint: everything known before tensor data is read."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,66 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: safetensors' names of dtypes, with torch's; names torch lacks map to None.
-DTYPES: Mapping[str, torch.dtype | None] = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "U16": torch.uint16,
-    "I16": torch.int16,
-    "U32": torch.uint32,
-    "I32": torch.int32,
-    "U64": torch.uint64,
-    "I64": torch.int64,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "C64": torch.complex64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": getattr(torch, "float8_e8m0fnu", None),
-    "F4": getattr(torch, "float4_e2m1fn_x2", None),
-}
-DTYPE_NAMES: Mapping[torch.dtype, str] = {
-    dtype: name for name, dtype in DTYPES.items() if dtype is not None
-}
-#: Dtypes of weights that are what they say, whatever a marker says of them.
-PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-#: Bits of one element, for dtypes that torch lacks, or packs two to an element.
-_BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
-#: Where configs and headers say how a model was quantized.
+from hijack.dtypes import DTYPE_NAMES, DTYPES, bits_of, bytes_of
+
+#: Key of the quantization config, in ``config.json`` and in header metadata.
 CONFIG_KEY = "quantization_config"
 #: Bytes of the largest tensor that may be a marker.
 MAX_MARKER = 1 << 16
-#: What fits into the sizes of tensors, and of the file formats themselves.
-_MAX_BYTES = 2**63 - 1
-
-
-def bits_of(dtype: str) -> int | None:
-    """Bits an element of a safetensors dtype takes; None if nobody knows it."""
-    known = DTYPES.get(dtype)
-    return _BITS.get(dtype) or (known.itemsize * 8 if known is not None else None)
-
-
-def bytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
-    """Bytes a tensor takes in a file; None if its elements end within a byte.
-
-    Also None where a program could not hold the shape, although the tensor is empty:
-    ``(2**62, 2**62, 0)`` has strides no integer has room for.
-    """
-    bits = bits_of(dtype)
-    if bits is None or math.prod(n or 1 for n in shape) * bits // 8 > _MAX_BYTES:
-        return None
-    size, rest = divmod(math.prod(shape) * bits, 8)
-    return None if rest else size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Dtype, shape and place of one tensor of a checkpoint.
+    """Dtype, shape and file offsets of one tensor of a checkpoint.
 
     Attributes:
         dtype: safetensors' name of the dtype, such as ``"F8_E4M3"``.
@@ -90,7 +40,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes the tensor takes in a file; 0 if nobody can tell."""
+        """Size of the tensor in a file, in bytes; 0 if the dtype is unknown."""
         return bytes_of(self.dtype, self.shape) or 0
 
     @property
@@ -100,9 +50,9 @@ class TensorInfo:
 
     @property
     def real(self) -> bool:
-        """Whether each element is a real number that torch can tell from the others.
+        """Whether each element is one real number in torch.
 
-        Codes that share a byte are none: torch has them in pairs, as no number.
+        Packed sub-byte elements are not: torch holds two of them as one element.
         """
         dtype = self.torch_dtype
         whole = (bits_of(self.dtype) or 0) >= 8
@@ -110,14 +60,17 @@ class TensorInfo:
 
     @property
     def torch_shape(self) -> tuple[int, ...]:
-        """The shape as torch has it: two 4-bit numbers are one element."""
+        """The shape of the torch tensor, where two 4-bit numbers are one element."""
         if self.dtype == "F4" and self.shape:
             return (*self.shape[:-1], self.shape[-1] // 2)
         return self.shape
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorInfo:
-        """What a file would say of a tensor; dtypes without a name keep torch's."""
+        """The entry a file would have for a tensor.
+
+        A dtype that safetensors has no name for keeps torch's.
+        """
         name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
         shape = tuple(tensor.shape)
         if name == "F4" and shape:
@@ -168,13 +121,13 @@ class Header:
     @functools.cached_property
     def quantization(self) -> Mapping[str, Any]:
         """The ``quantization_config``: of the header's metadata, else of the config."""
-        given: object = parse_table(self.metadata.get(CONFIG_KEY, ""))
+        quantization: object = parse_table(self.metadata.get(CONFIG_KEY, ""))
         config = self.config or {}
-        # a model of several has it in the config of the one that is quantized
+        # a model made of several has it in the config of the one that is quantized
         parts = (part for part in config.values() if isinstance(part, dict))
         for table in (config, *parts):
-            given = given or table.get(CONFIG_KEY)
-        return given if isinstance(given, dict) else {}
+            quantization = quantization or table.get(CONFIG_KEY)
+        return quantization if isinstance(quantization, dict) else {}
 
     @functools.cached_property
     def parts(self) -> Mapping[str, Mapping[str, TensorInfo]]:
@@ -182,7 +135,7 @@ class Header:
         parts: dict[str, dict[str, TensorInfo]] = {}
         for key, info in self.tensors.items():
             layer, dot, name = key.rpartition(".")
-            if layer or not dot:  # ".weight" is nobody's: the root's is "weight"
+            if layer or not dot:  # ".weight" is of no layer: the root's is "weight"
                 parts.setdefault(layer, {})[name] = info
         return parts
 
@@ -201,16 +154,15 @@ class Header:
         return dataclasses.replace(self, metadata={})
 
     @functools.cached_property
-    def memo(self) -> dict[Any, Any]:
-        """Answers that are asked for again for every layer; keys are their owners'."""
+    def _layer_tables(self) -> dict[str, Mapping[str, Mapping[str, Any]]]:
+        """Cache of `layer_metadata`, which is asked for again for every layer."""
         return {}
 
-    def said_of_layers(self, name: str) -> Mapping[str, Mapping[str, Any]]:
-        """What a JSON table in the metadata says under ``layers``, by layer."""
-        found: Mapping[str, Mapping[str, Any]] | None = self.memo.get(name)
-        if found is None:
-            found = self.memo[name] = layers_in(self.metadata.get(name, ""))
-        return found
+    def layer_metadata(self, name: str) -> Mapping[str, Mapping[str, Any]]:
+        """The entries under ``layers`` in a JSON table of the metadata, by layer."""
+        if name not in self._layer_tables:
+            self._layer_tables[name] = layers_in(self.metadata.get(name, ""))
+        return self._layer_tables[name]
 
     def marker(self, key: str) -> Mapping[str, Any] | None:
         """The JSON table in a small tensor of bytes, as ComfyUI marks layers with.
@@ -230,7 +182,7 @@ class Header:
     def from_state_dict(
         cls, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
     ) -> Header:
-        """View a state dict as a header; tensors are looked at only when asked for."""
+        """View a state dict as a header; tensors are inspected lazily."""
 
         def read(key: str) -> bytes | None:
             tensor = state_dict[key]
@@ -250,7 +202,7 @@ class Header:
 
 
 def signature(parts: Mapping[str, TensorInfo]) -> tuple[object, ...]:
-    """What layers have in common whose tensors have equal names, dtypes and shapes."""
+    """Equal for layers whose tensors have equal names, dtypes and shapes."""
     return tuple([(name, info.dtype, info.shape) for name, info in parts.items()])
 
 
@@ -260,29 +212,31 @@ def join(layer: str, suffix: str) -> str:
 
 
 def layers_in(text: str) -> dict[str, dict[str, Any]]:
-    """What a JSON table says under ``layers``, without what is no table itself."""
+    """The entries under ``layers`` in a JSON table; only those that are tables."""
     layers = parse_table(text).get("layers") if text else None
     if not isinstance(layers, dict):
         return {}
     return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
 
 
-def joined(metadata: Mapping[str, str], more: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of two shards; of tables of layers each has those of its own layers."""
-    found = {**metadata, **more}
+def merge_metadata(
+    metadata: Mapping[str, str], more: Mapping[str, str]
+) -> dict[str, str]:
+    """Metadata of two shards or dialects; tables of layers are merged."""
+    merged = {**metadata, **more}
     for name in metadata.keys() & more.keys():
         if metadata[name] == more[name]:
             continue
-        one, other = layers_in(metadata[name]), layers_in(more[name])
-        if one and other:
-            table = {**parse_table(more[name]), "layers": {**one, **other}}
-            found[name] = json.dumps(table)
-    return found
+        layers, more_layers = layers_in(metadata[name]), layers_in(more[name])
+        if layers and more_layers:
+            table = {**parse_table(more[name]), "layers": {**layers, **more_layers}}
+            merged[name] = json.dumps(table)
+    return merged
 
 
 @functools.lru_cache(maxsize=256)
 def _parse_marker(text: bytes) -> Mapping[str, Any]:
-    """`parse_table` for what most layers of a file have alike."""
+    """`parse_table`, cached: most layers of a file have the same marker."""
     return parse_table(text)
 
 

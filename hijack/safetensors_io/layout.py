@@ -1,4 +1,4 @@
-"""Where each tensor of a safetensors file comes to lie, before anything is written."""
+"""Plan the layout of a safetensors file before anything is written."""
 
 from __future__ import annotations
 
@@ -6,45 +6,46 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
+from hijack.dtypes import bits_of, bytes_of
 from hijack.errors import CheckpointError
-from hijack.safetensors_io.header import TensorInfo, bits_of, bytes_of
+from hijack.safetensors_io.header import TensorInfo
 
 #: Key to dtype and shape of every tensor a checkpoint will hold.
 Plan = Mapping[str, TensorInfo]
 
-#: More files than any checkpoint has; each is held open while it is written.
+#: More files than any checkpoint has; each is open while it is written.
 MAX_SHARDS = 500
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """One file, planned.
+class FileLayout:
+    """The layout of one file.
 
     Attributes:
         header: the bytes before the tensors.
-        places: key to the first byte and one past the last, from the file's start.
+        offsets: key to the first byte and one past the last, from the file's start.
     """
 
     header: bytes
-    places: Mapping[str, tuple[int, int]]
+    offsets: Mapping[str, tuple[int, int]]
 
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return max((end for _, end in self.places.values()), default=len(self.header))
+        return max((end for _, end in self.offsets.values()), default=len(self.header))
 
 
-def lay_out(
+def plan_file(
     plan: Plan, metadata: Mapping[str, str], order: Sequence[str] | None = None
-) -> Layout:
+) -> FileLayout:
     """Plan a file without holes.
 
-    Widest dtype first, as safetensors itself orders, so that every tensor is aligned;
-    or in the order asked for, if that does not break the alignment: readers of
-    safetensors in torch refuse a tensor that is not aligned.
+    The widest dtype comes first, as safetensors itself orders, so that every tensor is
+    aligned. Another order is used if it keeps the alignment: safetensors in torch
+    refuses unaligned tensors.
 
     Args:
-        plan: key to dtype and shape; files and offsets do not count.
+        plan: key to dtype and shape; files and offsets are ignored.
         metadata: strings for the header.
         order: the keys of the plan.
 
@@ -54,10 +55,10 @@ def lay_out(
     if order is None or not _aligned(plan, order):
         order = sorted(plan, key=lambda k: (-(bits_of(plan[k].dtype) or 0), k))
     table: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
-    ends, end = {}, 0
+    ranges, end = {}, 0
     for key in order:
         begin, end = end, end + _size(key, plan[key])
-        ends[key] = begin, end
+        ranges[key] = begin, end
         table[key] = {
             "dtype": plan[key].dtype,
             "shape": list(plan[key].shape),
@@ -66,47 +67,47 @@ def lay_out(
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     start = 8 + len(text)
-    places = {key: (start + begin, start + end) for key, (begin, end) in ends.items()}
-    return Layout(len(text).to_bytes(8, "little") + text, places)
+    offsets = {key: (start + a, start + b) for key, (a, b) in ranges.items()}
+    return FileLayout(len(text).to_bytes(8, "little") + text, offsets)
 
 
-def lay_out_files(
+def plan_files(
     plan: Plan,
     metadata: Mapping[str, str],
     order: Sequence[str] | None = None,
     max_shard_size: int | None = None,
-) -> list[Layout]:
-    """Plan one file, or as many shards as it takes; each has all of the metadata."""
+) -> list[FileLayout]:
+    """Plan one file, or shards; each shard has all of the metadata."""
     if max_shard_size is None:
-        return [lay_out(plan, metadata, order)]
+        return [plan_file(plan, metadata, order)]
     layouts = []
     for shard in split(plan, max_shard_size):
-        inside = None if order is None else [key for key in order if key in shard]
-        layouts.append(lay_out(shard, metadata, inside))
+        shard_order = None if order is None else [key for key in order if key in shard]
+        layouts.append(plan_file(shard, metadata, shard_order))
     return layouts
 
 
-def split(plan: Plan, largest: int) -> list[Plan]:
-    """Cut a plan into shards, in its own order.
+def split(plan: Plan, max_size: int) -> list[Plan]:
+    """Split a plan into shards, keeping its order.
 
     Args:
         plan: key to dtype and shape.
-        largest: bytes of tensors in a shard; only a single tensor may have more.
+        max_size: bytes of tensors in a shard; only a single tensor may be larger.
 
     Raises:
         CheckpointError: if there would be too many shards.
     """
     shards: list[dict[str, TensorInfo]] = [{}]
-    left = largest
+    room = max_size
     for key, info in plan.items():
-        if info.nbytes > left and shards[-1]:
+        if info.nbytes > room and shards[-1]:
             shards.append({})
-            left = largest
+            room = max_size
         shards[-1][key] = info
-        left -= info.nbytes
+        room -= info.nbytes
     if len(shards) > MAX_SHARDS:
         raise CheckpointError(
-            f"max_shard_size: {largest:,} bytes give {len(shards)} files, expected at "
+            f"max_shard_size: {max_size:,} bytes give {len(shards)} files, expected at "
             f"most {MAX_SHARDS}; choose a larger one"
         )
     return [*shards]

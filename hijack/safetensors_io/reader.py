@@ -1,8 +1,9 @@
-"""Read safetensors files: headers strictly, tensors without copying."""
+"""Read safetensors files: validate headers, map tensors into memory."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import math
 import mmap
 import os
@@ -14,28 +15,22 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from hijack.dtypes import bits_of, bytes_of
 from hijack.errors import CheckpointError, HeaderError
 from hijack.safetensors_io.files import (
-    DuplicateError,
     open_file,
+    parse_json,
     read_configs,
     read_json,
-    without_duplicates,
 )
-from hijack.safetensors_io.gc_paused import uncollected
-from hijack.safetensors_io.header import (
-    Header,
-    TensorInfo,
-    bits_of,
-    bytes_of,
-    joined,
-)
+from hijack.safetensors_io.gc_paused import gc_paused
+from hijack.safetensors_io.header import Header, TensorInfo, merge_metadata
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
-#: No real header comes near; larger ones are a damaged or hostile length.
+#: Larger than any real header; beyond it the length is damaged or hostile.
 MAX_HEADER = 100_000_000
-#: First bytes of files people take for safetensors, and what they are.
+#: First bytes of files that are mistaken for safetensors, and what they are.
 _MAGIC = {
     b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a zip archive, such as torch.save writes; hijack never unpickles",
@@ -43,97 +38,82 @@ _MAGIC = {
     b"\x80\x04": "a pickle; hijack never unpickles",
     b"\x80\x05": "a pickle; hijack never unpickles",
 }
-#: What no plain file name holds.
-_APART = frozenset("/\\\0")
+#: Characters that no plain file name has.
+_SEPARATORS = frozenset("/\\\0")
 
 
-@uncollected()
+@gc_paused()
 def read_header(source: Paths) -> Header:
-    """Read what a checkpoint says about itself; no tensor data is read.
+    """Read the header of a checkpoint; no tensor data is read.
 
     Args:
         source: a safetensors file, a ``*.index.json`` that names shards, or a list of
             shards.
 
     Returns:
-        The header of all shards together, with ``config.json`` if it lies beside them.
+        The merged header of all shards, with the ``config.json`` beside them, if any.
 
     Raises:
-        HeaderError: if a file is missing, no safetensors file, or contradicts itself.
+        HeaderError: if a file is missing, not a safetensors file, or inconsistent.
     """
-    paths, named = _shards(source)
+    paths, indexed = _shards(source)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
     for path in paths:
-        found, extra = _read_one(path)
-        twice = tensors.keys() & found.keys()
-        if twice:
+        infos, shard_metadata = _read_file(path)
+        duplicates = tensors.keys() & infos.keys()
+        if duplicates:
             raise HeaderError(
-                f"{path}: holds {min(twice)!r}, as another shard does; expected "
+                f"{path}: holds {min(duplicates)!r}, as another shard does; expected "
                 "each tensor in one file; leave one of the files out"
             )
-        tensors |= found
-        metadata = joined(metadata, extra)
-    absent = sorted(named - tensors.keys())
-    if absent:
+        tensors |= infos
+        metadata = merge_metadata(metadata, shard_metadata)
+    missing = sorted(indexed - tensors.keys())
+    if missing:
         raise HeaderError(
-            f"{source}: names {absent[0]!r} and {len(absent) - 1} other tensors that "
+            f"{source}: names {missing[0]!r} and {len(missing) - 1} other tensors that "
             "no shard holds; the shards are of another checkpoint, or incomplete"
         )
     config = read_configs(paths[0].parent)
     name = _name(source, paths)
-    return Header(tensors, metadata, config, name, _SmallTensors(tensors))
+    reader = _MappedTensors(tensors).read_bytes
+    return Header(tensors, metadata, config, name, reader)
 
 
 def open_tensors(header: Header) -> Mapping[str, Tensor]:
     """The tensors of a checkpoint's files, mapped into memory.
 
     Args:
-        header: as `read_header` gave it.
+        header: as `read_header` returned it.
 
     Returns:
-        Key to tensor on the CPU. Tensors share pages with the files: nothing is read
-        before it is used, and writing to one does not change the file.
+        Key to tensor on the CPU. Tensors share pages with the files: data is read when
+        it is used, and writing to a tensor does not change the file.
     """
-    return _MappedTensors(header)
-
-
-class _SmallTensors:
-    """Reads the bytes of a few small tensors, without a mapping for each."""
-
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        self._tensors = tensors
-        self._data: dict[Path, tuple[mmap.mmap, int]] = {}
-
-    def __call__(self, key: str) -> bytes | None:
-        info = self._tensors[key]
-        if info.file is None:
-            return None
-        if info.file not in self._data:
-            with open_file(info.file) as file:
-                start = 8 + int.from_bytes(file.read(8), "little")
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            self._data[info.file] = pages, start
-        pages, start = self._data[info.file]
-        return pages[start + info.begin : start + info.end]
+    return _MappedTensors(header.tensors)
 
 
 class _MappedTensors(Mapping[str, Tensor]):
-    """Tensors as private copy-on-write maps of their files."""
+    """Tensors as private copy-on-write maps of their files.
 
-    def __init__(self, header: Header) -> None:
-        self._header = header
-        self._data: dict[Path, tuple[Tensor, int]] = {}
+    `safetensors.safe_open` does not serve: it parses the header again for every file,
+    lacks some dtypes, and refuses unaligned tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
+        self._tensors = tensors
+        self._files: dict[Path, tuple[mmap.mmap, Tensor, int]] = {}
 
     def __getitem__(self, key: str) -> Tensor:
-        info = self._header.tensors[key]
+        info = self._tensors[key]
         dtype = info.torch_dtype
         if dtype is None or info.file is None:
             raise CheckpointError(
                 f"{key}: dtype {info.dtype} is not known to torch {torch.__version__}; "
                 "install a newer torch"
             )
-        data, start = self._map(info.file)
+        _, data, start = self._map(info.file)
         raw = data[start + info.begin : start + info.end]
         shape = info.torch_shape
         if raw.numel() == 0:
@@ -141,39 +121,66 @@ class _MappedTensors(Mapping[str, Tensor]):
         if raw.numel() != math.prod(shape) * dtype.itemsize:
             raise CheckpointError(
                 f"{key}: {info.dtype} of shape {list(info.shape)} has rows that end "
-                "within a byte; expected rows of an even length, as torch holds them; "
-                "store it as U8"
+                "within a byte; expected rows of an even length, as in torch; store it "
+                "as U8"
             )
         if raw.storage_offset() % dtype.itemsize:  # a writer that does not align
             raw = raw.clone()
         return raw.view(dtype).view(shape)
 
-    def _map(self, path: Path) -> tuple[Tensor, int]:
-        if path not in self._data:
+    def read_bytes(self, key: str) -> bytes | None:
+        """The bytes of a tensor in a file, whatever its dtype."""
+        info = self._tensors[key]
+        if info.file is None:
+            return None
+        pages, _, start = self._map(info.file)
+        return pages[start + info.begin : start + info.end]
+
+    def _map(self, path: Path) -> tuple[mmap.mmap, Tensor, int]:
+        """A file as a map, the map as a tensor, and the offset of its data section."""
+        if path not in self._files:
             with open_file(path) as file:
-                length = int.from_bytes(file.read(8), "little")
+                start = _data_start(file)
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self._data[path] = torch.frombuffer(pages, dtype=torch.uint8), 8 + length
-        return self._data[path]
+            data = torch.frombuffer(pages, dtype=torch.uint8)
+            self._files[path] = pages, data, start
+        return self._files[path]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._header.tensors)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._header.tensors)
+        return len(self._tensors)
 
 
-def data_start(path: Path) -> int:
-    """Offset of the data section of a file whose header was read."""
-    with path.open("rb") as file:
-        return 8 + int.from_bytes(file.read(8), "little")
+@contextlib.contextmanager
+def open_data(info: TensorInfo) -> Iterator[BinaryIO]:
+    """Open the file of a tensor unbuffered, at the tensor's first byte.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or the tensor is in memory.
+    """
+    if info.file is None:
+        raise CheckpointError("got a tensor in memory, expected one in a file")
+    try:
+        with info.file.open("rb", buffering=0) as file:
+            file.seek(_data_start(file) + info.begin)
+            yield file
+    except OSError as error:
+        raise CheckpointError(
+            f"{info.file}: cannot be read; {error.strerror}"
+        ) from error
+
+
+def _data_start(file: BinaryIO | io.FileIO) -> int:
+    return 8 + int.from_bytes(file.read(8), "little")
 
 
 # -- which files -----------------------------------------------------------------------
 
 
 def _shards(source: Paths) -> tuple[list[Path], set[str]]:
-    """The files to read, and the tensors that must be in them."""
+    """The files to read, and the keys of an index that must be in them."""
     if not isinstance(source, str | os.PathLike):
         paths = [Path(part) for part in source]
         if not paths:
@@ -184,7 +191,7 @@ def _shards(source: Paths) -> tuple[list[Path], set[str]]:
 
 
 def _name(source: Paths, shards: Sequence[Path]) -> str:
-    """What to call a checkpoint; it may have hundreds of shards."""
+    """A short name for a checkpoint, which may have hundreds of shards."""
     if isinstance(source, str | os.PathLike):
         return str(source)
     more = f" and {len(shards) - 1} more" if len(shards) > 1 else ""
@@ -192,7 +199,7 @@ def _name(source: Paths, shards: Sequence[Path]) -> str:
 
 
 def _indexed(path: Path) -> tuple[list[Path], set[str]]:
-    """The shards an index names, all of them plain names in its own folder."""
+    """The shards an index names, which must be in its own folder."""
     table = read_json(path)
     weight_map = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -205,30 +212,30 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
             )
     shards = [path.parent / name for name in dict.fromkeys(names)]
     for shard in shards:
-        if _leads_out(shard):
+        if _points_outside(shard):
             raise HeaderError(
                 f"{path}: the shard {shard.name!r} is a link out of its folder; "
-                "replace it by the file"
+                "replace it with the file"
             )
     return shards, set(weight_map)
 
 
 def _is_plain(name: object) -> bool:
-    """Whether a name is one that a file in some folder may have, and no path."""
+    """Whether a value is a file name without folders."""
     if not isinstance(name, str) or not _is_text(name):
         return False
-    return name not in ("", ".", "..") and not set(name) & _APART
+    return name not in ("", ".", "..") and not set(name) & _SEPARATORS
 
 
-def _leads_out(shard: Path) -> bool:
-    """Whether a shard is a link, and leads to neither its folder nor a hub's blobs.
+def _points_outside(shard: Path) -> bool:
+    """Whether a shard is a link out of its folder, other than to a hub's blobs.
 
     Raises:
-        HeaderError: if nobody can tell, such as of a name that is too long.
+        HeaderError: if it cannot be resolved, for example because of a long name.
     """
     folder = shard.parent.absolute()
     try:
-        if not shard.is_symlink():  # to resolve each of thousands takes long
+        if not shard.is_symlink():  # resolving thousands takes long
             return False
         inside = {folder.resolve(), *(root.resolve() for root in _blobs(folder))}
         return shard.resolve().parent not in inside
@@ -240,7 +247,7 @@ def _leads_out(shard: Path) -> bool:
 
 
 def _blobs(folder: Path) -> Iterator[Path]:
-    """Where a hub's cache has what files in ``snapshots/REVISION`` link to."""
+    """The folders of a hub's cache that files in ``snapshots/REVISION`` link to."""
     for parent in folder.parents:
         if parent.name == "snapshots":
             yield parent.with_name("blobs")
@@ -249,7 +256,7 @@ def _blobs(folder: Path) -> Iterator[Path]:
 # -- one file --------------------------------------------------------------------------
 
 
-def _read_one(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     with open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         text = _header_bytes(path, file, size)
@@ -272,30 +279,21 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
         raise HeaderError(f"{path}: is {size} bytes long, expected a safetensors file")
     if length > min(size - 8, MAX_HEADER):
         raise HeaderError(
-            f"{path}: the header is said to be {length} bytes, in a file of {size}; "
-            "the file is truncated or no safetensors file; download it again"
+            f"{path}: header length {length} exceeds the file size, {size}; it is "
+            "truncated or not a safetensors file; download it again"
         )
     return head[8:] + file.read(length - 1) if length else b""
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
-    try:
-        table = json.loads(text.decode(), object_pairs_hook=without_duplicates)
-    except DuplicateError as error:
-        raise HeaderError(f"{path}: the header has the key {error} twice") from error
-    except UnicodeDecodeError as error:
-        raise HeaderError(f"{path}: the header is not UTF-8; {error.reason}") from error
-    except RecursionError as error:
-        raise HeaderError(f"{path}: the header is nested too deeply") from error
-    except ValueError as error:
-        raise HeaderError(f"{path}: the header is not JSON; {error}") from error
+    table = parse_json(text, f"{path}: the header")
     if not isinstance(table, dict):
         raise HeaderError(
             f"{path}: the header is {type(table).__name__}, expected a table"
         )
     for key in table:
         if not _is_text(key):
-            raise HeaderError(f"{path}: the key {key!r} is no text UTF-8 could hold")
+            raise HeaderError(f"{path}: the key {key!r} is not valid UTF-8")
     return table
 
 
@@ -330,7 +328,7 @@ def _tensor_info(path: Path, key: str, entry: Any) -> TensorInfo:
     size = bytes_of(dtype, tuple(shape))
     if size is None:
         raise HeaderError(
-            f"{where}: shape {shape} of {dtype} is too large, or no whole number of "
+            f"{where}: shape {shape} of {dtype} is too large, or not a whole number of "
             "bytes"
         )
     if end - begin != size:

@@ -1,20 +1,19 @@
-"""What a written checkpoint replaces: one file, or an index with its shards.
+"""The destination of a checkpoint: one file, or an index with its shards.
 
-A set of shards cannot be replaced in one step. Its index can: whoever opens the set
-begins there, so the moment the index gets its name is the moment the new set counts.
+A set of shards cannot be replaced in one step, but its index can. Readers start with
+the index, so the new set takes effect when the index is renamed.
 
 1. The shards are written and synced under other names, in a folder beside the index.
-2. A note is made there of the names they will have and of the shards of the old set.
-3. They get their names, none of which is in use: where the old set, or anything else,
-   has ``model-00001-of-00003``, the new one has ``model.2-00001-of-00003``.
-4. The index is replaced. Before this the old set is whole, from now on the new one.
-5. The shards of the old set are deleted, then the folder with the note.
+2. A note in that folder lists their final names and the shards of the old set.
+3. They are renamed to unused names: if ``model-00001-of-00003`` exists, the new one is
+   ``model.2-00001-of-00003``.
+4. The index is replaced. Until then the old set is complete, from then on the new one.
+5. Files in the note that are not in the index are deleted, then the folder.
 
-Steps 2 to 5 are taken by one process at a time, for two would choose the same names.
-
-Whoever finds the note of a process that was killed deletes what it names and the index
-does not: after 2 or 3 the new shards, after 4 those of the old set. Shards that no
-index of this name ever named, or that are called otherwise, are left alone.
+The lock of `hijack.safetensors_io.atomic` keeps other processes out from 1 to 5. If the
+process is killed, the next one does step 5 for it, which deletes the new shards if the
+kill came before 4, and the old ones if it came after. Shards that were never in an
+index of this name, or have other names, are left alone.
 """
 
 from __future__ import annotations
@@ -29,56 +28,51 @@ from pathlib import Path
 from typing import Protocol
 
 from hijack.errors import CheckpointError, HeaderError
-from hijack.safetensors_io.atomic import (
-    Partial,
-    alone,
-    part_name,
-    replace,
-    sync_folder,
-    write_durably,
-)
+from hijack.safetensors_io.atomic import replace, sync_folder, write_durably
 from hijack.safetensors_io.files import read_json
-from hijack.safetensors_io.layout import Layout
+from hijack.safetensors_io.layout import FileLayout
 
 _NOTE = "note"
 _INDEX = "index"
 
 
 class Destination(Protocol):
-    """Where a checkpoint comes to be.
+    """Where a checkpoint is written.
 
     Attributes:
-        target: the file whose replacement makes the new checkpoint count; no link.
+        target: the file whose replacement puts the new checkpoint into effect; links
+            are resolved.
     """
 
     target: Path
 
     def check(self) -> None:
-        """Refuse what cannot be replaced by a file, or has no folder to lie in.
+        """Refuse a destination that is not a file, or has no folder.
 
         Raises:
-            CheckpointError: saying what is there.
+            CheckpointError: saying what exists there.
         """
 
     def replaced(self) -> list[Path]:
-        """The files that are there now and will be replaced or deleted."""
+        """The existing files that will be replaced or deleted."""
 
     def names(self, count: int) -> list[str]:
-        """What the files will be called."""
+        """The final names of the files."""
 
-    def commit(self, partial: Partial, layouts: Sequence[Layout]) -> None:
-        """Give finished files their names.
+    def commit(self, folder: Path, layouts: Sequence[FileLayout]) -> None:
+        """Rename the finished files in a temporary folder to their final names.
 
         Raises:
-            OSError: if that fails; `recover` then undoes what was done.
+            OSError: if that fails; `clean` then undoes it.
         """
 
-    def recover(self, partial: Partial) -> bool:
-        """End a commit that may have been cut short, before or after it counted.
+    def clean(self, folder: Path) -> None:
+        """Delete shards that a commit from a temporary folder left without an index."""
 
-        Returns:
-            Whether the files are still in the folder.
-        """
+
+def part_name(number: int) -> str:
+    """The name of a file in the temporary folder."""
+    return f"{number + 1:05d}"
 
 
 def destination(path: str | os.PathLike[str], *, sharded: bool) -> Destination:
@@ -90,8 +84,8 @@ def destination(path: str | os.PathLike[str], *, sharded: bool) -> Destination:
         sharded: whether shards are written.
 
     Raises:
-        CheckpointError: if a single file has the name of an index, or no file can have
-            the name.
+        CheckpointError: if a single file has the name of an index, or the name is not
+            valid.
     """
     _check_name(path)
     return _Shards(Path(path)) if sharded else _File(Path(path))
@@ -110,7 +104,7 @@ class _File:
         self.target = Path(os.path.realpath(path))
 
     def check(self) -> None:
-        """Refuse folders, pipes and devices, and folders that are not there."""
+        """Refuse folders, pipes, devices, and missing folders."""
         _check_file(self.path, self.target)
 
     def replaced(self) -> list[Path]:
@@ -121,13 +115,12 @@ class _File:
         """The file's."""
         return [self.target.name]
 
-    def commit(self, partial: Partial, layouts: Sequence[Layout]) -> None:
+    def commit(self, folder: Path, layouts: Sequence[FileLayout]) -> None:
         """Rename it."""
-        replace(partial.folder / part_name(0), self.target)
+        replace(folder / part_name(0), self.target)
 
-    def recover(self, partial: Partial) -> bool:
-        """Nothing to do: a rename is done or not."""
-        return (partial.folder / part_name(0)).exists()
+    def clean(self, folder: Path) -> None:
+        """Nothing to do: a rename is atomic."""
 
 
 class _Shards:
@@ -138,12 +131,12 @@ class _Shards:
         self.index = path.with_name(f"{self.stem}.safetensors.index.json")
         self.target = Path(os.path.realpath(self.index))
         self.folder = self.target.parent
-        self._ours = re.compile(
+        self._pattern = re.compile(
             rf"{re.escape(self.stem)}(\.\d+)?-\d{{5}}-of-\d{{5}}\.safetensors"
         )
 
     def check(self) -> None:
-        """Refuse what is no file, and a single file that readers would prefer."""
+        """Refuse a destination that is not a file, and a file readers would prefer."""
         _check_file(self.index, self.target)
         for name in self.names(1):  # longer than that of the index
             _check_name(self.folder / name)
@@ -158,10 +151,13 @@ class _Shards:
         """The index and the shards it names."""
         if not self.index.exists():
             return []
-        return [self.index, *(self.folder / name for name in self._own(self._listed()))]
+        return [
+            self.index,
+            *(self.folder / name for name in self._shard_names(self._indexed() or ())),
+        ]
 
     def names(self, count: int) -> list[str]:
-        """Names nothing has."""
+        """Unused names."""
         for number in itertools.count(1):
             stem = self.stem if number == 1 else f"{self.stem}.{number}"
             names = [
@@ -172,46 +168,39 @@ class _Shards:
                 break
         return names
 
-    def commit(self, partial: Partial, layouts: Sequence[Layout]) -> None:
-        """Name the shards, then replace the index, while no other process does."""
-        with alone(self.folder):
-            self._commit(partial, layouts)
-
-    def _commit(self, partial: Partial, layouts: Sequence[Layout]) -> None:
+    def commit(self, folder: Path, layouts: Sequence[FileLayout]) -> None:
+        """Rename the shards, then replace the index."""
         names = self.names(len(layouts))
-        note = {"new": names, "old": self._own(self._listed())}
-        write_durably(partial.folder / _NOTE, json.dumps(note).encode())
-        write_durably(partial.folder / _INDEX, _index(names, layouts))
-        sync_folder(partial.folder)
+        note = [*names, *self._shard_names(self._indexed() or ())]
+        write_durably(folder / _NOTE, json.dumps(note).encode())
+        write_durably(folder / _INDEX, _index(names, layouts))
+        sync_folder(folder)
         for number, name in enumerate(names):
-            os.rename(partial.folder / part_name(number), self.folder / name)
+            os.rename(folder / part_name(number), self.folder / name)
         sync_folder(self.folder)
-        replace(partial.folder / _INDEX, self.target)
+        replace(folder / _INDEX, self.target)
 
-    def recover(self, partial: Partial) -> bool:
-        """Delete what the note names and the index does not."""
-        path = partial.folder / _NOTE
-        if not os.path.lexists(path):
-            return True
+    def clean(self, folder: Path) -> None:
+        """Delete the files in the note that are not in the index."""
+        live = self._indexed()
+        if live is None or not os.path.lexists(folder / _NOTE):
+            return
         try:
-            note = read_json(path)
-            noted = {*note["new"], *note["old"]}
-        except (HeaderError, KeyError, TypeError):
-            return False  # not complete, so nothing was renamed yet
-        with alone(self.folder):
-            live = self._listed()
-            if live is not None:
-                for name in self._own(noted - live):
-                    with contextlib.suppress(OSError):
-                        os.unlink(self.folder / name)
-        return False
+            noted = self._shard_names(read_json(folder / _NOTE))
+        except (HeaderError, TypeError):
+            return  # incomplete, so nothing was renamed yet
+        for name in noted:
+            if name not in live:
+                with contextlib.suppress(OSError):
+                    os.unlink(self.folder / name)
 
-    def _own(self, names: Iterable[str] | None) -> list[str]:
-        """Those that are of a set of this name, and no path that leads elsewhere."""
-        return sorted(name for name in names or () if self._ours.fullmatch(name))
+    def _shard_names(self, names: Iterable[object]) -> list[str]:
+        """The names that belong to a set of this name; never paths."""
+        texts = (name for name in names if isinstance(name, str))
+        return sorted(name for name in texts if self._pattern.fullmatch(name))
 
-    def _listed(self) -> set[str] | None:
-        """The shards the index names; none without an index, None if it is broken."""
+    def _indexed(self) -> set[str] | None:
+        """The shards in the index; empty without an index, None if it is broken."""
         if not os.path.lexists(self.target):
             return set()
         try:
@@ -221,29 +210,31 @@ class _Shards:
             return None
 
 
-def _index(names: Sequence[str], layouts: Sequence[Layout]) -> bytes:
-    """The text of an index, as transformers and diffusers have it."""
-    places = {
+def _index(names: Sequence[str], layouts: Sequence[FileLayout]) -> bytes:
+    """The text of an index, as transformers and diffusers write it."""
+    weight_map = {
         key: name
         for name, layout in zip(names, layouts, strict=True)
-        for key in layout.places
+        for key in layout.offsets
     }
     size = sum(layout.size - len(layout.header) for layout in layouts)
     table = {
         "metadata": {"total_size": size},
-        "weight_map": dict(sorted(places.items())),
+        "weight_map": dict(sorted(weight_map.items())),
     }
     return (json.dumps(table, indent=2) + "\n").encode()
 
 
 def _check_name(path: str | os.PathLike[str]) -> None:
-    """Refuse what the system cannot look for, before anything else does."""
+    """Refuse names that the system cannot look up."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return
     except ValueError as error:  # a NUL in it
-        raise CheckpointError(f"{os.fspath(path)!r}: is no file name") from error
+        raise CheckpointError(
+            f"{os.fspath(path)!r}: is not a valid file name"
+        ) from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written; {error.strerror}") from error
 
@@ -251,7 +242,7 @@ def _check_name(path: str | os.PathLike[str]) -> None:
 def _check_file(path: Path, target: Path) -> None:
     if not target.parent.is_dir():
         raise CheckpointError(
-            f"{path}: cannot be written; {target.parent} is no folder that exists; "
+            f"{path}: cannot be written; {target.parent} is not a folder; "
             "make it, or write elsewhere"
         )
     if path.is_dir():
@@ -271,10 +262,10 @@ def parse_size(size: int | str) -> int:
     Raises:
         CheckpointError: if it is none of these, or not positive.
     """
-    found = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
+    match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     count = size if isinstance(size, int) else 0
-    if found is not None:
-        number, unit = float(found[1]), (found[2] or "").upper()
+    if match is not None:
+        number, unit = float(match[1]), (match[2] or "").upper()
         base = 1024 if unit.endswith("I") else 1000
         count = int(number * base ** " KMGT".index(unit[:1] or " "))
     if count < 1:

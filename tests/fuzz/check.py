@@ -21,6 +21,7 @@ from torch import nn
 import hijack
 from hijack.checkpoint.compare import compare_files
 from hijack.errors import HijackError
+from hijack.formats import matching
 from hijack.lora.files import Loras
 from hijack.registry import default_registry
 from hijack.safetensors_io.header import Header, join
@@ -161,7 +162,9 @@ def _shapes_of(header: Header) -> dict[str, Any]:
     used = {key for claim in claims.values() for key in claim.keys.values()}
     for layer, claim in claims.items():
         scheme = default_registry().get(claim.scheme)
-        decoded = scheme.dequantize(*scheme.decode(claim, tensors), torch.float32)
+        decoded = scheme.dequantize(
+            *matching.decode(scheme, claim, tensors), torch.float32
+        )
         shapes[join(layer, "weight")] = (tuple(decoded.shape), True)
     for key, info in header.tensors.items():
         if key not in used:

@@ -4,7 +4,7 @@ import fnmatch
 
 import pytest
 
-from hijack.model_families import architectures, detect_architecture
+from hijack.model_families import detect_family, model_families
 from hijack.safetensors_io.header import Header, TensorInfo
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
@@ -196,10 +196,10 @@ def selected(header, known):
 def test_a_family_is_told_by_its_keys(name, prefix):
     """With and without the usual prefixes, whatever else is in the file."""
     header = header_of(FAMILIES[name][1], prefix)
-    assert detect_architecture(header).name == name
+    assert detect_family(header.tensors).name == name
     others = header_of("decoder.up.0.conv mid.proj", "first_stage_model.")
     together = Header({**others.tensors, **header.tensors})
-    assert detect_architecture(together).name == name
+    assert detect_family(together.tensors).name == name
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -214,7 +214,7 @@ def test_musubi_tuner_would_select_the_same(name, prefix):
         if wanted and not any(word in key for word in excluded.split()):
             expected.add(prefix + layer)
     header = header_of(names, prefix)
-    known = detect_architecture(header)
+    known = detect_family(header.tensors)
     assert known.source == "musubi-tuner"
     assert expected
     assert selected(header, known) == expected
@@ -225,7 +225,7 @@ def test_musubi_tuner_would_select_the_same(name, prefix):
 def test_what_stays_dense_without_a_list(name, prefix):
     """Embeddings, modulation, gates, first and last layers."""
     header = header_of(FAMILIES[name][1], prefix)
-    chosen = selected(header, detect_architecture(header))
+    chosen = selected(header, detect_family(header.tensors))
     quantized, dense = (set(words.split()) for words in USUAL[name])
     assert {prefix + layer for layer in quantized} <= chosen
     assert not {prefix + layer for layer in dense} & chosen
@@ -237,7 +237,7 @@ def test_a_text_encoder_beside_the_model_stays_dense():
     names = "layers.0.self_attn.q_proj layers.0.self_attn.o_proj layers.0.mlp.up_proj"
     encoder = header_of(names, "text_encoders.qwen3_4b.transformer.model.")
     together = Header({**encoder.tensors, **model.tensors})
-    chosen = selected(together, detect_architecture(together))
+    chosen = selected(together, detect_family(together.tensors))
     assert chosen
     assert all(layer.startswith("model.diffusion_model.") for layer in chosen)
 
@@ -245,28 +245,28 @@ def test_a_text_encoder_beside_the_model_stays_dense():
 def test_letters_of_patterns_in_a_prefix_are_plain_letters():
     """A prefix may hold brackets, which patterns have a use for."""
     header = header_of(FAMILIES["Wan"][1], "a[0].")
-    chosen = selected(header, detect_architecture(header))
+    chosen = selected(header, detect_family(header.tensors))
     assert "a[0].blocks.0.ffn.0" in chosen
 
 
 @pytest.mark.parametrize("names", ["", "a b.c", "blocks.0.self_attn.q", "out.2"])
 def test_what_is_no_known_family(names):
     """Nothing is guessed from a part of the signs."""
-    assert detect_architecture(header_of(names)) is None
+    assert detect_family(header_of(names).tensors) is None
 
 
 def test_signs_must_stand_in_one_model():
     """Signs below different prefixes are none of one model."""
-    *some, last = detect_architecture(header_of(FAMILIES["Wan"][1])).signs
+    *some, last = detect_family(header_of(FAMILIES["Wan"][1]).tensors).signature
     one, other = header_of(" ".join(some), "a."), header_of(last, "b.")
-    assert detect_architecture(Header({**one.tensors, **other.tensors})) is None
+    assert detect_family([*one.tensors, *other.tensors]) is None
 
 
 def test_every_family_can_be_told():
     """None is hidden by one before it, and names do not repeat."""
-    known = architectures()
+    known = model_families()
     assert len({family.name for family in known}) == len(known)
     for family in known:
-        found = detect_architecture(header_of(" ".join(family.signs)))
+        found = detect_family(header_of(" ".join(family.signature)).tensors)
         assert found.name == family.name
         assert family.include

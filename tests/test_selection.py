@@ -2,17 +2,19 @@
 
 import pytest
 import torch
+from torch import nn
 
-import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint import quantize_choice
-from hijack.checkpoint.quantize_choice import Rule, choose
+from hijack import selection
 from hijack.errors import CheckpointError
-from hijack.model_families import Architecture
+from hijack.model_families import ModelFamily
 from hijack.safetensors_io.header import Header, TensorInfo
+from hijack.selection import Rule, guess_owners, not_a_target
+from schemes.blockwise_fp8 import SCHEME
 
 MODEL = ("blocks.0.ffn.0", "blocks.0.ffn.2", "blocks.1.ffn.0", "blocks.1.attn", "head")
 KNOWN = ("blocks.0.q", "blocks.0.k", "blocks.0.ffn.0", "blocks.0.mod", "head")
-TOY = Architecture("Toy", ("blocks.*",), ("*.mod",), "its makers", ())
+ALL = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TOY = ModelFamily("Toy", ("blocks.*",), ("*.mod",), "its makers", ())
 
 
 def header(*layers, **others):
@@ -20,6 +22,11 @@ def header(*layers, **others):
     infos = {f"{layer}.weight": TensorInfo("BF16", (8, 64)) for layer in layers}
     infos |= {f"{layer}.weight": info for layer, info in others.items()}
     return Header(infos, source="m.safetensors")
+
+
+def choose(header, *patterns, targets=ALL, **words):
+    """Choose for a scheme that quantizes all there is."""
+    return selection.choose(header, targets, *patterns, **words)
 
 
 def sizes(choice):
@@ -30,7 +37,7 @@ def sizes(choice):
 @pytest.fixture
 def known(monkeypatch):
     """A header of a model whose usual patterns are known."""
-    monkeypatch.setattr(quantize_choice, "detect_architecture", lambda header: TOY)
+    monkeypatch.setattr(selection, "detect_family", lambda keys: TOY)
     return header(*KNOWN)
 
 
@@ -49,7 +56,7 @@ def test_every_matrix_of_a_model_nobody_knows_is_quantized():
         )
     )
     assert list(found.layers) == list(MODEL)
-    assert found.architecture is None
+    assert found.family is None
     assert found.skipped == {
         "conv": "4 dimensions",
         "codes": "dtype I8",
@@ -60,7 +67,7 @@ def test_every_matrix_of_a_model_nobody_knows_is_quantized():
 def test_a_known_model_is_quantized_as_is_usual_for_it(known):
     """None in place of patterns takes the architecture's."""
     found = choose(known)
-    assert found.architecture is TOY
+    assert found.family is TOY
     assert list(found.layers) == list(KNOWN[:3])
     usual = "not usual for Toy"
     assert found.skipped == {"blocks.0.mod": usual, "head": usual}
@@ -187,10 +194,108 @@ def test_a_rule_does_not_include_what_is_excluded(known):
     assert set(sizes(found).values()) == {(128, 128)}
 
 
-def test_patterns_that_are_in_vain_are_refused():
-    """Those of include; exclude may name what another model has."""
-    with pytest.raises(CheckpointError, match=r"pattern 'bloks\.\*' matches no layer"):
-        choose(header(*MODEL), include="bloks.*")
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_patterns_that_are_in_vain_are_refused(option):
+    """A pattern that matches nothing is a typo, or meant for another model."""
+    with pytest.raises(
+        CheckpointError,
+        match=rf"{option}: pattern 'bloks\.\*' matches no layer of m\.safetensors; "
+        r"layers are such as blocks\.\d\.",
+    ):
+        choose(header(*MODEL), **{option: ["blocks.0.*", "bloks.*"]})
+
+
+def test_nothing_left_to_quantize_is_refused():
+    """With the reasons, and how many layers each has."""
     with pytest.raises(CheckpointError, match=r"left to quant.* 5 .*: excluded \(5\)"):
         choose(header(*MODEL), exclude="*")
-    assert choose(header(*MODEL), exclude="bloks.*").layers.keys() == set(MODEL)
+
+
+# -- types of modules ------------------------------------------------------------------
+
+
+def test_layers_of_no_target_stay_dense():
+    """What a file does not say is guessed from shape and name."""
+    model = header("embed_tokens", "blocks.0.q", conv=TensorInfo("BF16", (8, 4, 3, 3)))
+    linear = choose(model, include="*", targets=(nn.Linear,))
+    assert list(linear.layers) == ["blocks.0.q"]
+    assert linear.skipped == {
+        "embed_tokens": "looks like Embedding; the scheme quantizes Linear",
+        "conv": "looks like Conv2d; the scheme quantizes Linear",
+    }
+    table = choose(model, targets=(nn.Embedding,))
+    assert list(table.layers) == ["embed_tokens"]
+    everything = choose(model, include="*")
+    assert list(everything.layers) == ["embed_tokens", "blocks.0.q", "conv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "biased", "owner"),
+    [
+        ("model.embed_tokens", False, nn.Embedding),
+        ("block.0.SelfAttention.relative_attention_bias", False, nn.Embedding),
+        ("text_model.embeddings.token_embedding", False, nn.Embedding),
+        ("shared", False, nn.Embedding),
+        ("transformer.wte", False, nn.Embedding),
+        ("visual.pos_embed", False, nn.Embedding),
+        ("y_embedder.embedding_table", False, nn.Embedding),
+        ("text_embedding.0", True, nn.Linear),
+        ("time_embedding", True, nn.Linear),
+        ("t_embedder.mlp.0", False, nn.Linear),
+        ("x_embedder", False, nn.Linear),
+        ("blocks.0.attn.to_q", False, nn.Linear),
+        ("", False, nn.Linear),
+    ],
+)
+def test_embeddings_are_told_by_their_names(name, biased, owner):
+    """By the last word of it; an embedding has no bias."""
+    assert guess_owners(name, 2, biased) == (owner,)
+
+
+def test_subclasses_and_types_nobody_can_guess_are_targets():
+    """A scheme for modules of its own may own any weight."""
+
+    class Own(nn.Linear):
+        pass
+
+    class Unheard(nn.Module):
+        pass
+
+    linear = guess_owners("a", 2, False)
+    assert not_a_target(linear, (Own,)) is None
+    assert not_a_target(linear, (nn.Conv2d, Unheard)) is None
+    assert not_a_target(linear, (nn.Module,)) is None
+    assert not_a_target(guess_owners("a", 4, True), (nn.ConvTranspose2d,)) is None
+    assert not_a_target(guess_owners("a", 6, True), (nn.Linear,)) is not None
+    assert not_a_target(linear, (nn.Embedding, nn.Conv2d)) == (
+        "looks like Linear; the scheme quantizes Embedding, Conv2d"
+    )
+
+
+# -- in ComfyUI ------------------------------------------------------------------------
+
+
+def test_a_model_in_comfyui_gets_the_layers_of_a_file():
+    """Of every family that is known, and of one that is not."""
+    from hijack.hosts.comfyui.lazy_tensor import LazyTensor
+    from hijack.hosts.comfyui.quantize import Quantizer
+    from hijack.model_families import model_families
+    from hijack.quantized import QuantizationConfig
+
+    endings = ("to_q", "norm_q", "img_mod.1", "mlp.0", "modulation.lin", "head", "emb")
+    unknown = ModelFamily("", ("blocks.*",), (), "", ("blocks.0.own",))
+    for family in (*model_families(), unknown):
+        stems = {pattern.strip("*.") for pattern in family.include}
+        names = {f"{stem}.0.{end}" for stem in stems for end in endings}
+        names |= set(family.signature)
+        model = header(*sorted(names))
+        expected = choose(model, targets=(nn.Linear,)).layers
+        tensors = {
+            key: LazyTensor(info.shape, torch.bfloat16, lambda: None)
+            for key, info in model.tensors.items()
+        }
+        quantizer = Quantizer(QuantizationConfig.of(SCHEME, {}), None)
+        marked = quantizer.mark(tensors, "model", "", "")
+        quantized = {key for key, lazy in marked.items() if lazy.quantize is not None}
+        assert quantized == {f"{layer}.weight" for layer in expected}
+        assert quantizer.total == len(expected)

@@ -1,4 +1,4 @@
-"""What commands that write a checkpoint have in common."""
+"""Shared by the commands: arguments, checks and notes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hijack.text import parse_block_size
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
-    """Add the argument that asks for shards."""
+    """Add ``--max-shard-size``."""
     parser.add_argument(
         "--max-shard-size",
         metavar="SIZE",
@@ -20,8 +20,30 @@ def add_shard_size(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--option``, for any option of any scheme."""
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="an option of the scheme, listed by `hijack schemes`; may be repeated",
+    )
+
+
+def add_assume(parser: argparse.ArgumentParser) -> None:
+    """Add ``--assume``."""
+    parser.add_argument(
+        "--assume",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="scheme, dialect or block size if a file is ambiguous; may be repeated",
+    )
+
+
 def refuse_existing(dst: str, max_shard_size: str | None) -> None:
-    """Refuse to replace what is there.
+    """Refuse to replace existing files.
 
     Raises:
         CheckpointError: naming the first file that would be replaced.
@@ -31,7 +53,7 @@ def refuse_existing(dst: str, max_shard_size: str | None) -> None:
 
 
 def print_notes(notes: Iterable[str]) -> None:
-    """Print what people should know of a result, behind all else."""
+    """Print notes on a result."""
     for note in notes:
         print(printable(f"note: {note}"))
 
@@ -40,5 +62,5 @@ def block_size(text: str) -> Any:
     """A block size for argparse."""
     try:
         return parse_block_size(text)
-    except SchemeError as error:  # a ValueError, whose words argparse would hide
+    except SchemeError as error:  # a ValueError, whose message argparse would hide
         raise argparse.ArgumentTypeError(str(error)) from error
