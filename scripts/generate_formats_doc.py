@@ -1,4 +1,4 @@
-"""``docs/formats.md``, made from the tables in the code.
+"""``docs/formats.md``, made from ``formats.json`` and the formats in the code.
 
 ::
 
@@ -7,67 +7,97 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
 import hijack
-from hijack.formats.dialect import Row
-from hijack.formats.named_only_table import FORMATS
+from hijack.formats import matching
+from hijack.formats.unsupported import FORMATS
+
+Descriptions = dict[str, Mapping[str, str]]
 
 _HEAD = """\
 # Formats
 
-Made by `scripts/generate_formats_doc.py` from the tables in the code; a test checks it.
+Made by `scripts/generate_formats_doc.py` from `scripts/formats.json` and the code; a
+test checks it.
 
 X is the name of a layer, (N, K) the shape of its weight, all but the first dimension
 flattened. Blocks are (R, C); where they do not divide the weight, those at the edges
 are short, and the scale has ceil(N/R) x ceil(K/C) elements. A scale always multiplies.
 
 `hijack identify FILE` says which of these a file is, layer by layer, and on what
-evidence. Markers are held against the shapes: where they disagree the shapes are
-believed, and the disagreement is named. What a file does not tell is asked for:
-`--assume WORD`, with the name of a dialect or a block size.
+evidence. Markers are checked against the shapes: where they disagree, the shapes win
+and the mismatch is reported. What a file does not say must be given with
+`--assume WORD`, the name of a dialect or a block size.
 """
 _READ = """
 ## Read and written
 
-`hijack convert SRC DST --dialect NAME` goes from one to another without a change of any
-weight; `hijack quantize --dialect NAME` writes one. A dash: it is read only.
+`hijack convert SRC DST --dialect NAME` converts one to another losslessly;
+`hijack quantize --dialect NAME` writes one. A dash: it can only be read.
 """
-_FOREIGN = """
+_NAMED_ONLY = """
 ## Named only
 
 No scheme of hijack reads these; a plugin may. `identify` names them, `load` refuses
-them, and `convert` carries them along as they are.
+them, and `convert` copies them unchanged.
 """
-_COLUMNS = ("written by", "tensors", "scale", "blocks", "marker")
+#: Key in ``formats.json`` to the head of the column.
+_COLUMNS = {
+    "writers": "written by",
+    "tensors": "tensors",
+    "scale": "scale",
+    "blocks": "blocks",
+    "marker": "marker",
+}
 
 
 def document() -> str:
     """The whole text."""
     import schemes.blockwise_fp8  # noqa: F401 - registers itself
 
-    scheme = hijack.schemes()["blockwise_fp8"]
+    texts: dict[str, Descriptions] = json.loads(
+        Path(__file__).with_name("formats.json").read_text()
+    )
+    dialects = matching.dialects_of(hijack.schemes()["blockwise_fp8"])
+    readable = texts["dialects"]
+    _check_names("dialects", readable, [dialect.name for dialect in dialects])
     read = [
-        [f"`{dialect.name}`", *_cells(dialect.row), _written(dialect.row)]
-        for dialect in scheme.all_dialects()
+        [
+            f"`{dialect.name}`",
+            *_cells(readable[dialect.name]),
+            readable[dialect.name]["written"] if dialect.writes else "-",
+        ]
+        for dialect in dialects
     ]
-    named = [[known.name, *_cells(known.row)] for known in FORMATS]
+    named_only = texts["named_only"]
+    _check_names("named_only", named_only, [known.name for known in FORMATS])
+    named = [[known.name, *_cells(named_only[known.name])] for known in FORMATS]
     named.append(["GGUF", "llama.cpp, ComfyUI-GGUF", "", "", "", "the letters GGUF"])
+    columns = list(_COLUMNS.values())
     return "".join(
         (
             _HEAD,
             _READ,
-            _table(["dialect", *_COLUMNS, "hijack writes"], read),
-            _FOREIGN,
-            _table(["format", *_COLUMNS], named),
+            _table(["dialect", *columns, "hijack writes"], read),
+            _NAMED_ONLY,
+            _table(["format", *columns], named),
         )
     )
 
 
-def _cells(row: Row) -> list[str]:
-    return [row.writers, row.keys, row.scale, row.blocks, row.marker]
+def _check_names(table: str, texts: Descriptions, names: Iterable[str]) -> None:
+    """Refuse a format without a text, and a text without a format."""
+    if wrong := texts.keys() ^ set(names):
+        raise SystemExit(
+            f"formats.json: {table}: {sorted(wrong)} are in the code or here alone"
+        )
 
 
-def _written(row: Row) -> str:
-    return "-" if row.written == "no" else row.written
+def _cells(text: Mapping[str, str]) -> list[str]:
+    return [text[column] for column in _COLUMNS]
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

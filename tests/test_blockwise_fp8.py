@@ -17,6 +17,7 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from hijack.formats import matching
 from hijack.safetensors_io.header import Header
 from schemes.blockwise_fp8 import BlockwiseFP8
 
@@ -267,18 +268,18 @@ def test_stochastic_rounding_follows_its_seed():
 
 
 def claim_of(tensors: dict[str, Tensor], layer: str = "a.b") -> hijack.Claim | None:
-    return SCHEME.recognise(Header.from_state_dict(tensors), layer)
+    return matching.recognise(SCHEME, Header.from_state_dict(tensors), layer)
 
 
 @pytest.mark.parametrize(("shape", "block_size"), [c for c in CASES if len(c[0]) > 1])
 def test_the_native_dialect_knows_every_block_size(shape, block_size):
     """X.weight and X.weight_scale are recognised whatever the grid."""
     q, params = SCHEME.quantize(torch.randn(shape), block_size=block_size)
-    written = SCHEME.dialect("hijack").encode(q, params, {})
+    written = matching.dialect_of(SCHEME, "hijack").encode(q, params, {})
     tensors = {f"a.b.{name}": tensor for name, tensor in written.items()}
     claim = claim_of(tensors)
     assert claim.certainty == hijack.Certainty.FITS
-    q2, params2 = SCHEME.decode(claim, tensors)
+    q2, params2 = matching.decode(SCHEME, claim, tensors)
     wanted = SCHEME.dequantize(q, params, torch.float32)
     assert torch.equal(SCHEME.dequantize(q2, params2, torch.float32), wanted)
     n, k = shape[0], math.prod(shape[1:])
@@ -299,7 +300,7 @@ def test_scales_of_fewer_dimensions_are_read():
         tensors = {"a.b.weight": q, "a.b.weight_scale": scale}
         claim = claim_of(tensors)
         assert claim.block_size == size
-        got = SCHEME.dequantize(*SCHEME.decode(claim, tensors), torch.float32)
+        got = SCHEME.dequantize(*matching.decode(SCHEME, claim, tensors), torch.float32)
         assert torch.equal(got, q.float() * scale.reshape(-1, 1))
 
 

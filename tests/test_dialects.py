@@ -336,7 +336,7 @@ def test_a_lone_layer_of_bitsandbytes_is_named():
         "weight.quant_state.bitsandbytes__nf4": ("U8", 90),
     }
     found = identify(header_of(tensors))
-    assert {la: f.format for la, f in found.foreign.items()} == {
+    assert {la: f.format for la, f in found.unsupported.items()} == {
         "": "bitsandbytes 4-bit"
     }
     assert "such as weight" in found.as_table()
@@ -349,9 +349,9 @@ def test_a_config_tells_which_nvfp4_it_is():
         "a.weight_scale_2": ("F32",),
     }
     config = quantization(quant_method="modelopt", quant_algo="NVFP4")
-    assert identify(header_of(tensors)).foreign["a"].rivals
-    found = identify(header_of(tensors, config=config)).foreign["a"]
-    assert (found.format, found.rivals) == ("ModelOpt nvfp4", ())
+    assert identify(header_of(tensors)).unsupported["a"].alternatives
+    found = identify(header_of(tensors, config=config)).unsupported["a"]
+    assert (found.format, found.alternatives) == ("ModelOpt nvfp4", ())
 
 
 #: What nobody may read a weight without.
@@ -383,7 +383,7 @@ def test_a_weight_of_sdnq_that_may_be_another_is_not_read(options):
     tensors = layer_of(("F32", 1, 1), name="scale")
     config = quantization(quant_method="sdnq", **options)
     found = identify(header_of(tensors, config=config))
-    assert (found.foreign["a"].format, found.layers) == ("SDNQ", {})
+    assert (found.unsupported["a"].format, found.layers) == ("SDNQ", {})
 
 
 def test_the_config_sdnq_writes_beside_the_other_is_read(tmp_path):
@@ -427,18 +427,18 @@ def test_a_marker_of_either_kind_of_bytes_is_read(dtype):
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_format_without_a_scheme_is_named(name):
-    """It is no clear file, and nothing in it is an orphan."""
+    """The file is not clear, and every scale is consumed."""
     tensors, metadata, expected = NAMED[name]
     found = identify(header_of(tensors, metadata))
-    assert {la: one.format for la, one in found.foreign.items()} == {"a": expected}
-    assert (found.layers, found.orphans, found.clear) == ({}, (), False)
+    assert {la: one.format for la, one in found.unsupported.items()} == {"a": expected}
+    assert (found.layers, found.unconsumed, found.clear) == ({}, (), False)
 
 
 def test_a_weight_that_is_marked_as_rotated_is_not_read():
     """The other words of such a marker are those of a weight that is not."""
     said = {"a.comfy_quant": {"format": ROWWISE, "convrot": True}}
     found = identify(header_of({**layer_of(("F32", 256)), **MARK}, markers=said))
-    assert found.foreign["a"].format == "comfy_quant of another kind"
+    assert found.unsupported["a"].format == "comfy_quant of another kind"
     assert not found.layers
 
 
@@ -450,11 +450,11 @@ def test_integers_without_a_scale_are_no_plain_cast():
 
 @pytest.mark.parametrize("extra", NEEDED)
 @pytest.mark.parametrize("scale", ["weight_scale", "weight_scale_inv", "scale_weight"])
-def test_what_a_weight_cannot_be_read_without_is_an_orphan(extra, scale):
+def test_what_a_weight_cannot_be_read_without_is_unconsumed(extra, scale):
     """A claim that knows nothing of such a tensor would decode to another weight."""
     tensors = {**layer_of(("F32",), name=scale), f"a.{extra}": ("F32", 256)}
     found = identify(header_of(tensors))
-    assert found.orphans == (f"a.{extra}",)
+    assert found.unconsumed == (f"a.{extra}",)
     assert not found.clear
 
 
@@ -524,7 +524,7 @@ def test_a_guess_is_taken_only_if_it_is_assumed(name):
     """Without a word the file is refused; each word gives its own reading."""
     tensors, choices = GUESSED[name]
     header = header_of(tensors, markers={"a.comfy_quant": {"format": ROWWISE}})
-    with pytest.raises(AmbiguousError, match="does not tell how to read it"):
+    with pytest.raises(AmbiguousError, match="the format is ambiguous"):
         identify(header).claims()
     for word, expected in choices.items():
         claim = identify(header, assume=[word]).claims()["a"]
@@ -575,7 +575,7 @@ def test_groups_of_a_config_that_give_the_same_scales_are_a_choice():
         assert claim.block_size == (size, size)
 
 
-def test_an_orphan_is_shown_beside_its_weight():
+def test_an_unconsumed_scale_is_shown_beside_its_weight():
     """So that a user sees what does not fit; it is no layer without a scale."""
     text = identify(header_of(layer_of(("F32", 3, 3, 3)))).as_table()
     assert "F32 [3, 3, 3] beside a weight F8_E4M3 [256, 256]" in text
@@ -689,7 +689,9 @@ def quanto():
 
 def test_a_scale_of_outputs_is_not_written_as_one_of_inputs(tmp_path):
     """ComfyUI has a place for one of them; for the other only if it may be dropped."""
-    with pytest.raises(CheckpointError, match=r"a\.output_scale: is the scale of an"):
+    with pytest.raises(
+        CheckpointError, match=r"a\.output_scale: is an activation scale"
+    ):
         convert(tmp_path, quanto(), "comfy_quant")
     made, _ = convert(tmp_path, quanto(), "comfy_quant", drop_input_scales=True)
     assert made["a.input_scale"].item() == 1.0

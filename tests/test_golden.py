@@ -16,7 +16,7 @@ from torch import nn
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
-from hijack.formats.named_only_table import FORMATS
+from hijack.formats.unsupported import FORMATS
 
 GOLDEN = Path(__file__).parent / "golden"
 #: Most bytes of everything in a folder.
@@ -165,16 +165,16 @@ def test_a_golden_file_is_identified(name):
     expected = expected_of(name)
     found = hijack.identify(source_of(name))
     assert described(found.layers) == expected.get("layers", {})
-    formats = {layer: one.format for layer, one in found.foreign.items()}
+    formats = {layer: one.format for layer, one in found.unsupported.items()}
     assert formats == expected.get("foreign", {})
     assert sorted(found.ambiguous) == sorted(expected.get("ambiguous", []))
     assert sorted(found.unscaled) == sorted(expected.get("unscaled", []))
-    assert sorted(found.orphans) == sorted(expected.get("orphans", []))
+    assert sorted(found.unconsumed) == sorted(expected.get("orphans", []))
     wrong = [layer for layer, claim in found.layers.items() if claim.contradiction]
     assert sorted(wrong) == sorted(expected.get("contradicted", []))
     assert expected.get("container", "") in found.container
     assert bool(found.container) == ("container" in expected)
-    assert not found.contradictions
+    assert not found.mismatches
     assert not found.unknown
 
 
@@ -238,7 +238,7 @@ def test_a_lone_scale_is_refused():
 
 def test_a_gguf_file_is_refused():
     """Loading says what the file is."""
-    with pytest.raises(CheckpointError, match="a GGUF file, version 3, of 5 tensors"):
+    with pytest.raises(CheckpointError, match="a GGUF file, version 3, with 5 tensors"):
         hijack.identify(source_of("gguf")).claims()
 
 

@@ -107,17 +107,17 @@ def test_musubi_scales_tell_the_block_size(kind):
 
 
 def test_a_grid_that_does_not_divide_is_not_claimed():
-    """The block size is never guessed: the scale is an orphan instead."""
+    """The block size is never guessed: the scale is unconsumed instead."""
     found = identify(
         header(x__weight=torch.ones(192, 256).to(FP8), x__weight_scale=torch.ones(5, 2))
     )
     assert found.layers == {}
-    assert found.orphans == ("x.weight_scale",)
+    assert found.unconsumed == ("x.weight_scale",)
     assert found.unscaled == ("x",)
 
 
 def test_layers_in_formats_without_a_scheme_are_named():
-    """ComfyUI's int8 is none of ours; its scales are no orphans, nor is it clear."""
+    """ComfyUI's int8 is none of ours; its scales are consumed, but it is not clear."""
     marker = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
     found = identify(
         header(
@@ -127,18 +127,18 @@ def test_layers_in_formats_without_a_scheme_are_named():
             n__comfy_quant=marker,
         )
     )
-    assert found.foreign["n"].format == "comfy_quant int8_tensorwise"
-    assert (found.layers, found.orphans, found.clear) == ({}, (), False)
+    assert found.unsupported["n"].format == "comfy_quant int8_tensorwise"
+    assert (found.layers, found.unconsumed, found.clear) == ({}, (), False)
     assert "comfy_quant int8_tensorwise" in found.as_table()
     assert "n.weight" in json.loads(found.to_json())["foreign"]["n"]["keys"]
 
 
-def test_scales_of_nobody_are_orphans_and_plain_casts_are_not():
+def test_scales_without_a_scheme_are_unconsumed_and_plain_casts_are_not():
     """A scale without a weight is reported; FP8 without a scale is only noted."""
     found = identify(
         header(a__weight_scale_inv=torch.ones(1), b__weight=torch.ones(2, 2).to(FP8))
     )
-    assert found.orphans == ("a.weight_scale_inv",)
+    assert found.unconsumed == ("a.weight_scale_inv",)
     assert found.unscaled == ("b",)
 
 
@@ -153,7 +153,7 @@ def test_a_key_that_begins_with_a_dot_is_nobodys():
 def test_a_dense_checkpoint_claims_nothing():
     """Ordinary weights, biases and norms are nobody's."""
     found = identify(header(a__weight=torch.ones(2, 2), a__bias=torch.ones(2)))
-    assert (found.layers, found.orphans, found.unscaled) == ({}, (), ())
+    assert (found.layers, found.unconsumed, found.unscaled) == ({}, (), ())
 
 
 def test_the_report_is_json():
@@ -195,18 +195,18 @@ CONTRADICTIONS = {
 
 
 @pytest.mark.parametrize("message", CONTRADICTIONS)
-def test_metadata_that_the_tensors_contradict_is_not_believed(message):
+def test_metadata_that_does_not_match_the_tensors_is_refused(message):
     """The layer is named with the reason, and nobody may load it."""
     found = identify(marked(CONTRADICTIONS[message]), registry_of(BlockwiseFP8()))
-    assert list(found.contradictions) == ["x"]
+    assert list(found.mismatches) == ["x"]
     assert not found.clear
-    with pytest.raises(CheckpointError, match=rf"file: x: .*contradict.*{message}"):
+    with pytest.raises(CheckpointError, match=rf"file: x: .*do not match.*{message}"):
         found.claims()
-    assert "contradiction: x: " in found.as_table()
+    assert "mismatch: x: " in found.as_table()
     assert "x" in json.loads(found.to_json())["contradictions"]
 
 
-def test_a_scale_of_another_shape_than_marked_is_a_contradiction():
+def test_a_scale_of_another_shape_than_marked_is_a_mismatch():
     """The scheme itself is asked whether the tensors fit each other."""
     found = identify(
         marked(
@@ -215,7 +215,7 @@ def test_a_scale_of_another_shape_than_marked_is_a_contradiction():
             x__weight_scale=torch.ones(3, 1),
         )
     )
-    assert "does not divide" in found.contradictions["x"]
+    assert "does not divide" in found.mismatches["x"]
 
 
 def test_one_bad_marker_leaves_the_other_layers_alone():
@@ -232,7 +232,7 @@ def test_one_bad_marker_leaves_the_other_layers_alone():
     }
     found = identify(marked(layers, **tensors), registry)
     assert found.layers["x"].certainty == hijack.Certainty.MARKED
-    assert list(found.contradictions) == ["y"]
+    assert list(found.mismatches) == ["y"]
     assert registry.problems == []
 
 
@@ -389,7 +389,7 @@ def test_layers_whose_scales_have_odd_keys_are_not_alike():
     }
     found = identify(Header(tensors), registry_of(BlockwiseFP8()))
     assert set(found.layers) == {"a.weight.two"}
-    assert found.orphans == ("a.scale_weight.one.scale_weight",)
+    assert found.unconsumed == ("a.scale_weight.one.scale_weight",)
 
 
 def test_layers_of_one_shape_are_planned_once():
@@ -398,6 +398,7 @@ def test_layers_of_one_shape_are_planned_once():
 
     class Plain(hijack.Scheme):
         name = "plain_int8"
+        claims_unmarked = True
 
         def quantize(self, weight, **options):
             asked.append(tuple(weight.shape))
@@ -424,7 +425,10 @@ def test_a_layer_that_lost_its_scale_is_no_plain_cast():
     )
     assert (list(found.layers), found.unscaled) == (["x"], ("y",))
     assert not found.clear
-    assert "1 layers hold codes without a scale, unlike others" in found.as_table()
+    assert (
+        "1 layers hold quantized data without a scale, unlike others"
+        in found.as_table()
+    )
 
 
 def test_the_table_is_short_and_speaks_of_rows_and_tensors():
@@ -435,7 +439,102 @@ def test_the_table_is_short_and_speaks_of_rows_and_tensors():
     rows = {"r__weight": coded, "r__scale_weight": torch.ones(64, 1)}
     found = identify(header(**layers, **lost, **rows))
     text = found.as_table()
-    assert text.count("orphan:") == 4
-    assert "orphan: 6 more, see -v" in text
-    assert found.as_table(verbose=True).count("orphan:") == 9
+    assert text.count("unconsumed:") == 4
+    assert "unconsumed: 6 more, see -v" in text
+    assert found.as_table(verbose=True).count("unconsumed:") == 9
     assert "musubi   row" in text
+
+
+class PlainInt8(hijack.Scheme):
+    """int8 with one scale per row, which claims unmarked layers that fit."""
+
+    name = "plain_int8"
+    claims_unmarked = True
+
+    def quantize(self, weight, **options):
+        """Divide each row by its scale."""
+        scale = weight.abs().amax(1, keepdim=True).float() / 127
+        return (weight / scale).round().to(torch.int8), {"weight_scale": scale}
+
+    def dequantize(self, qdata, params, dtype):
+        """Multiply each row by its scale."""
+        return (qdata * params["weight_scale"]).to(dtype)
+
+
+INT8 = {
+    "m.a.weight": torch.ones(4, 8, dtype=torch.int8),
+    "m.a.weight_scale": torch.ones(4, 1),
+}
+
+
+def comfy_marker(name):
+    """A marker of ComfyUI's, as a tensor of bytes."""
+    text = json.dumps({"format": name}).encode()
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def test_an_unmarked_layer_that_fits_is_claimed_only_if_the_scheme_says_so():
+    """A native claim needs its marker, unless the scheme claims unmarked layers."""
+
+    class Careful(PlainInt8):
+        claims_unmarked = False
+
+    plain = Header.from_state_dict(INT8)
+    assert set(identify(plain, registry_of(PlainInt8())).layers) == {"m.a"}
+    assert not identify(plain, registry_of(Careful())).layers
+    marker = {"layers": {"m.a": {"scheme": "plain_int8", "params": ["weight_scale"]}}}
+    marked = Header.from_state_dict(INT8, {"hijack": json.dumps(marker)})
+    assert set(identify(marked, registry_of(Careful())).layers) == {"m.a"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "metadata", "config"),
+    [
+        ({}, {}, {"quantization_config": {"quant_method": "hadamard_int8"}}),
+        ({}, {"quantization_config": '{"quant_method": "sdnq"}'}, None),
+        ({"m.a.comfy_quant": comfy_marker("convrot_w4a4")}, {}, None),
+        (
+            {},
+            {"_quantization_metadata": '{"layers": {"m.a": {"format": "other"}}}'},
+            None,
+        ),
+        ({"m.scaled_fp8": torch.zeros(0, dtype=FP8)}, {}, None),
+        ({}, {"hijack": '{"layers": {"m.a": {"scheme": "other"}}}'}, None),
+    ],
+    ids=["config", "header", "marker", "table", "scaled_fp8", "hijack"],
+)
+def test_a_marker_or_config_of_another_format_outranks_a_fit(tensors, metadata, config):
+    """Shapes that fit are no claim where something names another format."""
+    view = Header.from_state_dict({**INT8, **tensors}, metadata)
+    header = Header(view.tensors, metadata, config, reader=view.reader)
+    found = identify(header, registry_of(PlainInt8()))
+    assert not found.layers
+    assert not found.ambiguous
+    assert not found.clear
+
+
+def test_a_config_that_names_the_scheme_does_not_refuse_it():
+    """``quant_method`` may be the scheme's own name."""
+    config = {"quantization_config": {"quant_method": "plain_int8"}}
+    header = Header(Header.from_state_dict(INT8).tensors, {}, config)
+    assert set(identify(header, registry_of(PlainInt8())).layers) == {"m.a"}
+
+
+@pytest.mark.parametrize("shape", [(), (64,), (64, 1), (64, 2)])
+def test_fp8_under_the_config_of_an_unknown_method_is_a_guess(shape):
+    """A rotated weight has the same shapes; it is read only if that is assumed."""
+    tensors = {
+        "a.weight": TensorInfo("F8_E4M3", (64, 128)),
+        "a.weight_scale": TensorInfo("F32", shape),
+    }
+    assert set(identify(Header(tensors), registry_of(BlockwiseFP8())).layers) == {"a"}
+    config = {"quantization_config": {"quant_method": "hadamard_fp8"}}
+    found = identify(Header(tensors, {}, config), registry_of(BlockwiseFP8()))
+    assert set(found.ambiguous) == {"a"}
+    block = hijack.text.block_text(found.ambiguous["a"][0].block_size)
+    assumed = identify(
+        Header(tensors, {}, config),
+        registry_of(BlockwiseFP8()),
+        assume=[block, "hijack"],
+    )
+    assert set(assumed.layers) == {"a"}

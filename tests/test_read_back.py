@@ -24,7 +24,11 @@ PROGRAMS = ("torchao", "compressed_tensors", "transformers", "comfy_kitchen")
 
 def python_with(program):
     """A Python that can import a program, or None."""
-    needed = (program, *ALSO.get(program, ()))
+    return python_with_all(program, *ALSO.get(program, ()))
+
+
+def python_with_all(*needed):
+    """A Python that can import all of some packages, or None."""
     if all(importlib.util.find_spec(name) for name in needed):
         return sys.executable
     named = os.environ.get(VARIABLE)

@@ -1,27 +1,28 @@
-"""What a checkpoint is: which scheme reads each layer, and on what evidence."""
+"""Detect the format of a checkpoint: which scheme reads each layer, and why."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hijack.claim import Certainty, Claim
+from hijack.dtypes import DENSE_NAMES
 from hijack.errors import CheckpointError
-from hijack.formats.claim import Certainty, Claim
+from hijack.formats import matching
 from hijack.formats.dialect import check_marker
 from hijack.formats.gguf import read_gguf
-from hijack.formats.identification import Identification, words
-from hijack.formats.named_only import Foreign, find_foreign
+from hijack.formats.identification import Identification, names_of
 from hijack.formats.native_marker import METADATA_KEY
-from hijack.safetensors_io.gc_paused import uncollected
-from hijack.safetensors_io.header import PLAIN_DTYPES, Header, join
+from hijack.formats.unsupported import UnsupportedLayer, find_unsupported
+from hijack.registry import Registry, current_registry, disabled
+from hijack.safetensors_io.gc_paused import gc_paused
+from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import Paths, read_header
 
-if TYPE_CHECKING:
-    from hijack.registry import Registry
-
-#: Last parts of keys that hold a scale of a weight or of an input, in any format known.
+#: Last parts of keys of scales of weights and inputs, in all known formats.
 SCALE_NAMES = frozenset(
     {
         "scale_weight",
@@ -36,84 +37,89 @@ SCALE_NAMES = frozenset(
         "_weight_scale",
     }
 )
-#: Dtypes that are codes of something, whatever their layer holds.
-CODE_DTYPES = frozenset(
+#: Dtypes of quantized data, whatever else their layer holds.
+QUANTIZED_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
 )
-#: Words in the names of tensors without which codes beside them are not what they are.
-_DECODING = ("scale", "zero_point", "svd_")
-#: Last parts of keys of scales of what a layer or its attention puts out.
-_OUTPUTS = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
+#: Words in the names of tensors that are needed to decode the weight beside them.
+_DECODING_WORDS = ("scale", "zero_point", "svd_")
+#: Last parts of keys of scales of the outputs of a layer or its attention.
+_OUTPUT_SCALES = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
 
 
-@uncollected()
+@gc_paused()
 def identify(
     source: Paths | Header,
     registry: Registry | None = None,
     *,
     assume: Sequence[str] = (),
 ) -> Identification:
-    """Find out from the header alone which scheme reads which layer.
+    """Detect from the header alone which scheme reads which layer.
 
     Args:
         source: a path, a list of shards, or a header already read.
-        registry: whose schemes are asked; default is the default registry.
-        assume: names of schemes or dialects, or block sizes such as ``"128x128"``, to
-            choose by where the file does not tell. They change nothing elsewhere.
+        registry: whose schemes are tried; default is the registry in force.
+        assume: names of schemes or dialects, or block sizes such as ``"128x128"``, that
+            choose where the file is ambiguous. They change nothing elsewhere.
 
     Returns:
-        Claims with their evidence, and what nobody claims.
+        Claims with their evidence, and what no scheme claims.
 
     Raises:
         HeaderError: if a file is malformed.
         CheckpointError: if an assumption has nothing to choose.
     """
-    from hijack.registry import default_registry
-
     if isinstance(source, str | os.PathLike) and (gguf := read_gguf(source)):
         return Identification(str(source), gguf.tensors, {}, container=str(gguf))
     header = source if isinstance(source, Header) else read_header(source)
-    registry = default_registry() if registry is None else registry
-    claims = registry.identify(header)
-    layers, ambiguous = _weigh(claims)
+    registry = current_registry(registry)
+    claims = registry.identify(header) + _scheme_claims(registry, header)
+    layers, ambiguous = _resolve(claims)
     layers, ambiguous = _assume(header.source, layers, ambiguous, assume)
-    contradictions, unknown = _doubt(header, registry, layers)
-    known = {*layers, *ambiguous, *contradictions, *unknown}
-    foreign = find_foreign(header, known)
-    unscaled = _unscaled(header, known.union(foreign))
+    mismatches, unknown = _metadata_mismatches(header, registry, layers)
+    known = {*layers, *ambiguous, *mismatches, *unknown}
+    unsupported = find_unsupported(header, known)
+    unscaled = _unscaled(header, known.union(unsupported))
     return Identification(
         source=header.source,
         tensors=len(header.tensors),
         layers=layers,
         ambiguous=ambiguous,
-        foreign=foreign,
-        orphans=_orphans(header, claims, foreign, unscaled),
+        unsupported=unsupported,
+        unconsumed=_unconsumed(header, claims, unsupported, unscaled),
         unscaled=unscaled,
-        contradictions=contradictions,
+        mismatches=mismatches,
         unknown=unknown,
         infos=header.tensors,
     )
 
 
-def _weigh(
+def _scheme_claims(registry: Registry, header: Header) -> list[Claim]:
+    """The claims of the registered schemes; one that fails claims nothing.
+
+    A disabled scheme can be used by name, but claims nothing.
+    """
+    claims: list[Claim] = []
+    for name, scheme in registry.schemes().items():
+        if not disabled(name):
+            claim = functools.partial(matching.claims_of, scheme, header)
+            claims += registry.claims_of(scheme, header, claim)
+    return claims
+
+
+def _resolve(
     claims: Iterable[Claim],
 ) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
-    """The best founded claim to each layer, and the layers where that is undecided."""
-    first: dict[str, Claim] = {}
-    contested: dict[str, list[Claim]] = {}
+    """The most certain claim to each layer, and the layers without a single one."""
+    by_layer: dict[str, list[Claim]] = {}
     for claim in claims:
-        known = first.setdefault(claim.layer, claim)
-        if known is not claim:
-            contested.setdefault(claim.layer, [known]).append(claim)
+        by_layer.setdefault(claim.layer, []).append(claim)
     layers: dict[str, Claim] = {}
     ambiguous: dict[str, tuple[Claim, ...]] = {}
-    for layer, claim in first.items():
-        top = [claim]
-        if layer in contested:
-            best = max(claim.certainty for claim in contested[layer])
-            top = [claim for claim in contested[layer] if claim.certainty == best]
-        guessed = top[0].certainty is Certainty.GUESS
-        if guessed or (len(top) > 1 and len({claim.scheme for claim in top}) > 1):
+    for layer, candidates in by_layer.items():
+        best = max(claim.certainty for claim in candidates)
+        top = [claim for claim in candidates if claim.certainty == best]
+        if best is Certainty.GUESS or any(c.scheme != top[0].scheme for c in top):
             ambiguous[layer] = tuple(top)
         else:
             layers[layer] = top[0]
@@ -126,106 +132,99 @@ def _assume(
     ambiguous: dict[str, tuple[Claim, ...]],
     assume: Sequence[str],
 ) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
-    """Choose among the claims to a layer by what the user says of the file."""
-    given = [assume] if isinstance(assume, str) else list(assume)
-    useless = set(given)
-    left: dict[str, tuple[Claim, ...]] = {}
+    """Choose among the claims to a layer by what the user assumes."""
+    assumed = [assume] if isinstance(assume, str) else list(assume)
+    unused = set(assumed)
+    undecided: dict[str, tuple[Claim, ...]] = {}
     for layer, claims in ambiguous.items():
-        rest = claims
-        for word in given:
-            chosen = tuple(claim for claim in rest if word in words(claim))
-            if chosen:
-                useless.discard(word)
-                rest = chosen
-        if (
-            len({claim.reading() for claim in rest}) == 1
-            and given
-            and _said(rest, given)
-        ):
-            said = f"assumed: {', '.join(given)}"
-            evidence = (*rest[0].evidence, said)
-            layers[layer] = dataclasses.replace(rest[0], evidence=evidence)
+        for word in assumed:
+            chosen = tuple(claim for claim in claims if word in names_of(claim))
+            unused.difference_update([word] if chosen else ())
+            claims = chosen or claims
+        claim = claims[0]
+        one = len({claim.interpretation() for claim in claims}) == 1
+        if one and any(word in names_of(claim) for word in assumed):
+            evidence = (*claim.evidence, f"assumed: {', '.join(assumed)}")
+            layers[layer] = dataclasses.replace(claim, evidence=evidence)
         else:
-            left[layer] = rest
-    if useless:
+            undecided[layer] = claims
+    if unused:
         raise CheckpointError(
-            f"assume: {sorted(useless)[0]!r} chooses nothing in {source}; expected the "
+            f"assume: {sorted(unused)[0]!r} chooses nothing in {source}; expected the "
             "name of a scheme or dialect, or a block size, that a layer is ambiguous "
             "about; see `hijack identify`"
         )
-    return layers, left
+    return layers, undecided
 
 
-def _said(claims: Sequence[Claim], given: Iterable[str]) -> bool:
-    return any(word in words(claims[0]) for word in given)
-
-
-def _doubt(
+def _metadata_mismatches(
     header: Header, registry: Registry, layers: Mapping[str, Claim]
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Marked layers whose tensors say otherwise, and those of unknown schemes.
+    """Marked layers whose tensors do not match, and those of unknown schemes.
 
-    Keys that only one dialect has outweigh a marker: some tool kept the metadata.
+    Keys that only one dialect uses outrank a marker: some tool kept old metadata.
     """
     schemes = registry.schemes()
-    contradictions: dict[str, str] = {}
+    mismatches: dict[str, str] = {}
     unknown: dict[str, str] = {}
-    for layer, marker in header.said_of_layers(METADATA_KEY).items():
+    for layer, marker in header.layer_metadata(METADATA_KEY).items():
         claim = layers.get(layer)
-        settled = claim is not None and claim.certainty > Certainty.FITS
-        if settled or not _holds_codes(header, layer, marker):
+        certain = claim is not None and claim.certainty > Certainty.FITS
+        if certain or not _is_quantized(header, layer, marker):
             continue
         name = str(marker.get("scheme"))
         if name not in schemes:
             unknown[layer] = name
-        elif reason := check_marker(schemes[name], header, layer):
-            contradictions[layer] = reason
-    return contradictions, unknown
+            continue
+        native = matching.native_of(schemes[name])
+        if problem := check_marker(schemes[name], native, header, layer):
+            mismatches[layer] = problem
+    return mismatches, unknown
 
 
-def _holds_codes(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:
-    """Whether a marked layer is still quantized, and not made dense since."""
+def _is_quantized(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:
+    """Whether a marked layer is still quantized, and was not made dense since."""
     weight, names = header.tensors.get(join(layer, "weight")), marker.get("params")
     listed = names if isinstance(names, list) else []
     return weight is not None and (
-        weight.dtype not in PLAIN_DTYPES
+        weight.dtype not in DENSE_NAMES
         or any(join(layer, str(name)) in header.tensors for name in listed)
     )
 
 
 def _unscaled(header: Header, known: set[str]) -> tuple[str, ...]:
-    """Layers whose weight is codes that nobody has anything to say about."""
+    """Layers whose weight is quantized data that is otherwise unknown."""
     return tuple(
         layer
         for layer, parts in header.parts.items()
         if "weight" in parts
-        and parts["weight"].dtype in CODE_DTYPES
+        and parts["weight"].dtype in QUANTIZED_DTYPES
         and layer not in known
     )
 
 
-def _orphans(
+def _unconsumed(
     header: Header,
     claims: Iterable[Claim],
-    foreign: Mapping[str, Foreign],
+    unsupported: Mapping[str, UnsupportedLayer],
     unscaled: Iterable[str],
 ) -> tuple[str, ...]:
-    """Scales that nobody reads, also those of names nobody knows beside codes.
+    """Keys of scales that no scheme reads; under unknown names beside quantized data.
 
-    A layer that is claimed may have more than its dialect knows, such as a scale that
-    its inputs are multiplied by; without it the weight would be another one.
+    A claimed layer may have more tensors than its dialect knows, such as a scale that
+    its inputs are multiplied by. Without it the weight would be decoded wrongly.
     """
     used = {key for claim in claims for key in claim.keys.values()}
-    used |= {key for found in foreign.values() for key in found.keys}
-    coded = {claim.layer for claim in claims}.union(unscaled)
-    decoding = {n for n in header.owners if any(word in n for word in _DECODING)}
-    found = []
+    used |= {key for layer in unsupported.values() for key in layer.keys}
+    quantized = {claim.layer for claim in claims}.union(unscaled)
+    decoding = {n for n in header.owners if any(word in n for word in _DECODING_WORDS)}
+    unconsumed = []
     for key in header.tensors:
         if key in used:
             continue
         layer, _, name = key.rpartition(".")
-        if name in _OUTPUTS:
+        if name in _OUTPUT_SCALES:
             continue
-        if name in SCALE_NAMES or (name in decoding and layer in coded):
-            found.append(key)
-    return tuple(found)
+        if name in SCALE_NAMES or (name in decoding and layer in quantized):
+            unconsumed.append(key)
+    return tuple(unconsumed)

@@ -1,7 +1,7 @@
-"""GGUF files: recognised, so that a user learns what the file is. They are not read.
+"""GGUF files: recognised so that a user learns what the file is, but not read.
 
-A file begins with the letters GGUF, its version, and the numbers of tensors and of
-entries of metadata, all little-endian. Reference: ggml, ``docs/gguf.md``.
+A file begins with the letters GGUF, its version, and the number of tensors and of
+metadata entries, all little-endian. Reference: ggml, ``docs/gguf.md``.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ _COUNTS = struct.Struct("<IQQ")
 
 @dataclasses.dataclass(frozen=True)
 class GGUF:
-    """What the first bytes say.
+    """The counts at the start of a file.
 
     Attributes:
         version: of the format.
-        tensors: how many the file holds.
-        entries: how many entries of metadata.
+        tensors: number of tensors.
+        entries: number of metadata entries.
     """
 
     version: int
@@ -30,13 +30,13 @@ class GGUF:
 
     def __str__(self) -> str:
         return (
-            f"a GGUF file, version {self.version}, of {self.tensors} tensors; ComfyUI "
-            "reads it with ComfyUI-GGUF"
+            f"a GGUF file, version {self.version}, with {self.tensors} tensors; "
+            "ComfyUI-GGUF reads it"
         )
 
 
 def read_gguf(path: str | os.PathLike[str]) -> GGUF | None:
-    """The first bytes of a GGUF file, or None if it is none or cannot be read."""
+    """The start of a GGUF file; None if the file is not one or cannot be read."""
     try:
         if not os.path.isfile(path):
             return None

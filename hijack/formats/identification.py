@@ -1,4 +1,4 @@
-"""What was found out about a checkpoint, for programs and for people."""
+"""The result of `identify`, as data, text and JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+from hijack.claim import Claim
 from hijack.errors import AmbiguousError, CheckpointError, printable
-from hijack.formats.claim import Claim
-from hijack.formats.named_only import Foreign
+from hijack.formats.unsupported import UnsupportedLayer
 from hijack.safetensors_io.header import TensorInfo, join
-from hijack.text import block_text, shown, table
+from hijack.text import block_text, excerpt, table
 
-#: Notes of one kind that are shown unless all are asked for.
-FEW = 3
+#: Notes of one kind that are printed, unless verbose.
+MAX_NOTES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Identification:
     """What `identify` found.
 
     Attributes:
-        source: what the checkpoint is called.
+        source: name of the checkpoint.
         tensors: number of tensors in it.
-        layers: layer to the best founded claim to it.
+        layers: layer to the most certain claim to it.
         ambiguous: layer to the claims of which one must be assumed.
-        foreign: layer to the format it is in, which no registered scheme reads.
-        orphans: keys of scales that nobody reads.
-        unscaled: layers whose weight is codes without any scale: plain casts, or codes
-            that nobody knows.
-        contradictions: layer to what its tensors have against the metadata.
+        unsupported: layer to its format, which no registered scheme reads.
+        unconsumed: keys of scales that no scheme reads.
+        unscaled: layers whose weight is quantized data without any scale: plain casts,
+            or an unknown format.
+        mismatches: layer to where its tensors do not match its metadata.
         unknown: layer to the scheme its metadata names, which is not registered.
         container: what the file is instead of safetensors, such as GGUF; else "".
         infos: key to dtype and shape of every tensor.
@@ -42,10 +42,12 @@ class Identification:
     tensors: int
     layers: Mapping[str, Claim]
     ambiguous: Mapping[str, tuple[Claim, ...]] = dataclasses.field(default_factory=dict)
-    foreign: Mapping[str, Foreign] = dataclasses.field(default_factory=dict)
-    orphans: tuple[str, ...] = ()
+    unsupported: Mapping[str, UnsupportedLayer] = dataclasses.field(
+        default_factory=dict
+    )
+    unconsumed: tuple[str, ...] = ()
     unscaled: tuple[str, ...] = ()
-    contradictions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mismatches: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
     container: str = ""
     infos: Mapping[str, TensorInfo] = dataclasses.field(
@@ -53,46 +55,61 @@ class Identification:
     )
 
     @property
+    def foreign(self) -> Mapping[str, UnsupportedLayer]:
+        """Former name of `unsupported`."""
+        return self.unsupported
+
+    @property
+    def orphans(self) -> tuple[str, ...]:
+        """Former name of `unconsumed`."""
+        return self.unconsumed
+
+    @property
+    def contradictions(self) -> Mapping[str, str]:
+        """Former name of `mismatches`."""
+        return self.mismatches
+
+    @property
     def clear(self) -> bool:
-        """Whether nothing stands against reading the checkpoint."""
+        """True if the checkpoint can be loaded without errors."""
         return not (
             self.ambiguous
-            or self.foreign
-            or self.orphans
-            or self.contradictions
+            or self.unsupported
+            or self.unconsumed
+            or self.mismatches
             or self.unknown
             or self.container
-            or self._lone()
+            or self._lacks_scales()
         )
 
-    def _lone(self) -> bool:
-        """Whether codes have no scale, and are no plain cast.
+    def _lacks_scales(self) -> bool:
+        """Whether any unscaled data is not a plain cast.
 
-        Integers never are. FP8 is none where other layers of the file have scales.
+        Integers never are. FP8 is not if other layers of the file have scales.
         """
         infos = (self.infos.get(join(layer, "weight")) for layer in self.unscaled)
         dtypes = {info.dtype for info in infos if info is not None}
-        coded = (next(iter(claim.keys.values())) for claim in self.layers.values())
+        weights = (next(iter(claim.keys.values())) for claim in self.layers.values())
         if any(not dtype.startswith("F8") for dtype in dtypes):
             return True
-        return bool(dtypes) and any(self.infos[key].dtype in dtypes for key in coded)
+        return bool(dtypes) and any(self.infos[key].dtype in dtypes for key in weights)
 
     def claims(self) -> dict[str, Claim]:
         """The claim to each layer.
 
         Raises:
-            AmbiguousError: naming a layer that may be read in several ways, with them.
-            CheckpointError: naming a layer whose tensors contradict its metadata, or
-                what the file is if it holds none.
+            AmbiguousError: naming an ambiguous layer and its interpretations.
+            CheckpointError: naming a layer whose tensors do not match its metadata, or
+                what the file is if it is not safetensors.
         """
         if self.container:
             raise CheckpointError(
                 f"{self.source}: is {self.container}, expected safetensors"
             )
-        for layer, reason in self.contradictions.items():
+        for layer, reason in self.mismatches.items():
             raise CheckpointError(
-                f"{self.source}: {layer}: metadata and tensors contradict each other; "
-                f"{shown(reason)}; get the file again, or quantize the original"
+                f"{self.source}: {layer}: metadata and tensors do not match; "
+                f"{excerpt(reason)}; get the file again, or quantize the original"
             )
         for layer, claims in self.ambiguous.items():
             raise AmbiguousError(f"{self.source}: {layer}: {_choice(claims)}")
@@ -110,7 +127,7 @@ class Identification:
         return [(*kind, count) for kind, count in sorted(kinds.items())]
 
     def _block(self, claim: Claim) -> str:
-        """The block size, or ``row`` or ``tensor`` if it is all of one."""
+        """The block size, or ``row`` or ``tensor`` if a block is a whole one."""
         weight = self.infos.get(next(iter(claim.keys.values()), ""))
         if claim.block_size is None or weight is None or not weight.shape:
             return block_text(claim.block_size)
@@ -119,22 +136,22 @@ class Identification:
             return block_text(claim.block_size)
         return "tensor" if rows >= weight.shape[0] else "row"
 
-    # -- for people --------------------------------------------------------------------
+    # -- text --------------------------------------------------------------------------
 
     def as_table(self, *, verbose: bool = False) -> str:
-        """Everything found, for people to read.
+        """Everything found, human-readable.
 
         Args:
-            verbose: whether to name every layer, with the evidence.
+            verbose: whether to list every layer, with the evidence.
         """
         lines = [f"{self.source}: {self.tensors} tensors"]
         rows = [[s, d, b, str(n)] for s, d, b, n in self._kinds(self._block)]
-        formats = Counter(found.format for found in self.foreign.values())
+        formats = Counter(layer.format for layer in self.unsupported.values())
         rows += [["-", name, "-", str(n)] for name, n in sorted(formats.items())]
         if rows:
             lines.append(table(["scheme", "dialect", "block", "layers"], rows))
         elif not self.container:
-            lines.append(self._plain())
+            lines.append(self._without_layers())
         if verbose and rows:
             head = ["layer", "scheme", "dialect", "block", "evidence"]
             lines.append(table(head, list(self._layer_rows())))
@@ -142,16 +159,19 @@ class Identification:
         for note in map(printable, self._notes()):
             kind = note.partition(":")[0]
             notes[kind] += 1
-            if verbose or notes[kind] <= FEW:
+            if verbose or notes[kind] <= MAX_NOTES:
                 lines.append(note)
         if not verbose:
-            more = {kind: count - FEW for kind, count in notes.items() if count > FEW}
-            lines += [f"{kind}: {count} more, see -v" for kind, count in more.items()]
+            lines += [
+                f"{kind}: {count - MAX_NOTES} more, see -v"
+                for kind, count in notes.items()
+                if count > MAX_NOTES
+            ]
         return "\n".join(lines)
 
-    def _plain(self) -> str:
-        """What is there where no layer is quantized in a way that anybody knows."""
-        if self.unscaled or self.orphans or self.ambiguous or self.unknown:
+    def _without_layers(self) -> str:
+        """A line for a checkpoint without a layer in a known format."""
+        if self.unscaled or self.unconsumed or self.ambiguous or self.unknown:
             return "no layer is claimed by a scheme"
         dtypes = Counter(info.dtype for info in self.infos.values()).most_common(4)
         counts = ", ".join(f"{name} {count}" for name, count in dtypes)
@@ -159,46 +179,48 @@ class Identification:
 
     def _layer_rows(self) -> Iterator[list[str]]:
         for name, claim in self.layers.items():
-            block, seen = block_text(claim.block_size), "; ".join(claim.evidence)
-            yield [name, claim.scheme, claim.dialect, block, shown(seen)]
-        for name, found in self.foreign.items():
-            yield [name, "-", found.format, "-", shown(found.evidence)]
+            block, evidence = block_text(claim.block_size), "; ".join(claim.evidence)
+            yield [name, claim.scheme, claim.dialect, block, excerpt(evidence)]
+        for name, layer in self.unsupported.items():
+            yield [name, "-", layer.format, "-", excerpt(layer.evidence)]
 
     def _notes(self) -> Iterator[str]:
-        """One line for each thing that is not a plain claim."""
+        """One line for each finding that is not a plain claim."""
         if self.container:
             yield f"this is {self.container}"
-        if self.foreign:
-            first = next(iter(self.foreign))
-            name = first or "weight"
-            yield f"unreadable: {len(self.foreign)} layers, such as {name}"
-        for layer, found in self.foreign.items():
-            if found.rivals:
-                yield f"ambiguous: {layer}: {' or '.join(found.rivals)}"
-        scaled = {key.rpartition(".")[0] for key in self.orphans}
-        bare = [layer for layer in self.unscaled if layer not in scaled]
-        if bare:
-            what = "plain casts or unknown"
-            if self._lone():
-                what = "unlike others, or no plain casts"
+        if self.unsupported:
+            first = next(iter(self.unsupported)) or "weight"
+            yield f"unreadable: {len(self.unsupported)} layers, such as {first}"
+        for name, layer in self.unsupported.items():
+            if layer.alternatives:
+                yield f"ambiguous: {name}: {' or '.join(layer.alternatives)}"
+        scaled = {key.rpartition(".")[0] for key in self.unconsumed}
+        unscaled = [layer for layer in self.unscaled if layer not in scaled]
+        if unscaled:
+            kind = "plain casts or an unknown format"
+            if self._lacks_scales():
+                kind = "unlike others, or no plain casts"
             yield (
-                f"{len(bare)} layers hold codes without a scale, {what}, such as "
-                f"{bare[0] or 'weight'}"
+                f"{len(unscaled)} layers hold quantized data without a scale, {kind}, "
+                f"such as {unscaled[0] or 'weight'}"
             )
-        for layer, claims in self.ambiguous.items():
-            yield f"ambiguous: {layer}: {_choice(claims)}"
-        for layer, reason in self.contradictions.items():
-            yield f"contradiction: {layer}: {shown(reason)}"
-        yield from self._misled()
+        for name, claims in self.ambiguous.items():
+            yield f"ambiguous: {name}: {_choice(claims)}"
+        for name, reason in self.mismatches.items():
+            yield f"mismatch: {name}: {excerpt(reason)}"
+        for claim in self.layers.values():  # read by their shapes
+            if claim.contradiction:
+                block = block_text(claim.block_size)
+                yield f"wrong marker: {excerpt(claim.contradiction)}; read as {block}"
         for scheme, count in sorted(Counter(self.unknown.values()).items()):
-            name = shown(scheme)
+            name = excerpt(scheme)
             yield f"unknown: {count} layers are {name}, which is not registered"
-        for key in self.orphans:
+        for key in self.unconsumed:
             if key.rpartition(".")[0] not in self.unknown:
-                yield f"orphan: {key}: a scale that no scheme reads{self._about(key)}"
+                yield f"unconsumed: {key}: no scheme reads it{self._about(key)}"
 
     def _about(self, key: str) -> str:
-        """Dtype and shape of an orphan, and of the weight it lies beside."""
+        """Dtype and shape of a scale, and of the weight beside it."""
         layer = key.rpartition(".")[0]
         scale, weight = self.infos.get(key), self.infos.get(join(layer, "weight"))
         if scale is None:
@@ -206,17 +228,10 @@ class Identification:
         beside = "" if weight is None else f" beside a weight {_info_text(weight)}"
         return f"; {_info_text(scale)}{beside}"
 
-    def _misled(self) -> Iterator[str]:
-        """Markers that the shapes prove wrong; layers are read by their shapes."""
-        for claim in self.layers.values():
-            if claim.contradiction:
-                block = block_text(claim.block_size)
-                yield f"wrong marker: {shown(claim.contradiction)}; read as {block}"
-
-    # -- for programs ------------------------------------------------------------------
+    # -- JSON --------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """Everything found, as JSON."""
+        """Everything found, as JSON; its keys do not change with the attributes."""
         return json.dumps(
             {
                 "source": self.source,
@@ -229,12 +244,12 @@ class Identification:
                     for name, claims in self.ambiguous.items()
                 },
                 "foreign": {
-                    name: dataclasses.asdict(found)
-                    for name, found in self.foreign.items()
+                    name: _unsupported(layer)
+                    for name, layer in self.unsupported.items()
                 },
-                "orphans": list(self.orphans),
+                "orphans": list(self.unconsumed),
                 "unscaled": list(self.unscaled),
-                "contradictions": dict(self.contradictions),
+                "contradictions": dict(self.mismatches),
                 "unknown": dict(self.unknown),
             },
             indent=1,
@@ -259,17 +274,23 @@ class Identification:
         }
 
 
+def _unsupported(layer: UnsupportedLayer) -> dict[str, Any]:
+    fields = dataclasses.asdict(layer)
+    fields["rivals"] = fields.pop("alternatives")  # the key that scripts know
+    return fields
+
+
 def _info_text(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)}"
 
 
-def words(claim: Claim) -> tuple[str, ...]:
-    """What an assumption may call a claim: its scheme, dialect or block size."""
+def names_of(claim: Claim) -> tuple[str, ...]:
+    """The words that assume a claim: its scheme, dialect and block size."""
     return claim.scheme, claim.dialect, block_text(claim.block_size)
 
 
 def _choice(claims: Iterable[Claim]) -> str:
-    """The ways to read a layer, and how to choose one."""
+    """The interpretations of a layer, and how to choose one."""
     claims = list(claims)
     if len({claim.scheme for claim in claims}) > 1:
         names = ", ".join(sorted({claim.scheme for claim in claims}))
@@ -277,16 +298,14 @@ def _choice(claims: Iterable[Claim]) -> str:
             f"claimed equally by {names}; expected one scheme; assume one of them, or "
             "disable the others with HIJACK_DISABLE"
         )
-    readings = [f"{c.dialect} {block_text(c.block_size)}" for c in claims]
-    # in the order claimed: a scheme yields the likeliest reading first
-    differing = [
-        dict.fromkeys(texts[at] for texts in map(words, claims)) for at in (1, 2)
-    ]
-    choice = [next(iter(names)) for names in differing if len(names) > 1]
-    choice = choice or [words(claims[0])[2]]
-    said = " ".join(f"--assume {word}" for word in choice)
+    candidates = [f"{c.dialect} {block_text(c.block_size)}" for c in claims]
+    # in the order claimed: a scheme yields the likeliest first
+    _, dialects, blocks = map(dict.fromkeys, zip(*map(names_of, claims), strict=True))
+    choice = [next(iter(names)) for names in (dialects, blocks) if len(names) > 1]
+    choice = choice or [names_of(claims[0])[2]]
+    arguments = " ".join(f"--assume {word}" for word in choice)
     return (
-        f"the file does not tell how to read it; it may be {' or '.join(readings)}; "
-        f"say which with assume={choice}, or in a copy that says it itself: "
-        f"`hijack convert FILE COPY --dialect hijack {said}`"
+        f"the format is ambiguous; it may be {' or '.join(candidates)}; choose with "
+        f"assume={choice}, or store the choice in a copy: "
+        f"`hijack convert FILE COPY --dialect hijack {arguments}`"
     )

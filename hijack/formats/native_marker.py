@@ -1,4 +1,4 @@
-"""hijack's own marker: header metadata that says which scheme wrote which layer."""
+"""hijack's own marker: header metadata that names the scheme of each layer."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 from hijack.safetensors_io.header import Header, layers_in
 
-#: Header metadata key under which hijack writes which scheme each layer has.
+#: Key of the header metadata in which hijack stores the scheme of each layer.
 METADATA_KEY = "hijack"
 
 
 def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
-    """Text for header metadata `METADATA_KEY`; `native_marker` reads it.
+    """The text to store under `METADATA_KEY`; `native_marker` reads it.
 
     Args:
         layers: layer to ``{"scheme": name, "params": names}``, and ``"block_size"`` if
@@ -23,25 +23,25 @@ def write_marker(layers: Mapping[str, Mapping[str, object]]) -> str:
 
 
 def native_marker(header: Header, layer: str) -> Mapping[str, Any] | None:
-    """What hijack's own metadata says of a layer, or None."""
-    return header.said_of_layers(METADATA_KEY).get(layer)
+    """hijack's own entry for a layer, or None."""
+    return header.layer_metadata(METADATA_KEY).get(layer)
 
 
 def marked_layers(metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
-    """What hijack's own metadata says, by layer."""
+    """hijack's own entries, by layer."""
     return layers_in(metadata.get(METADATA_KEY, ""))
 
 
 def without_layers(
     metadata: Mapping[str, str], layers: Iterable[str]
 ) -> dict[str, str]:
-    """Metadata whose marker says nothing of some layers any more."""
-    rest = dict(metadata)
+    """Metadata without hijack's own entries for some layers."""
+    remaining = dict(metadata)
     marked = dict(marked_layers(metadata))
     for layer in layers:
         marked.pop(layer, None)
     if marked:
-        rest[METADATA_KEY] = write_marker(marked)
+        remaining[METADATA_KEY] = write_marker(marked)
     else:
-        rest.pop(METADATA_KEY, None)
-    return rest
+        remaining.pop(METADATA_KEY, None)
+    return remaining

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hijack import text
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError, ShapeError
 
 #: Integers of as many bytes.
@@ -54,8 +55,12 @@ def parse_block_size(block_size: BlockSize, shape: Pair) -> Pair:
     """
     size: Any = block_size
     if isinstance(size, str):
-        words = {"row": (1, shape[1]), "tensor": shape}
-        size = words.get(size) or tuple(map(_int_or_zero, size.lower().split("x")))
+        try:
+            size = text.parse_block_size(size)
+        except SchemeError as error:
+            raise SchemeError(f"block_size: {error}") from error
+    if size in ("row", "tensor"):
+        size = (1 if size == "row" else max(shape[0], 1), max(shape[1], 1))
     if isinstance(size, int):
         size = (1, size)
     numbers = isinstance(size, (list, tuple)) and all(type(n) is int for n in size)
@@ -65,10 +70,6 @@ def parse_block_size(block_size: BlockSize, shape: Pair) -> Pair:
             "an int n for (1, n), 'ROWSxCOLS', 'row' or 'tensor'"
         )
     return min(size[0], max(shape[0], 1)), min(size[1], max(shape[1], 1))
-
-
-def _int_or_zero(word: str) -> int:
-    return int(word) if word.isdecimal() else 0
 
 
 def grid_shape(shape: Pair, size: Pair) -> Pair:
@@ -81,14 +82,14 @@ def divides(shape: Pair, size: Pair) -> bool:
     return shape[0] % size[0] == 0 and shape[1] % size[1] == 0
 
 
-# -- what a scale says ---------------------------------------------------------------
+# -- block sizes of a scale ----------------------------------------------------------
 
 
 def grid_of(scale: tuple[int, ...], shape: Pair) -> Pair | None:
-    """The grid a stored scale is, or None if it cannot cover the weight.
+    """The grid of a stored scale, or None if it cannot cover the weight.
 
-    One number is the scale of the whole; one dimension has a scale per row; three have
-    a trailing 1, as in musubi-tuner's (N, K/C, 1).
+    One element is the scale of the whole weight; one dimension has a scale per row;
+    three have a trailing 1, as in musubi-tuner's (N, K/C, 1).
 
     Args:
         scale: shape of the scale as stored.
@@ -107,32 +108,32 @@ def grid_of(scale: tuple[int, ...], shape: Pair) -> Pair | None:
 
 
 def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
-    """The block sizes that a grid may be of, and whether there is no doubt.
+    """The possible block sizes of a grid, and whether the first is certain.
 
-    A grid does not tell the block where blocks may be short: 192 rows in 2 blocks are
-    2 x 96 or 128 + 64. Writers take powers of two; so an exact division is sure if it
-    gives one, or if no power of two gives the same grid. A scale for each column is
-    never sure: nobody is known to write such, and of a square weight it may be the
-    scale of each row, lying down.
+    A grid is ambiguous if blocks may be short: 192 rows in 2 blocks are 2 x 96 or
+    128 + 64. Writers use powers of two. So an exact division is certain if it is one,
+    or if no power of two gives the same grid. One scale per column is never certain:
+    no known program writes it, and for a square weight it may be one scale per row,
+    transposed.
 
     Args:
         shape: (N, K) of the weight.
         grid: rows and columns of the scale.
     """
-    rows, sure_rows = _possible(shape[0], grid[0])
-    cols, sure_cols = _possible(shape[1], grid[1])
+    rows, certain_rows = _possible(shape[0], grid[0])
+    cols, certain_cols = _possible(shape[1], grid[1])
     sizes = [(r, c) for r in rows for c in cols]
-    return sizes, sure_rows and sure_cols and not columns_of(shape, grid)
+    return sizes, certain_rows and certain_cols and not columns_of(shape, grid)
 
 
 def columns_of(shape: Pair, grid: Pair) -> bool:
-    """Whether there is a scale for each column, and so no sure reading."""
+    """Whether there is one scale per column, which is ambiguous."""
     return shape[0] > 1 and shape[1] > 1 and grid == (1, shape[1])
 
 
 @functools.lru_cache(maxsize=1024)
 def _possible(size: int, blocks: int) -> tuple[Sequence[int], bool]:
-    """The same along one dimension; the exact division, if there is one, comes last."""
+    """`possible_sizes` of one dimension; an exact division comes last."""
     if blocks == 1:
         return [size], True
     powers = (1 << bit for bit in range(size.bit_length()))
@@ -140,8 +141,8 @@ def _possible(size: int, blocks: int) -> tuple[Sequence[int], bool]:
     if size % blocks:
         return ragged, False
     exact = size // blocks
-    sure = exact & (exact - 1) == 0 or not ragged
-    return ([] if sure else ragged) + [exact], sure
+    certain = exact & (exact - 1) == 0 or not ragged
+    return ([] if certain else ragged) + [exact], certain
 
 
 # -- quantized tensors ---------------------------------------------------------------
@@ -151,7 +152,7 @@ def block_size_of(qdata: Tensor, params: Mapping[str, Tensor]) -> Pair:
     """The block size of quantized tensors, as (rows, cols).
 
     Args:
-        qdata: (N, ...) codes.
+        qdata: (N, ...) FP8.
         params: ``weight_scale`` and, where blocks are short, ``weight_block_size``.
 
     Raises:
@@ -167,7 +168,7 @@ def block_size_of(qdata: Tensor, params: Mapping[str, Tensor]) -> Pair:
 def infer_block_size(
     weight: tuple[int, ...], scale: tuple[int, ...], marker: tuple[int, ...] | None
 ) -> Pair:
-    """The block size of shapes: the marker's, else what divides exactly.
+    """The block size of shapes: the marker's, else the exact division.
 
     Raises:
         ShapeError: if the scale does not cover the weight.
@@ -216,9 +217,9 @@ def decode_scale(scale: Tensor) -> Tensor:
 
 
 def reblock(scale: Tensor, shape: Pair, size: Pair, wanted: Pair) -> Tensor | None:
-    """The same scales over other blocks, bit for bit, or None if there are none such.
+    """The same scales over other blocks, or None if that is impossible.
 
-    A block is divided by repeating its scale; blocks are joined if all have the same.
+    A block is split by repeating its scale; blocks are merged if all have the same.
 
     Args:
         scale: (ceil(N/R), ceil(K/C)).
@@ -236,29 +237,62 @@ def reblock(scale: Tensor, shape: Pair, size: Pair, wanted: Pair) -> Tensor | No
         new = torch.arange(shape[axis]) // wanted[axis]
         pairs = torch.unique_consecutive(
             torch.stack([old, new]), dim=1
-        )  # (2, P): who meets whom
+        )  # (2, P): overlapping old and new blocks
         first = torch.ones(pairs.shape[1], dtype=torch.bool)
         first[1:] = pairs[1, 1:] != pairs[1, :-1]
-        joined = bits.index_select(axis, pairs[0, first])
-        spread = joined.index_select(axis, pairs[1])
+        merged = bits.index_select(axis, pairs[0, first])
+        spread = merged.index_select(axis, pairs[1])
         if not torch.equal(spread, bits.index_select(axis, pairs[0])):
             return None
-        bits = joined
+        bits = merged
     return bits.view(scale.dtype)
 
 
-def check_scales(qdata: Tensor, scale: Tensor, size: Pair, where: str) -> None:
-    """Refuse scales that are NaN, infinite, negative, or zero under codes that are not.
+def cut(
+    scale: Tensor, shape: Pair, size: Pair, part: tuple[slice, slice]
+) -> dict[str, Tensor]:
+    """The scheme's parameters for a part of a weight.
+
+    Where the part begins or ends within a block, there is a scale for each row, or for
+    each column.
 
     Args:
-        qdata: (N, ...) codes.
+        scale: (ceil(N/R), ceil(K/C)).
+        shape: (N, K) of the whole weight.
+        size: (R, C), its block size.
+        part: rows and columns.
+    """
+    grid = as_grid(scale)
+    bits = grid.view(_BITS[grid.element_size()])
+    blocks, lengths = [], []
+    for axis in (0, 1):
+        start, stop, block = part[axis].start, part[axis].stop, size[axis]
+        if start % block == 0 and (stop % block == 0 or stop == shape[axis]):
+            index = torch.arange(start // block, -(-stop // block))
+        elif start // block == (stop - 1) // block:  # within one block
+            index, block = torch.tensor([start // block]), stop - start
+        else:
+            index, block = torch.arange(start, stop) // block, 1
+        bits = bits.index_select(axis, index.to(bits.device))
+        blocks.append(min(block, stop - start))
+        lengths.append(stop - start)
+    return make_params(
+        bits.view(scale.dtype), (lengths[0], lengths[1]), (blocks[0], blocks[1])
+    )
+
+
+def check_scales(qdata: Tensor, scale: Tensor, size: Pair, where: str) -> None:
+    """Refuse scales that are NaN, infinite, negative, or zero for nonzero data.
+
+    Args:
+        qdata: (N, ...) FP8.
         scale: (ceil(N/R), ceil(K/C)).
         size: (R, C), the block size.
         where: the layer, for messages.
 
     Raises:
         NonFiniteError: if a scale is NaN or infinite.
-        CheckpointError: if one is negative, or zero without reason.
+        CheckpointError: if one is negative, or zero for nonzero data.
     """
     grid = as_grid(scale)
     if not grid.numel():
@@ -283,19 +317,19 @@ def check_scales(qdata: Tensor, scale: Tensor, size: Pair, where: str) -> None:
 
 
 def _zero_matters(qdata: Tensor, grid: Tensor, size: Pair) -> bool:
-    """Whether a scale is zero although a code of its block is not.
+    """Whether a scale is zero although an element of its block is not.
 
-    musubi-tuner's float16 scales become zero under numbers too small for them, which
-    are divided by it: their codes are the largest, and they are meant to be zeros.
+    musubi-tuner's float16 scales underflow to zero for tiny weights. Divided by zero,
+    these become the largest FP8 number, and are meant to be zeros.
     """
-    codes = qdata.reshape(matrix_shape(tuple(qdata.shape))).view(torch.uint8)
+    data = qdata.reshape(matrix_shape(tuple(qdata.shape))).view(torch.uint8)
     largest = torch.tensor(torch.finfo(qdata.dtype).max).to(qdata.dtype)
-    meant = largest.view(torch.uint8) if grid.dtype == torch.float16 else 0
+    underflow = largest.view(torch.uint8) if grid.dtype == torch.float16 else 0
     for at in (grid == 0).nonzero().tolist():
         rows = slice(at[0] * size[0], (at[0] + 1) * size[0])
         cols = slice(at[1] * size[1], (at[1] + 1) * size[1])
-        block = codes[rows, cols] & 0x7F
-        if ((block != 0) & (block != meant)).any():
+        block = data[rows, cols] & 0x7F
+        if ((block != 0) & (block != underflow)).any():
             return True
     return False
 
@@ -309,7 +343,7 @@ def make_params(scale: Tensor, shape: Pair, size: Pair) -> dict[str, Tensor]:
         size: (R, C), the block size.
 
     Raises:
-        ShapeError: if it has another number of elements.
+        ShapeError: if it has a different number of elements.
     """
     grid = grid_shape(shape, size)
     if scale.numel() != grid[0] * grid[1]:

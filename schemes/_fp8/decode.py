@@ -1,20 +1,19 @@
-"""Decode FP8 faster than torch casts and multiplies, and bit for bit the same.
+"""Decode FP8 faster than torch's cast and multiplication, with bit-equal results.
 
-On the CPU with integer operations. torch casts FP8 to bfloat16 one element at a time,
-which takes longer than the matrix product it is for. But the bits of an FP8 number,
-moved to the right place, are those of a bfloat16 or float32 number whose exponent has
-another bias ::
+On the CPU this uses integer operations. torch casts FP8 to bfloat16 one element at a
+time, which takes longer than the matrix product it is for. But the bits of an FP8
+number, shifted, are those of a bfloat16 or float32 number with another exponent bias ::
 
     e4m3       s eeee mmm            (-1)^s * 2^(e-7)   * 1.mmm
     bfloat16   s 0000eeee mmm0000    (-1)^s * 2^(e-127) * 1.mmm
 
 so sign extension, a shift, a mask and a multiplication by scale * 2^(127-7) decode it,
-subnormal numbers and zeros as well. It fails for the codes of inf and NaN, for scales
-so large that the power of two overflows, and where the processor flushes subnormal
-numbers to zero; `can_decode` says no to these. Everything goes through buffers that
-each thread keeps between calls, so that a weight is never held dense as a whole.
+subnormal numbers and zeros as well. It fails for inf and NaN, for scales so large that
+the power of two overflows, and where the processor flushes subnormal numbers to zero;
+`can_decode` is False for these. Each thread reuses its buffers between calls, and a
+weight is never dense as a whole.
 
-On a GPU with a cast and one multiplication in place, which move a third of the bytes.
+On a GPU it is a cast and one multiplication in place, which move a third of the bytes.
 """
 
 from __future__ import annotations
@@ -29,11 +28,14 @@ from torch.autograd import forward_ad
 
 from schemes._fp8.blocks import decode_scale
 
-#: FP8 dtype to (left shift within 16 bits, 127 - bias of the exponent, first code that
-#: is no finite number).
-FORMATS = {torch.float8_e4m3fn: (4, 120, 0x7F), torch.float8_e5m2: (5, 112, 0x7C)}
-#: Scales that are exact in bfloat16, so that the product may be formed in it.
-NARROW = (torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
+#: FP8 dtype to (left shift within 16 bits, 127 - bias of the exponent, first byte that
+#: is not a finite number).
+FLOAT8_LAYOUTS = {
+    torch.float8_e4m3fn: (4, 120, 0x7F),
+    torch.float8_e5m2: (5, 112, 0x7C),
+}
+#: Scale dtypes that are exact in bfloat16, so that it can hold the product.
+BF16_EXACT = (torch.bfloat16, torch.float8_e8m0fnu, torch.uint8)
 #: Dtypes that can be decoded to.
 DENSE = (torch.float32, torch.bfloat16, torch.float16)
 #: Bytes decoded between two products where that fits the cache: one thread, few rows.
@@ -55,28 +57,28 @@ _local = threading.local()
 _clean: dict[int, tuple[weakref.ref[Tensor], int, int]] = {}
 
 
-def can_decode(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> bool:
+def can_decode(qdata: Tensor, scale: Tensor, size: tuple[int, int]) -> bool:
     """Whether the integer decode is available and exact for these tensors.
 
     Args:
-        codes: (N, ...) float8_e4m3fn or float8_e5m2.
+        qdata: (N, ...) float8_e4m3fn or float8_e5m2.
         scale: (ceil(N/R), ceil(K/C)).
         size: (R, C), the block size.
     """
     return (
-        are_plain(codes, scale)
-        and codes.device.type == "cpu" == scale.device.type
+        are_plain(qdata, scale)
+        and qdata.device.type == "cpu" == scale.device.type
         and size[1] >= MIN_COLS
-        and codes.numel() > 0
-        and codes.dtype in FORMATS
+        and qdata.numel() > 0
+        and qdata.dtype in FLOAT8_LAYOUTS
         and _SUBNORMAL * 1.0 != 0.0  # subnormal numbers are not flushed to zero
         and _scale_fits(scale)
-        and _is_clean(codes)
+        and _is_clean(qdata)
     )
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Whether operations on these are run as they are called, and watched by nobody."""
+    """Whether operations on these run eagerly, with no mode or transform active."""
     return not torch.compiler.is_compiling() and (
         all(type(tensor) in _PLAIN for tensor in tensors)
         and not torch._C._len_torch_dispatch_stack()
@@ -92,31 +94,30 @@ def _scale_fits(scale: Tensor) -> bool:
     return float(least) > -128 and float(most) < 128  # False for NaN
 
 
-def _is_clean(codes: Tensor) -> bool:
-    """Whether all codes are finite; looked at once per content of a tensor."""
-    # tensors made in inference mode have no version; nothing but finite codes is
-    # ever written into those by hijack
-    version = -1 if codes.is_inference() else codes._version
-    now = (version, codes.data_ptr())
-    known = _clean.get(id(codes))
-    if known is not None and known[0]() is codes and known[1:] == now:
+def _is_clean(qdata: Tensor) -> bool:
+    """Whether all elements are finite; checked once per content of a tensor."""
+    # inference tensors have no version; hijack writes only finite data into them
+    version = -1 if qdata.is_inference() else qdata._version
+    now = (version, qdata.data_ptr())
+    known = _clean.get(id(qdata))
+    if known is not None and known[0]() is qdata and known[1:] == now:
         return True
-    limit = FORMATS[codes.dtype][2] * 2
-    for part in torch.split(codes.detach().view(torch.uint8).reshape(-1), CHUNK):
+    limit = FLOAT8_LAYOUTS[qdata.dtype][2] * 2
+    for part in torch.split(qdata.detach().view(torch.uint8).reshape(-1), CHUNK):
         if int((part * 2).max()) >= limit:  # drops the sign
             return False
-    key = id(codes)
-    _clean[key] = (weakref.ref(codes, lambda _: _clean.pop(key, None)), *now)
+    key = id(qdata)
+    _clean[key] = (weakref.ref(qdata, lambda _: _clean.pop(key, None)), *now)
     return True
 
 
 def dequantize(
-    codes: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dtype
+    qdata: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """Codes times scales; the product is formed in float32 and rounded once.
+    """Quantized data times scales; the product is formed in float32 and rounded once.
 
     Args:
-        codes: (N, K), for which `can_decode` holds.
+        qdata: (N, K), for which `can_decode` holds.
         scale: (ceil(N/R), ceil(K/C)).
         size: (R, C), the block size.
         dtype: float32, bfloat16 or float16.
@@ -124,22 +125,22 @@ def dequantize(
     Returns:
         (N, K) of ``dtype``.
     """
-    n, k = codes.shape
+    n, k = qdata.shape
     out = torch.empty((n, k), dtype=dtype, device="cpu")
-    _decode(codes, scale, size, slice(0, n), out)
+    _decode(qdata, scale, size, slice(0, n), out)
     return out
 
 
 def multiply_in_place(
-    codes: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dtype
+    qdata: Tensor, scale: Tensor, size: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """`dequantize` for a GPU, where the memory that is read and written takes the time.
+    """`dequantize` for a GPU, where memory traffic is the bottleneck.
 
-    Every FP8 number is exact in the 16-bit dtypes, and a GPU multiplies dtypes of any
-    kind without a copy of either, in float32, and rounds once; one dtype is faster.
+    Every FP8 number is exact in the 16-bit dtypes. A GPU multiplies mixed dtypes
+    without copies, in float32, and rounds once; a single dtype is faster.
 
     Args:
-        codes: (N, K), for which `are_plain` holds.
+        qdata: (N, K), for which `are_plain` holds.
         scale: (ceil(N/R), ceil(K/C)).
         size: (R, C), the block size.
         dtype: floating dtype of the result.
@@ -147,11 +148,11 @@ def multiply_in_place(
     Returns:
         (N, K) of ``dtype``.
     """
-    dense = codes.to(dtype if dtype in DENSE else torch.float32)
+    dense = qdata.to(dtype if dtype in DENSE else torch.float32)
     if scale.dtype != dense.dtype:
         scale = decode_scale(scale)
-    for rows, up, r in _spans(codes.shape[0], size[0]):
-        for cols, along, c in _spans(codes.shape[1], size[1]):
+    for rows, up, r in _spans(qdata.shape[0], size[0]):
+        for cols, along, c in _spans(qdata.shape[1], size[1]):
             factor = scale[up, along][:, None, :, None]
             blocks = dense[rows, cols].view(len(factor), r, -1, c)
             blocks.mul_(factor)
@@ -159,7 +160,7 @@ def multiply_in_place(
 
 
 def _spans(length: int, block: int) -> Iterator[tuple[slice, slice, int]]:
-    """Where whole blocks are, then the short one: elements, scales, size of a block."""
+    """Whole blocks, then the short one: elements, scales, size of a block."""
     whole = length // block if length else 0
     if whole:
         yield slice(whole * block), slice(whole), block
@@ -168,13 +169,13 @@ def _spans(length: int, block: int) -> Iterator[tuple[slice, slice, int]]:
 
 
 def linear(
-    x: Tensor, codes: Tensor, scale: Tensor, size: tuple[int, int], bias: Tensor | None
+    x: Tensor, qdata: Tensor, scale: Tensor, size: tuple[int, int], bias: Tensor | None
 ) -> Tensor:
-    """``F.linear`` with a weight in FP8, which is decoded piece by piece.
+    """``F.linear`` with an FP8 weight that is decoded in pieces.
 
     Args:
         x: (..., K) float32, bfloat16 or float16; `can_multiply` holds.
-        codes: (N, K), for which `can_decode` holds.
+        qdata: (N, K), for which `can_decode` holds.
         scale: (ceil(N/R), ceil(K/C)).
         size: (R, C), the block size.
         bias: (N,) of ``x``'s dtype, or None.
@@ -182,7 +183,7 @@ def linear(
     Returns:
         (..., N) of ``x``'s dtype.
     """
-    n, k = codes.shape
+    n, k = qdata.shape
     out = x.new_empty((*x.shape[:-1], n))
     flat_x, flat_out = x.detach().reshape(-1, k), out.view(-1, n)  # (M, K), (M, N)
     tiled = torch.get_num_threads() == 1 and flat_x.shape[0] <= TILE_ROWS
@@ -191,7 +192,7 @@ def linear(
     buffer = _buffer("weight", step * k, x.dtype).view(step, k)
     for rows in _pieces(n, step):
         dense = buffer[: rows.stop - rows.start]  # (n', K)
-        _decode(codes, scale, size, rows, dense)
+        _decode(qdata, scale, size, rows, dense)
         if bias is None:
             torch.mm(flat_x, dense.t(), out=flat_out[:, rows])
         else:
@@ -200,7 +201,7 @@ def linear(
 
 
 def can_multiply(x: Tensor, bias: Tensor | None) -> bool:
-    """Whether `linear` may be used: no gradient flows, and nobody listens."""
+    """Whether `linear` may be used: eager CPU inference without autocast."""
     if type(x) not in _PLAIN or x.device.type != "cpu" or not x.numel():
         return False
     grad = x.requires_grad or (bias is not None and bias.requires_grad)
@@ -213,52 +214,52 @@ def can_multiply(x: Tensor, bias: Tensor | None) -> bool:
 
 
 def _decode(
-    codes: Tensor, scale: Tensor, size: tuple[int, int], rows: slice, out: Tensor
+    qdata: Tensor, scale: Tensor, size: tuple[int, int], rows: slice, out: Tensor
 ) -> None:
-    """Write some rows of (N, K) codes times scales to (n, K) ``out``."""
+    """Write some rows of (N, K) qdata times scales to (n, K) ``out``."""
     step = max(GRAIN // scale.shape[1], 1)
     for part in _pieces(out.shape[0], step):
         absolute = slice(rows.start + part.start, rows.start + part.stop)
-        _decode_part(codes, scale, size, absolute, out[part])
+        _decode_part(qdata, scale, size, absolute, out[part])
 
 
 def _decode_part(
-    codes: Tensor, scale: Tensor, size: tuple[int, int], rows: slice, out: Tensor
+    qdata: Tensor, scale: Tensor, size: tuple[int, int], rows: slice, out: Tensor
 ) -> None:
-    """The same for so few rows that their scales are converted at once."""
-    shift, exponent, _ = FORMATS[codes.dtype]
+    """`_decode` for few rows, whose scales are converted at once."""
+    shift, exponent, _ = FLOAT8_LAYOUTS[qdata.dtype]
     integer, real = torch.int16, torch.bfloat16
-    if out.dtype != torch.bfloat16 or scale.dtype not in NARROW:
+    if out.dtype != torch.bfloat16 or scale.dtype not in BF16_EXACT:
         shift, integer, real = shift + 16, torch.int32, torch.float32
     n, k = out.shape
     step = min(_chunk_rows(k), n)
     dense = out
-    if out.dtype != real:  # the wider type, as much as is decoded at a time
+    if out.dtype != real:  # the wider type, for one step
         dense = _buffer("wide", step * k, real).view(step, k)
     factor = _factor(scale, size[0], rows, exponent).to(real)  # (n, ceil(K/C))
     times = torch.tensor(1 << shift, dtype=integer, device="cpu")
     mask = (0x7F << shift) + torch.iinfo(integer).min  # sign, exponent and mantissa
     masks = torch.tensor(mask, dtype=integer, device="cpu")
-    # what is split here, once, costs no time in the loop
-    source = torch.split(codes.detach()[rows].view(torch.int8), step)
+    # split once, outside the loop
+    source = torch.split(qdata.detach()[rows].view(torch.int8), step)
     numbers = torch.split(dense.view(integer), step)
     blocks = [
         (torch.split(block, step), torch.split(scales, step))
         for block, scales in _blocks(dense, factor, size[1])
     ]
-    for at, code in enumerate(source):
+    for at, data in enumerate(source):
         if dense is out:
             number, parts = numbers[at], [(b[at], s[at]) for b, s in blocks]
         else:
-            here = slice(0, len(code))
+            here = slice(0, len(data))
             number, parts = numbers[0][here], [(b[0][here], s[at]) for b, s in blocks]
-        number.copy_(code)  # extends the sign
+        number.copy_(data)  # extends the sign
         number.mul_(times)  # shifts; torch vectorises this, not the shift
         number.bitwise_and_(masks)
         for block, scales in parts:
             block.mul_(scales)
         if dense is not out:
-            out[at * step : at * step + len(code)] = dense[: len(code)]
+            out[at * step : at * step + len(data)] = dense[: len(data)]
 
 
 def _factor(scale: Tensor, block_rows: int, rows: slice, exponent: int) -> Tensor:
@@ -279,7 +280,7 @@ def _factor(scale: Tensor, block_rows: int, rows: slice, exponent: int) -> Tenso
 def _blocks(
     dense: Tensor, factor: Tensor, cols: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Views of (n, K) and (n, ceil(K/C)) to multiply: whole blocks, and the rest."""
+    """Views of (n, K) and (n, ceil(K/C)) to multiply: whole and short blocks."""
     n, k = dense.shape
     whole = k // cols
     if whole:
@@ -299,11 +300,11 @@ def _pieces(n: int, step: int) -> Iterator[slice]:
 
 
 def _buffer(name: str, numel: int, dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory of this thread, the same at every call."""
+    """Uninitialised memory of this thread, reused at every call."""
     nbytes = numel * dtype.itemsize
-    kept: Tensor | None = getattr(_local, name, None)
-    if kept is None or kept.numel() < nbytes:
+    buffer: Tensor | None = getattr(_local, name, None)
+    if buffer is None or buffer.numel() < nbytes:
         with torch.inference_mode(False):  # else it could not be written outside
-            kept = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        setattr(_local, name, kept)
-    return kept[:nbytes].view(dtype)
+            buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        setattr(_local, name, buffer)
+    return buffer[:nbytes].view(dtype)

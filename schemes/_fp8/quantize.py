@@ -1,6 +1,6 @@
-"""Scales and FP8 codes of the blocks of a weight: `schemes.blockwise_fp8` as it writes.
+"""Quantize a weight to FP8 in blocks: choose the scales, and round.
 
-Everything goes through the rows in chunks, so that temporaries stay small.
+Rows are processed in chunks, so that temporaries stay small.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from schemes._fp8.blocks import (
 
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8
-#: Elements worked on at a time: on the CPU what fits the cache, elsewhere enough that
-#: starting an operation takes no time beside it.
+#: Elements processed at a time: on the CPU what fits the cache, elsewhere enough to
+#: hide the launch of operations.
 CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 24
-#: Candidates of a search at most: as many as bfloat16 has in an octave.
+#: Most candidates of a search: as many as bfloat16 has in an octave.
 MAX_CANDIDATES = 128
-#: Share of a squared error that the sums may be wrong by.
+#: Relative error of the sums of squared errors.
 MARGIN = 2.0**-14
 
 # -- scales --------------------------------------------------------------------------
@@ -56,19 +56,19 @@ def absmax_scale(
     rows, cols = size
     shape = matrix_shape(tuple(weight.shape))
     matrix = weight.reshape(shape)
-    # made at once: small tensors that live on, made between large ones that do not,
-    # keep the memory of these from being used again
+    # allocated once: small tensors that outlive large temporaries between them would
+    # fragment the memory
     amax = matrix.new_empty(grid_shape(shape, (1, cols)))
     step = _step(matrix)
-    for part, found in zip(
+    for part, target in zip(
         torch.split(matrix, step), torch.split(amax, step), strict=True
     ):
-        found.copy_(_blocks(part, cols).abs().amax(2))
+        target.copy_(_blocks(part, cols).abs().amax(2))
     amax = amax.float()  # (N, ceil(K/C))
     _check_finite(amax, weight)
     amax = F.pad(amax, (0, 0, 0, -len(amax) % rows))
     amax = amax.view(-1, rows, amax.shape[1]).amax(1)
-    # by a tensor: a GPU multiplies by the reciprocal of a number, which rounds twice
+    # divide by a tensor: a GPU multiplies by a scalar's reciprocal, which rounds twice
     scale = amax / amax.new_tensor(torch.finfo(dtype).max)
     if scale_dtype in POWER_DTYPES:
         return _round_up_to_power(scale)
@@ -77,9 +77,9 @@ def absmax_scale(
 
 
 def _round_up_to_power(scale: Tensor) -> Tensor:
-    """The least power of two that is no smaller, as float8_e8m0fnu; 2**-127 for 0.
+    """The next power of two up, as float8_e8m0fnu; 2**-127 for 0.
 
-    As comfy-kitchen and DeepSeek round; OCP MX rounds down, and clips.
+    comfy-kitchen and DeepSeek round this way; OCP MX rounds down, and clips.
     """
     fraction, exponent = torch.frexp(scale)  # fraction in [0.5, 1), or 0
     exponent = exponent - (fraction == 0.5).int()
@@ -108,25 +108,25 @@ def search_scale(
     dtype: torch.dtype,
     candidates: int,
 ) -> Tensor:
-    """The scale of each block with the least squared error, among some.
+    """The scale of each block with the least squared error, among candidates.
 
-    The numbers of a floating format are as dense at 2x as at x, so that all ways to lay
-    them over a block are found within one octave above the absmax scale, where nothing
-    is clipped. The candidates are 2**(j/J) times a power of two, the same for all
-    blocks: so an element's error depends on its seven first bits of mantissa and on the
-    candidate alone, up to a power of two, and is looked up. Powers of two have but one
-    other worth trying, half as large, which clips.
+    The numbers of a floating format have the same relative spacing at 2x as at x, so
+    one octave above the absmax scale, where nothing is clipped, covers all
+    possibilities. The candidates are 2**(j/J) times a power of two, the same for all
+    blocks. So an element's error depends only on the candidate and on its first seven
+    bits of mantissa, up to a power of two, and is looked up in a table. For scales that
+    are powers of two the only other candidate is half as large, which clips.
 
-    The best of these is then compared with the absmax scale, both as they are stored,
-    by rounding every element. A block keeps the absmax scale unless the other is better
-    by more than float32 may be wrong.
+    The best candidate is then compared with the absmax scale, both as stored, by
+    rounding every element. A block keeps the absmax scale unless the candidate is
+    better by more than the error of float32.
 
     Args:
         weight: (N, K) floating point.
         scale: (ceil(N/R), ceil(K/C)), from `absmax_scale`.
         size: (R, C), the block size.
         dtype: the FP8 dtype.
-        candidates: J, how many scales to try beside the given one, 1 to 128.
+        candidates: J, number of other scales to try, 1 to 128.
 
     Returns:
         (ceil(N/R), ceil(K/C)) of ``scale``'s dtype.
@@ -135,10 +135,10 @@ def search_scale(
     table = None
     if scale.dtype not in POWER_DTYPES:
         table = _ErrorTable(dtype, scale.dtype, candidates, weight.device)
-    # rows at a time, so that an error for each candidate of each block fits too
+    # few rows at a time, so that an error per candidate and block fits too
     step = _chunk(weight) // (plain.shape[1] * max(size[1], candidates))
     group = max(step // size[0], 1)
-    found = []
+    scales = []
     for start in range(0, len(plain), group):
         rows = weight[start * size[0] : (start + group) * size[0]]
         first = plain[start : start + group]
@@ -147,8 +147,8 @@ def search_scale(
             other = (first / 2).clamp_min_(2.0**-127)
         else:
             other = table.likely(pieces, first)
-        found.append(_better(pieces, first, other, dtype))
-    return _store(torch.cat(found), scale.dtype)
+        scales.append(_better(pieces, first, other, dtype))
+    return _store(torch.cat(scales), scale.dtype)
 
 
 #: Absolute values of rows of blocks (n, ceil(K/C), C), and the row of the grid that
@@ -158,7 +158,7 @@ _Pieces = Callable[[], Iterator[_Piece]]
 
 
 def _pieces(weight: Tensor, size: tuple[int, int], step: int) -> Iterator[_Piece]:
-    """A few rows at a time."""
+    """The blocks of a few rows at a time."""
     for start in range(0, len(weight), step):
         part = _blocks(weight[start : start + step], size[1]).abs()
         row = None
@@ -169,12 +169,12 @@ def _pieces(weight: Tensor, size: tuple[int, int], step: int) -> Iterator[_Piece
 
 
 def _spread(grid: Tensor, row: Tensor | None) -> Tensor:
-    """(g, ...) as (n, ...): what each row of a piece has."""
+    """(g, ...) as (n, ...): the value of each row of a piece."""
     return grid if row is None else grid[row]
 
 
 def _gather(grid: Tensor, row: Tensor | None, values: Tensor) -> None:
-    """Add (n, ...), what each row of a piece has, to (g, ...)."""
+    """Add (n, ...), the values of the rows of a piece, to (g, ...)."""
     if row is None:
         grid.add_(values)
     else:
@@ -184,11 +184,10 @@ def _gather(grid: Tensor, row: Tensor | None, values: Tensor) -> None:
 class _ErrorTable:
     """Squared errors of elements by exponent and mantissa, for each candidate.
 
-    Row 128 * e + m is of an element of mantissa 1 + m/128. Exponents are relative to
-    the absmax scale's, and end with the largest it can reach; what is smaller than the
-    first counts as zero. All candidates are taken twice as large as the mantissas, also
-    those that will be used as they are: this matters to subnormal codes only, which err
-    little.
+    Row 128 * e + m is for elements of mantissa 1 + m/128. Exponents are relative to the
+    absmax scale's, up to the largest possible one; smaller elements than the first row
+    count as zero. All candidates are twice the mantissas, even those that will be used
+    undoubled. This affects only subnormal FP8 numbers, whose error is small.
     """
 
     EXPONENTS = 16
@@ -219,10 +218,10 @@ class _ErrorTable:
         self.mantissas, self.errors = mantissas.to(device), errors.to(device)
 
     def likely(self, pieces: _Pieces, scale: Tensor) -> Tensor:
-        """For each block of (g, ceil(K/C)) the candidate of the least error, float32.
+        """The candidate with the least error for each block of (g, ceil(K/C)), float32.
 
         Args:
-            pieces: gives the rows of all blocks.
+            pieces: returns the rows of all blocks.
             scale: (g, ceil(K/C)) float32, the absmax scales.
         """
         info = torch.finfo(self.scale_dtype)
@@ -235,12 +234,12 @@ class _ErrorTable:
             bits = part.bfloat16().view(torch.int16)
             keys = bits - _spread(first, row)[:, :, None]
             keys = keys.clamp_(0, len(self.errors) - 1).int()
-            found = F.embedding_bag(keys.flatten(0, 1), self.errors, mode="sum")
-            _gather(error, row, found.view(len(part), *error.shape[1:]))
-        # argmin is slow: the candidate's number takes the place of the last bits
+            sums = F.embedding_bag(keys.flatten(0, 1), self.errors, mode="sum")
+            _gather(error, row, sums.view(len(part), *error.shape[1:]))
+        # argmin is slow: the candidate's number replaces the last bits
         bits = error.view(torch.int32).bitwise_and_(-128).bitwise_or_(self.numbers)
         best: Tensor = self.mantissas[bits.amin(2).bitwise_and_(127)]
-        up = (best < 2 * fraction).int()  # the octave begins at the absmax scale
+        up = (best < 2 * fraction).int()  # the octave starts at the absmax scale
         best = torch.ldexp(best, exponent - 1 + up).clamp_(max=info.max)
         return best.to(self.scale_dtype).float()
 
@@ -248,19 +247,19 @@ class _ErrorTable:
 def _better(
     pieces: _Pieces, first: Tensor, other: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """(g, ceil(K/C)) float32: the other scale where its squared error is less."""
+    """(g, ceil(K/C)) float32: the other scale if its squared error is less."""
     old, new = torch.zeros((2, *first.shape), dtype=torch.float64, device=first.device)
     for part, row in pieces():
         part = part.float()
         for scale, error in ((first, old), (other, new)):
             _gather(error, row, _squared_error(part, _spread(scale, row), dtype))
-    # below 2**-100, squares in float32 lose their digits
+    # below 2**-100, squares in float32 lose precision
     better = (new < old * (1 - MARGIN)) & (old > 2.0**-100)
     return torch.where(better, other, first)
 
 
 def _squared_error(part: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Squared error (n, ceil(K/C)) of each row of blocks, as `encode` would round it.
+    """Squared error (n, ceil(K/C)) of each row of blocks, rounded as in `encode`.
 
     Args:
         part: (n, ceil(K/C), C) float32, absolute values.
@@ -274,8 +273,8 @@ def _squared_error(part: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     scale = scale[:, :, None]
     x = part / scale.clamp_min(2.0**-149)  # a float16 scale may have become 0
     x.clamp_(max=info.max)
-    # The distance of neighbours is eps at 1 and doubles with every binade; adding and
-    # taking away a number 2**23 times as far from its own rounds to it, half to even.
+    # The spacing of numbers is eps at 1 and doubles with every binade. Adding and
+    # subtracting a number with 2**23 times that spacing rounds to it, half to even.
     lowest = int(math.log2(info.smallest_normal)) + 127
     lift = 23 + int(math.log2(info.eps))
     power = x.view(torch.int32).bitwise_and(0x7F800000)
@@ -287,13 +286,13 @@ def _squared_error(part: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales in float32 that the dtype can hold, in it."""
+    """Cast float32 scales, which are exact in the dtype."""
     if dtype not in POWER_DTYPES:
         return scale.to(dtype)
     return (scale.view(torch.int32) >> 23).to(torch.uint8).view(dtype)
 
 
-# -- codes ---------------------------------------------------------------------------
+# -- rounding --------------------------------------------------------------------------
 
 
 def encode(
@@ -303,15 +302,14 @@ def encode(
     out: Tensor,
     random: torch.Generator | None,
 ) -> None:
-    """Write the FP8 codes of a weight.
+    """Quantize a weight with given scales.
 
     Args:
         weight: (N, K) floating point.
         scale: (ceil(N/R), ceil(K/C)).
         size: (R, C), the block size.
         out: (N, K) of an FP8 dtype.
-        random: where the random numbers of stochastic rounding come from; None rounds
-            to nearest.
+        random: source of stochastic rounding; None rounds to nearest.
     """
     row = torch.arange(len(weight), device=weight.device) // size[0]
     step = _step(weight)
@@ -322,11 +320,11 @@ def encode(
         strict=True,
     )
     for part, factor, target in pieces:
-        target.copy_(_codes(part, factor, size[1], out.dtype, random))
+        target.copy_(_quantize_rows(part, factor, size[1], out.dtype, random))
 
 
 def _step(weight: Tensor) -> int:
-    """How many rows (N, K) has in a chunk."""
+    """The number of rows of a chunk of (N, K)."""
     return max(_chunk(weight) // weight.shape[1], 1)
 
 
@@ -335,42 +333,42 @@ def _chunk(weight: Tensor) -> int:
 
 
 def _blocks(weight: Tensor, cols: int) -> Tensor:
-    """(n, K) as (n, ceil(K/C), C); a short block is filled up with zeros."""
+    """(n, K) as (n, ceil(K/C), C); a short block is padded with zeros."""
     short = -weight.shape[1] % cols
     if short:
         weight = F.pad(weight, (0, short))
     return weight.view(weight.shape[0], -1, cols)
 
 
-def _codes(
+def _quantize_rows(
     weight: Tensor,
     scale: Tensor,
     cols: int,
     dtype: torch.dtype,
     random: torch.Generator | None,
 ) -> Tensor:
-    """FP8 codes (n, K) of a few rows, scaled by (n, ceil(K/C)) float32."""
+    """Quantize a few rows (n, K) with scales (n, ceil(K/C)) float32."""
     largest = torch.finfo(dtype).max
-    codes = _blocks(weight, cols).float() / scale[:, :, None]  # (n, ceil(K/C), C)
-    # a float16 scale may have become 0: then 0/0 is code 0, x/0 the largest
-    codes = codes.nan_to_num_(0.0).clamp_(-largest, largest)
+    scaled = _blocks(weight, cols).float() / scale[:, :, None]  # (n, ceil(K/C), C)
+    # a float16 scale may be 0: then 0/0 becomes 0, x/0 the largest number
+    scaled = scaled.nan_to_num_(0.0).clamp_(-largest, largest)
     if random is not None:
-        codes = _round_stochastic(codes, dtype, random)
-    return codes.flatten(1)[:, : weight.shape[1]].to(dtype)
+        scaled = _round_stochastic(scaled, dtype, random)
+    return scaled.flatten(1)[:, : weight.shape[1]].to(dtype)
 
 
 def _round_stochastic(x: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:
-    """Round to a neighbouring FP8 number, the nearer the likelier, without bias.
+    """Round up or down to FP8, with probabilities that make it unbiased.
 
     Args:
         x: float32, within the range of ``dtype``.
         dtype: the FP8 dtype.
-        random: where the random numbers come from.
+        random: source of random numbers.
     """
     info = torch.finfo(dtype)
     exponent = torch.frexp(x).exponent - 1
     lowest = torch.frexp(torch.tensor(info.smallest_normal)).exponent - 1
-    # the distance of neighbours: eps at 1, doubled or halved with every binade
+    # the spacing of numbers: eps at 1, doubled or halved with every binade
     step = torch.ldexp(torch.full_like(x, info.eps), exponent.clamp_min(int(lowest)))
     steps = x / step  # exact: the step is a power of two
     below = steps.floor()

@@ -1,26 +1,23 @@
-"""How files spell FP8 with scales: one dialect for each family of writers."""
+"""The dialects of FP8 with scales: one for each family of programs."""
 
 from __future__ import annotations
 
-from schemes._fp8.dialects.comfyui import (
-    ComfyQuantDialect,
-    KijaiDialect,
-    ScaledFP8Dialect,
-)
+from schemes._fp8.dialects.comfyui import ComfyQuantDialect, ScaledFP8Dialect
 from schemes._fp8.dialects.compressed_tensors import CompressedTensorsDialect
 from schemes._fp8.dialects.deepseek import DeepSeekDialect
 from schemes._fp8.dialects.musubi import MusubiDialect
-from schemes._fp8.dialects.mx import PlainMXDialect
-from schemes._fp8.dialects.others import (
-    NativeFP8Dialect,
+from schemes._fp8.dialects.native import NativeFP8Dialect
+from schemes._fp8.dialects.read_only import (
+    KijaiDialect,
+    PlainMXDialect,
     QuantoDialect,
     RowwiseDialect,
-    TorchaoDialect,
+    SDNQDialect,
 )
-from schemes._fp8.dialects.sdnq import SDNQDialect
+from schemes._fp8.dialects.torchao import TorchaoDialect
 
-#: All but the native one; the first is written by default. Where two claim a layer on
-#: equal grounds they decode it alike, and the first gives it its name.
+#: All but the native one; the first is written by default. Where two claim a layer with
+#: equal certainty, they decode it alike, and the first one's name is shown.
 DIALECTS = (
     MusubiDialect(),
     ScaledFP8Dialect(),

@@ -1,8 +1,8 @@
-"""What all spellings of FP8 with scales have in common.
+"""The base of the dialects for FP8 with scales.
 
-A dialect says which names it has for a weight's scale and what the file says of a layer
-beside its tensors. The blocks follow from the shapes, here, for all of them: where the
-two disagree, the tensors are believed.
+A dialect declares the names of its tensors, and says what a file's metadata declares
+about a layer. The block size follows from the shapes, here, for all dialects; where
+metadata and shapes do not match, the shapes win.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
+from hijack.claim import Certainty, Claim
 from hijack.errors import CheckpointError
-from hijack.formats.claim import Certainty, Claim
 from hijack.formats.dialect import Dialect
 from hijack.safetensors_io.header import Header, TensorInfo, join
 from hijack.scheme import Scheme
@@ -27,7 +27,6 @@ from schemes._fp8.blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
-    divides,
     grid_of,
     grid_shape,
     make_params,
@@ -36,16 +35,31 @@ from schemes._fp8.blocks import (
     possible_sizes,
 )
 
+#: Values of ``quant_method`` whose FP8 weights are quantized data times a scale.
+KNOWN_METHODS = frozenset(
+    {
+        "compressed-tensors",
+        "deepseek_fp8",
+        "fbgemm_fp8",
+        "fp8",
+        "modelopt",
+        "mxfp8",
+        "quanto",
+        "sdnq",
+        "torchao",
+    }
+)
+
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """A weight and its scale, as a header has them.
+class QuantizedWeightInfo:
+    """A weight and its scale, as a header describes them.
 
     Attributes:
         layer: name of the layer.
-        keys: role to full key.
-        weight: the codes.
-        scale: the scale.
+        keys: role to full key; the weight's first, the scale's second.
+        weight: dtype and shape of the quantized data.
+        scale: dtype and shape of the scale.
         shape: (N, K) of the weight.
         grid: rows and columns of the scale.
     """
@@ -59,60 +73,60 @@ class Found:
 
 
 @dataclasses.dataclass(frozen=True)
-class Said:
-    """What a file says of a layer, beside its tensors.
+class Declared:
+    """What a file declares about a layer, apart from its tensors.
 
     Attributes:
-        certainty: of a claim with whose shapes this agrees.
-        evidence: where it says so.
-        size: the block size it names.
-        contradiction: what of it the tensors prove wrong, apart from the block size.
-        rivals: block sizes it names that all give the scales there are.
+        certainty: of a claim whose shapes match.
+        evidence: where it is declared.
+        size: the declared block size.
+        mismatch: what does not match the tensors, apart from the block size.
+        alternatives: declared block sizes that all match the scales.
     """
 
     certainty: Certainty
     evidence: str = ""
     size: Pair | None = None
-    contradiction: str = ""
-    rivals: tuple[Pair, ...] = ()
+    mismatch: str = ""
+    alternatives: tuple[Pair, ...] = ()
 
 
 class FP8Dialect(Dialect, abc.ABC):
-    """Codes with a multiplying scale.
+    """FP8 data with a scale that multiplies.
 
     Attributes:
-        weight: last part of the weight's key.
-        scales: last parts a scale's key may have; the first is written.
+        weight: suffix of the weight's key.
+        scales: suffixes a scale's key may have; the first is written.
         scale_dtypes: dtypes a scale may have.
-        ranks: numbers of dimensions a scale may have; one of one element is any.
-        asides: last parts of other tensors that say nothing of the weight.
-        exact: whether its writers never cut a block short.
+        ranks: numbers of dimensions a scale may have; one element may have any.
+        ignored_keys: suffixes of other tensors that do not affect the weight.
+        exact: whether its writers never write a short block.
     """
 
+    writes = False
     weight = "weight"
     scales: tuple[str, ...] = ("weight_scale",)
     scale_dtypes: tuple[torch.dtype, ...] = SCALE_DTYPES
     ranks: tuple[int, ...] = (1, 2)
     inputs: tuple[str, ...] = ("input_scale",)
-    asides: tuple[str, ...] = ()
+    ignored_keys: tuple[str, ...] = ()
     exact = False
 
     # -- reading -----------------------------------------------------------------------
 
     def layers(self, header: Header) -> Iterable[str]:
-        """The layers that own a scale of a name the dialect has."""
-        owners = [header.owners.get(name, ()) for name in self.scales]
-        return owners[0] if len(owners) == 1 else [la for own in owners for la in own]
+        """The layers that have a scale of a name the dialect uses."""
+        return [la for name in self.scales for la in header.owners.get(name, ())]
 
     @abc.abstractmethod
-    def said(self, header: Header, found: Found) -> Said | None:
-        """What the file says of a layer, or None if the dialect does not write it."""
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """What the file declares about a layer; None if it is of another dialect."""
 
-    def find(self, header: Header, layer: str) -> Found | None:
-        """The layer's codes and their scale, or None."""
+    def weight_info(self, header: Header, layer: str) -> QuantizedWeightInfo | None:
+        """The layer's quantized data and scale, or None."""
         tensors = header.tensors
-        known = (pair for pair in self.scale_keys(layer) if pair[1] in tensors)
-        name, key = next(known, ("", ""))
+        present = (pair for pair in self.scale_keys(layer) if pair[1] in tensors)
+        name, key = next(present, ("", ""))
         if not name:
             return None
         weight_key = join(layer, self.weight)
@@ -121,85 +135,80 @@ class FP8Dialect(Dialect, abc.ABC):
             return None
         if scale.torch_dtype not in self.scale_dtypes:
             return None
-        shape, grid = _cover(self, weight.shape, scale.shape)
+        shape, grid = _shape_and_grid(self, weight.shape, scale.shape)
         if grid is None:
             return None
         roles = {"weight": weight_key, name: key}
-        for extra in (*self.inputs, *self.asides):
+        for extra in (*self.inputs, *self.ignored_keys):
             if (key := join(layer, extra)) in tensors:
                 roles[extra] = key
-        return Found(layer, roles, weight, scale, shape, grid)
+        return QuantizedWeightInfo(layer, roles, weight, scale, shape, grid)
 
     def scale_keys(self, layer: str) -> Iterable[tuple[str, str]]:
-        """Role and key of every place the scale may be in, the likeliest first."""
+        """Role and key of every possible scale, the likeliest first."""
         return ((name, join(layer, name)) for name in self.scales)
 
     def grid(self, scale: tuple[int, ...], shape: Pair) -> Pair | None:
-        """Rows and columns of a scale as stored, or None if it does not cover."""
+        """Rows and columns of a stored scale; None if it cannot cover the weight."""
         single = all(size == 1 for size in scale)
         return grid_of(scale, shape) if single or len(scale) in self.ranks else None
 
     def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
         """Every block size the layer may have; more than one is a guess."""
-        found = self.find(header, layer)
-        said = None if found is None else self.said(header, found)
-        if found is None or said is None:
+        info = self.weight_info(header, layer)
+        declared = None if info is None else self.declared(header, info)
+        if info is None or declared is None:
             return
-        sizes, sure = self._sizes(found, said)
-        problem = said.contradiction
-        if said.size is not None and sizes != [said.size]:
-            problem = problem or _disagreement(found, said.size)
+        sizes, certain = self._sizes(info, declared)
+        mismatch = declared.mismatch
+        if declared.size is not None and sizes != [declared.size]:
+            mismatch = mismatch or _size_mismatch(info, declared.size)
+        certainty = declared.certainty
+        if not certain or (
+            certainty is Certainty.FITS and names_unknown_method(header)
+        ):
+            certainty = Certainty.GUESS
+        elif mismatch:
+            certainty = min(certainty, Certainty.UNIQUE)
+        role = list(info.keys)[1]
+        evidence = (
+            f"{info.weight.dtype} with {role} {info.scale.dtype} "
+            f"{list(info.scale.shape)}"
+        )
         for size in sizes:
-            yield self._claim(scheme, found, said, size, problem, sure)
+            yield Claim(
+                layer,
+                scheme.name,
+                self.name,
+                info.keys,
+                size,
+                certainty,
+                (declared.evidence, evidence) if declared.evidence else (evidence,),
+                mismatch,
+                unused=tuple(info.keys)[2:],
+            )
 
     def recognise(self, scheme: Scheme, header: Header, layer: str) -> Claim | None:
-        """The claim to a layer whose block size is beyond doubt."""
+        """The claim to a layer whose block size is certain."""
         for claim in self.readings(scheme, header, layer):
             return claim if claim.certainty is not Certainty.GUESS else None
         return None
 
-    def _sizes(self, found: Found, said: Said) -> tuple[list[Pair], bool]:
-        if said.rivals:
-            return list(said.rivals), False
-        if said.size is not None and grid_shape(found.shape, said.size) == found.grid:
-            return [said.size], True
+    def _sizes(
+        self, info: QuantizedWeightInfo, declared: Declared
+    ) -> tuple[list[Pair], bool]:
+        """The block sizes a layer may have, and whether the first is certain."""
+        if declared.alternatives:
+            return list(declared.alternatives), False
+        size = declared.size
+        if size is not None and grid_shape(info.shape, size) == info.grid:
+            return [size], True
         if self.exact:
-            if found.shape[0] % found.grid[0] or found.shape[1] % found.grid[1]:
+            if info.shape[0] % info.grid[0] or info.shape[1] % info.grid[1]:
                 return [], False
-            (n, k), (rows, cols) = found.shape, found.grid
+            (n, k), (rows, cols) = info.shape, info.grid
             return [(n // rows, k // cols)], True
-        return possible_sizes(found.shape, found.grid)
-
-    def _claim(
-        self,
-        scheme: Scheme,
-        found: Found,
-        said: Said,
-        size: Pair,
-        contradiction: str,
-        sure: bool,
-    ) -> Claim:
-        role = next(role for role in found.keys if role in self.scales)
-        evidence = (
-            f"{found.weight.dtype} with {role} {found.scale.dtype} "
-            f"{list(found.scale.shape)}"
-        )
-        certainty = said.certainty
-        if not sure:
-            certainty = Certainty.GUESS
-        elif contradiction:
-            certainty = min(certainty, Certainty.UNIQUE)
-        return Claim(
-            found.layer,
-            scheme.name,
-            self.name,
-            found.keys,
-            size,
-            certainty,
-            (said.evidence, evidence) if said.evidence else (evidence,),
-            contradiction,
-            unused=tuple(found.keys)[2:],
-        )
+        return possible_sizes(info.shape, info.grid)
 
     def decode(
         self, claim: Claim, tensors: Mapping[str, Tensor]
@@ -220,34 +229,43 @@ class FP8Dialect(Dialect, abc.ABC):
     def encode(
         self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
     ) -> dict[str, Tensor]:
-        """Refuse; a dialect that is written has an `encode` of its own.
+        """Refuse; a dialect that can be written overrides this.
 
         Raises:
             CheckpointError: always.
         """
         raise CheckpointError(
-            f"dialect {self.name}: is read, and never written; see docs/formats.md"
+            f"dialect {self.name}: can be read, not written; see docs/formats.md"
         )
 
     def cannot(
-        self, qdata: Tensor, params: Mapping[str, Tensor], can: str
+        self, qdata: Tensor, params: Mapping[str, Tensor], supported: str
     ) -> CheckpointError:
-        """The error that says what the dialect has no words for."""
+        """The error for tensors that the dialect cannot store."""
         size = block_size_of(qdata, params)
-        codes, scale = TensorInfo.of(qdata), TensorInfo.of(params["weight_scale"])
+        weight, scale = TensorInfo.of(qdata), TensorInfo.of(params["weight_scale"])
         return CheckpointError(
             f"dialect {self.name}: cannot write blocks of {block_text(size)} with "
-            f"{scale.dtype} scales for a weight {codes.dtype} {list(codes.shape)}, "
-            f"expected {can}; write it in dialect 'hijack', or choose another "
+            f"{scale.dtype} scales for a weight {weight.dtype} {list(weight.shape)}, "
+            f"expected {supported}; write it in dialect 'hijack', or choose another "
             "block_size"
         )
 
 
+def names_unknown_method(header: Header) -> bool:
+    """Whether the config names a method of which no dialect here knows anything.
+
+    Then shapes that fit are not enough: the weight may be rotated, for example.
+    """
+    method = header.quantization.get("quant_method")
+    return method is not None and method not in KNOWN_METHODS
+
+
 @functools.lru_cache(maxsize=1024)
-def _cover(
+def _shape_and_grid(
     dialect: FP8Dialect, weight: tuple[int, ...], scale: tuple[int, ...]
 ) -> tuple[Pair, Pair | None]:
-    """The weight as (N, K) and its grid; layers of a model have few shapes."""
+    """(N, K) of the weight, and its grid; the layers of a model have few shapes."""
     shape = matrix_shape(weight)
     empty = not weight or 0 in weight
     return shape, None if empty else dialect.grid(scale, shape)
@@ -258,24 +276,9 @@ def is_power(scale: Tensor) -> bool:
     return scale.dtype in POWER_DTYPES
 
 
-def whole(shape: Pair, size: Pair) -> bool:
-    """Whether one block is the whole weight."""
-    return grid_shape(shape, size) == (1, 1)
-
-
-def rows_of(shape: Pair, size: Pair) -> bool:
-    """Whether every block is a whole row."""
-    return size[0] == 1 and size[1] >= shape[1]
-
-
-def even(shape: Pair, size: Pair, sizes: Sequence[Pair]) -> bool:
-    """Whether a block size is one of some, and no block is short."""
-    return size in sizes and divides(shape, size)
-
-
-def _disagreement(found: Found, size: Pair) -> str:
+def _size_mismatch(info: QuantizedWeightInfo, size: Pair) -> str:
     return (
-        f"{found.layer}: is said to have blocks of {block_text(size)}, which give "
-        f"{list(grid_shape(found.shape, size))} scales; there are "
-        f"{list(found.scale.shape)} for a weight {list(found.weight.shape)}"
+        f"{info.layer}: is declared to have blocks of {block_text(size)}, which give "
+        f"{list(grid_shape(info.shape, size))} scales; there are "
+        f"{list(info.scale.shape)} for a weight {list(info.weight.shape)}"
     )

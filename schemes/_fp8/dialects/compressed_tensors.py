@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.formats.claim import Certainty
-from hijack.formats.dialect import FileMarks, Row, Spelled
+from hijack.claim import Certainty
+from hijack.formats.comfyui_markers import is_marked
+from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import Header, TensorInfo
 from schemes._fp8.blocks import (
     FP8_DTYPES,
@@ -23,79 +24,73 @@ from schemes._fp8.blocks import (
     parse_block_size,
 )
 from schemes._fp8.dialects import mx
-from schemes._fp8.dialects.base import Found, Said, is_power, rows_of
+from schemes._fp8.dialects.base import Declared, QuantizedWeightInfo, is_power
 from schemes._fp8.dialects.configured import (
     BLOCK,
     ConfiguredDialect,
-    common,
+    block_pair,
+    common_block_size,
     dense_layers,
-    pair,
     with_defaults,
 )
-from schemes._fp8.dialects.markers import marked
 
 
 class CompressedTensorsDialect(ConfiguredDialect):
     """What llm-compressor writes and vLLM reads: ``X.weight_scale`` and a config.
 
-    Each group of the config says how the layers it targets were quantized; the shapes
-    tell which of the groups a layer is of.
+    Each group of the config declares how its target layers were quantized; the shapes
+    show to which group a layer belongs.
     """
 
     name = "compressed_tensors"
-    row = Row(
-        "compressed-tensors, llm-compressor",
-        "X.weight, X.weight_scale, X.input_scale",
-        "model's dtype (1,), (N, 1) or (ceil(N/R), ceil(K/C)); mxfp8: U8 (N, K/32)",
-        "all, rows, 128 x 128 with short edges, or 1 x 32",
-        "config.json: quant_method compressed-tensors",
-        "block, rows, tensor, mxfp8",
-    )
+    writes = True
 
-    def said(self, header: Header, found: Found) -> Said | None:
-        """What a group of the config says whose scales would have these shapes."""
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """The group of the config whose scales would have these shapes."""
         config = header.quantization
         if config.get("quant_method") != "compressed-tensors":
-            # without its config, what is unlike everybody else's
-            plain = found.scale.torch_dtype in SCALE_DTYPES
-            fits = found.scale.shape == (found.shape[0], 1)
-            lone = not config and not marked(header, found.layer)
-            return (
-                Said(Certainty.FITS, size=(1, found.shape[1]))
-                if (plain and fits and lone)
-                else None
-            )
-        power = found.scale.torch_dtype in POWER_DTYPES
-        if power and not (mx.is_mx(found) and mx.is_plain(found)):
+            # without its config, only the shape that no other format has
+            rows = info.scale.shape == (info.shape[0], 1)
+            floating = info.scale.torch_dtype in SCALE_DTYPES
+            if config or is_marked(header, info.layer) or not (rows and floating):
+                return None
+            return Declared(Certainty.FITS, size=(1, info.shape[1]))
+        power = info.scale.torch_dtype in POWER_DTYPES
+        if power and not (mx.is_mx(info) and mx.is_plain(info)):
             return None
-        groups = list(_groups(config, found.shape))
+        groups = list(_groups(config, info.shape))
         possible = {
             size: text
             for size, text in reversed(groups)
-            if size is not None and grid_shape(found.shape, size) == found.grid
+            if size is not None and grid_shape(info.shape, size) == info.grid
         }
         if len(possible) > 1:
-            return Said(Certainty.GUESS, "config has groups", rivals=(*possible,))
+            return Declared(
+                Certainty.GUESS, "config has groups", alternatives=(*possible,)
+            )
         for size, text in (*possible.items(), *reversed(groups)):
-            return Said(Certainty.MARKED, f"config says {text}", size)
-        return Said(Certainty.UNIQUE)
+            return Declared(Certainty.MARKED, f"config says {text}", size)
+        return Declared(Certainty.UNIQUE)
 
     # -- writing -----------------------------------------------------------------------
 
     def encode(
         self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
     ) -> dict[str, Tensor]:
-        """The grid as it is, (N, 1) or (1,); exponents only in blocks of 1 x 32.
+        """The grid unchanged, (N, 1) or (1,); exponents only in blocks of 1 x 32.
 
         Raises:
-            CheckpointError: if the weight is not 2-D or its codes are not E4M3.
+            CheckpointError: if the weight is not 2-D or its dtype is not E4M3.
         """
         size, scale = block_size_of(qdata, params), params["weight_scale"]
         mxfp8 = size == (1, mx.COLS) and qdata.shape[-1] % mx.COLS == 0
         fits = mxfp8 or not is_power(scale)
         if qdata.ndim != 2 or qdata.dtype != FP8_DTYPES[0] or not fits:
-            can = "a 2-D weight of float8_e4m3fn; exponents only for blocks of 1x32"
-            raise self.cannot(qdata, params, can)
+            raise self.cannot(
+                qdata,
+                params,
+                "a 2-D weight of float8_e4m3fn; exponents only for blocks of 1x32",
+            )
         if is_power(scale):
             scale = scale.view(torch.uint8)
         elif options.get("block_size") == "tensor" or size == tuple(qdata.shape):
@@ -105,20 +100,20 @@ class CompressedTensorsDialect(ConfiguredDialect):
     def fit_options(
         self, shape: tuple[int, ...], options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Blocks of 128 x 128 and float32 scales, if nothing else was asked for."""
+        """Blocks of 128 x 128 and float32 scales by default."""
         if options.get("scale_dtype") in POWER_DTYPES:
             return {"block_size": (1, mx.COLS), **options}
         return with_defaults(options)
 
     def finish(
-        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
-    ) -> FileMarks:
+        self, layers: Mapping[str, EncodedLayer], others: Mapping[str, TensorInfo]
+    ) -> FormatMetadata:
         """A config with one group for each kind of blocks."""
         if not layers:
-            return FileMarks()
+            return FormatMetadata()
         kinds: dict[str, list[str]] = {}
-        for layer, spelled in layers.items():
-            kinds.setdefault(json.dumps(_arguments(spelled, layers)), []).append(layer)
+        for name, layer in layers.items():
+            kinds.setdefault(json.dumps(_arguments(layer, layers)), []).append(name)
         groups = {
             f"group_{number}": {
                 "targets": ["Linear"] if len(kinds) == 1 else names,
@@ -130,7 +125,7 @@ class CompressedTensorsDialect(ConfiguredDialect):
             for number, (kind, names) in enumerate(kinds.items())
         }
         formats = {_format(kind) for kind in kinds}
-        return self.marks(
+        return self.format_metadata(
             {
                 "quant_method": "compressed-tensors",
                 "format": formats.pop() if len(formats) == 1 else "mixed-precision",
@@ -167,37 +162,39 @@ def _groups(
             "group": None,
         }
         size = sizes.get(strategy)
-        if strategy == "block" and (given := pair(block)):
-            size = parse_block_size(given, shape)
+        if strategy == "block" and (pair := block_pair(block)):
+            size = parse_block_size(pair, shape)
         if strategy == "group" and type(columns) is int and columns > 0:
             size = (1, min(columns, shape[1]))
         yield size, f"strategy {strategy}"
 
 
-def _arguments(spelled: Spelled, layers: Mapping[str, Spelled]) -> dict[str, object]:
-    """How a layer was quantized, in the words of compressed-tensors."""
-    shape = matrix_shape(spelled.shape)
-    size = spelled.block_size or shape
+def _arguments(
+    layer: EncodedLayer, layers: Mapping[str, EncodedLayer]
+) -> dict[str, object]:
+    """The ``QuantizationArgs`` of a layer."""
+    shape = matrix_shape(layer.shape)
+    rows, cols = layer.block_size or shape
     usual: dict[str, object] = {
         "num_bits": 8,
         "type": "float",
         "symmetric": True,
         "dynamic": False,
     }
-    scale = spelled.tensors["weight_scale"]
+    scale = layer.tensors["weight_scale"]
     if scale.dtype == "U8":
         extra = {"group_size": mx.COLS, "scale_dtype": "torch.uint8"}
         return {**usual, "strategy": "group", **extra}
     if len(scale.shape) == 1:
         return {**usual, "strategy": "tensor"}
-    if rows_of(shape, size):
+    if rows == 1 and cols >= shape[1]:
         return {**usual, "strategy": "channel"}
-    block = _structure(spelled, layers)
+    block = _block_structure(layer, layers)
     return {**usual, "strategy": "block", "block_structure": block}
 
 
 def _activations(weights: Mapping[str, object]) -> dict[str, object] | None:
-    """How readers shall quantize inputs, as presets for such weights have it."""
+    """How readers quantize inputs, as in the presets for such weights."""
     usual = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": True}
     if weights["strategy"] in ("channel", "tensor"):
         return {**usual, "strategy": "token"}
@@ -206,14 +203,16 @@ def _activations(weights: Mapping[str, object]) -> dict[str, object] | None:
         return {**usual, "strategy": "group", **columns}
     if weights.get("block_structure") == list(BLOCK):
         return {**usual, "strategy": "group", "group_size": BLOCK[1]}
-    return None  # no kernel takes inputs in such blocks
+    return None  # no kernel supports inputs in such blocks
 
 
-def _structure(spelled: Spelled, layers: Mapping[str, Spelled]) -> list[int]:
-    """The block size the file names for a layer: the common one, if that gives it."""
-    sizes = [(matrix_shape(s.shape), s.block_size) for s in layers.values()]
-    size, shape = spelled.block_size or BLOCK, matrix_shape(spelled.shape)
-    shared = common(sizes, max)
+def _block_structure(
+    layer: EncodedLayer, layers: Mapping[str, EncodedLayer]
+) -> list[int]:
+    """The declared block size of a layer: the common one, if the grid is the same."""
+    sizes = [(matrix_shape(e.shape), e.block_size) for e in layers.values()]
+    size, shape = layer.block_size or BLOCK, matrix_shape(layer.shape)
+    shared = common_block_size(sizes, max)
     same = grid_shape(shape, size) == grid_shape(shape, shared)
     return list(shared if same else size)
 

@@ -1,4 +1,4 @@
-"""Files of DeepSeek, and of transformers, which writes what DeepSeek began with."""
+"""Files of DeepSeek, and of transformers, which writes the same format."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from hijack.claim import Certainty
 from hijack.errors import CheckpointError
-from hijack.formats.claim import Certainty
-from hijack.formats.dialect import FileMarks, Row, Spelled
+from hijack.formats.comfyui_markers import is_marked
+from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import Header, TensorInfo
 from schemes._fp8.blocks import (
     FP8_DTYPES,
@@ -24,21 +25,20 @@ from schemes._fp8.blocks import (
     matrix_shape,
     parse_block_size,
 )
-from schemes._fp8.dialects.base import Found, Said, is_power
+from schemes._fp8.dialects.base import Declared, QuantizedWeightInfo, is_power
 from schemes._fp8.dialects.configured import (
     BLOCK,
     ConfiguredDialect,
-    common,
+    block_pair,
+    common_block_size,
     dense_layers,
-    pair,
     with_defaults,
 )
-from schemes._fp8.dialects.markers import marked
 
 Layers = Mapping[str, tuple[tuple[int, ...], Pair | None]]
 
 _NOTE = (
-    "most readers of deepseek only take blocks of 128x128; for them quantize the "
+    "most readers of deepseek only support blocks of 128x128; for them quantize the "
     "original with block_size 128x128 (--block-size 128x128)"
 )
 
@@ -46,63 +46,57 @@ _NOTE = (
 class DeepSeekDialect(ConfiguredDialect):
     """What DeepSeek and transformers' FineGrainedFP8 write: ``X.weight_scale_inv``.
 
-    In spite of its name it multiplies. All layers of a file have blocks of one size,
-    which the config says; those at the edges may be short.
+    In spite of its name the scale multiplies. All layers of a file have the block size
+    that the config declares; blocks at the edges may be short.
     """
 
     name = "deepseek"
+    writes = True
     scales = ("weight_scale_inv", "scale", "qscale_weight", "weight_scale")
     inputs = ("activation_scale", "input_scale", "qscale_act")
-    row = Row(
-        "DeepSeek, transformers (FineGrainedFP8), Qwen, MiniMax, Mistral",
-        "X.weight, X.weight_scale_inv; also X.scale, X.qscale_weight, with a "
-        "config X.weight_scale; X.activation_scale",
-        "F32, or U8 or F8_E8M0 exponents, (ceil(N/R), ceil(K/C)) or ()",
-        "128 x 128; edge blocks are short",
-        "config.json: quant_method fp8, weight_block_size",
-        "yes",
-    )
 
-    def said(self, header: Header, found: Found) -> Said | None:
-        """The config's block size, or all if it says there are none."""
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """The config's block size; the whole weight if it declares null."""
         config = header.quantization
         method = config.get("quant_method")
         if method not in (None, "fp8", "deepseek_fp8", "mxfp8"):
             return None
-        if "weight_scale" in found.keys and (
+        if "weight_scale" in info.keys and (
             method not in ("fp8", "deepseek_fp8")
             or config.get("weight_block_size") is None
-            or marked(header, found.layer)
+            or is_marked(header, info.layer)
         ):
-            return None  # the name is that of many
+            return None  # many formats use this name
         if "weight_block_size" not in config:
-            size = found.shape if found.grid == (1, 1) else None
-            if "scale" not in found.keys:
-                return Said(Certainty.UNIQUE, size=size)
-            if columns_of(found.shape, found.grid):
-                return None  # SDNQ's rows, lying down
+            size = info.shape if info.grid == (1, 1) else None
+            if "scale" not in info.keys:
+                return Declared(Certainty.UNIQUE, size=size)
+            if columns_of(info.shape, info.grid):
+                return None  # SDNQ's rows, transposed
             # SDNQ's rows and single scales look the same, and may be rotated
-            one = found.grid in ((found.shape[0], 1), (1, 1))
-            return Said(Certainty.GUESS if one else Certainty.UNIQUE, size=size)
-        size = found.shape
-        given = config["weight_block_size"]
-        block = pair(given)
-        if given is not None and block is None:
-            problem = f"weight_block_size is {given!r}, expected two positive integers"
-            return Said(Certainty.UNIQUE, contradiction=problem)
+            sdnq = info.grid in ((info.shape[0], 1), (1, 1))
+            return Declared(Certainty.GUESS if sdnq else Certainty.UNIQUE, size=size)
+        size = info.shape
+        value = config["weight_block_size"]
+        block = block_pair(value)
+        if value is not None and block is None:
+            problem = f"weight_block_size is {value!r}, expected two positive integers"
+            return Declared(Certainty.UNIQUE, mismatch=problem)
         if block is not None:
-            size = parse_block_size(block, found.shape)
-        return Said(Certainty.MARKED, f"config says weight_block_size {given}", size)
+            size = parse_block_size(block, info.shape)
+        return Declared(
+            Certainty.MARKED, f"config says weight_block_size {value}", size
+        )
 
     # -- writing -----------------------------------------------------------------------
 
     def encode(
         self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
     ) -> dict[str, Tensor]:
-        """The grid as it is, or one number for a whole weight if that was asked for.
+        """The grid unchanged, or one number for the whole weight if requested.
 
         Raises:
-            CheckpointError: if the weight is not 2-D or its codes are not E4M3.
+            CheckpointError: if the weight is not 2-D or its dtype is not E4M3.
         """
         if qdata.ndim != 2 or qdata.dtype != FP8_DTYPES[0]:
             raise self.cannot(qdata, params, "a 2-D weight of float8_e4m3fn")
@@ -114,15 +108,15 @@ class DeepSeekDialect(ConfiguredDialect):
     def fit_options(
         self, shape: tuple[int, ...], options: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """DeepSeek's blocks and float32 scales, if nothing else was asked for."""
+        """DeepSeek's blocks and float32 scales by default."""
         return with_defaults(options)
 
     def settle(self, layers: Layers) -> dict[str, Any]:
-        """The largest blocks that divide everybody's, or none if all are whole."""
+        """The largest blocks that divide those of all layers, or "tensor"."""
         sizes = [(matrix_shape(shape), size) for shape, size in layers.values()]
         if all(size in (None, shape) for shape, size in sizes):
             return {"block_size": "tensor"}
-        return {"block_size": common(sizes, math.gcd)}
+        return {"block_size": common_block_size(sizes, math.gcd)}
 
     def blocks(
         self, shape: tuple[int, ...], block_size: Pair, options: Mapping[str, Any]
@@ -132,26 +126,26 @@ class DeepSeekDialect(ConfiguredDialect):
         return [parse_block_size(size, matrix_shape(shape))]
 
     def finish(
-        self, layers: Mapping[str, Spelled], others: Mapping[str, TensorInfo]
-    ) -> FileMarks:
+        self, layers: Mapping[str, EncodedLayer], others: Mapping[str, TensorInfo]
+    ) -> FormatMetadata:
         """The config of transformers' FineGrainedFP8Config.
 
         Raises:
             CheckpointError: if the layers have blocks that no one size gives.
         """
         if not layers:
-            return FileMarks()
-        scales = {la: made.tensors["weight_scale_inv"] for la, made in layers.items()}
+            return FormatMetadata()
+        scales = {la: e.tensors["weight_scale_inv"] for la, e in layers.items()}
         kinds = {_kind(scale): layer for layer, scale in scales.items()}
         if len(kinds) > 1:
-            found = ", ".join(f"{layer} has {kind}" for kind, layer in kinds.items())
+            listed = ", ".join(f"{layer} has {kind}" for kind, layer in kinds.items())
             raise CheckpointError(
-                f"dialect deepseek: {found}; expected scales of one kind in a file; "
+                f"dialect deepseek: {listed}; expected scales of one kind in a file; "
                 "quantize all layers with the same options"
             )
         scale = next(iter(scales.values()))
         size = self._one_size(layers) if scale.shape else None
-        marks = self.marks(
+        metadata = self.format_metadata(
             {
                 "quant_method": "fp8",
                 "fmt": "e4m3",
@@ -161,15 +155,17 @@ class DeepSeekDialect(ConfiguredDialect):
                 "modules_to_not_convert": _patterns(dense_layers(others), layers),
             }
         )
-        return marks if size == BLOCK else dataclasses.replace(marks, notes=(_NOTE,))
+        if size == BLOCK:
+            return metadata
+        return dataclasses.replace(metadata, notes=(_NOTE,))
 
-    def _one_size(self, layers: Mapping[str, Spelled]) -> Pair:
-        """The block size that gives every layer the blocks it has."""
+    def _one_size(self, layers: Mapping[str, EncodedLayer]) -> Pair:
+        """The block size that gives every layer its blocks."""
         sizes = {
-            layer: (matrix_shape(spelled.shape), spelled.block_size)
-            for layer, spelled in layers.items()
+            name: (matrix_shape(layer.shape), layer.block_size)
+            for name, layer in layers.items()
         }
-        shared = common(sizes.values(), max)
+        shared = common_block_size(sizes.values(), max)
         for layer, (shape, size) in sizes.items():
             if size and grid_shape(shape, size) != grid_shape(shape, shared):
                 raise CheckpointError(
@@ -181,10 +177,10 @@ class DeepSeekDialect(ConfiguredDialect):
 
 
 def _patterns(dense: Iterable[str], quantized: Iterable[str]) -> list[str]:
-    """Names as transformers matches them: as they are, or whole where need be.
+    """Names as transformers matches them, as regular expressions where necessary.
 
-    It takes a name for everything below it and for every end of a longer one; dense
-    ``proj_out`` would keep it from reading the codes of ``blocks.0.proj_out``.
+    It matches a name with everything below it and with every longer name that ends in
+    it: a dense ``proj_out`` would also exclude ``blocks.0.proj_out``.
     """
     starts = sorted(quantized)
     ends = sorted(name[::-1] for name in starts)
@@ -197,17 +193,17 @@ def _patterns(dense: Iterable[str], quantized: Iterable[str]) -> list[str]:
 
 
 def _begins(names: Sequence[str], start: str) -> bool:
-    """Whether one of some sorted names begins so."""
+    """Whether one of some sorted names has a prefix."""
     at = bisect.bisect_left(names, start)
     return at < len(names) and names[at].startswith(start)
 
 
 def _kind(scale: TensorInfo) -> str:
-    """What all scales of a file must have in common, in words."""
+    """The kind of a scale, which all scales of a file must share."""
     numbers = "exponents" if scale.torch_dtype in POWER_DTYPES else "floats"
     return f"{numbers} for blocks" if scale.shape else f"{numbers} without blocks"
 
 
 def _exponents(scale: Tensor) -> Tensor:
-    """Exponents under their own dtype, as transformers expects them."""
+    """Exponents as float8_e8m0fnu, as transformers expects them."""
     return scale.view(POWER_DTYPES[0]) if is_power(scale) else scale

@@ -1,0 +1,87 @@
+"""Read and write ComfyUI's markers of quantized layers.
+
+The current ones mark a layer: JSON in a tensor of bytes ``X.comfy_quant``, or an entry
+under ``layers`` in the header metadata ``_quantization_metadata``. The older one marks
+a model: a tensor ``scaled_fp8`` beside its layers, with the dtype of the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hijack.safetensors_io.header import (
+    Header,
+    TensorInfo,
+    join,
+    parse_table,
+)
+
+#: Last part of the key of a layer's marker.
+LAYER_MARKER = "comfy_quant"
+#: Header metadata that marks layers too.
+LAYER_TABLE = "_quantization_metadata"
+#: Last part of the key of the older marker, of a whole model.
+FILE_MARKER = "scaled_fp8"
+
+
+def layer_marker(header: Header, layer: str) -> Mapping[str, object] | None:
+    """The marker of a layer: its own tensor, else its entry in the header."""
+    marker = header.marker(join(layer, LAYER_MARKER))
+    return layer_table(header).get(layer) if marker is None else marker
+
+
+def layer_table(header: Header) -> Mapping[str, Mapping[str, object]]:
+    """The entries of the header's metadata, by layer."""
+    return header.layer_metadata(LAYER_TABLE)
+
+
+def file_marker(header: Header, layer: str) -> TensorInfo | None:
+    """The older marker of the outermost model a layer is in, or None."""
+    if FILE_MARKER not in header.owners:
+        return None
+    modules = layer.split(".")
+    models = (".".join(modules[:depth]) for depth in range(len(modules)))
+    markers = (header.tensors.get(join(model, FILE_MARKER)) for model in models)
+    return next((marker for marker in markers if marker is not None), None)
+
+
+def is_marked(header: Header, layer: str) -> bool:
+    """Whether any of these markers covers a layer."""
+    return (
+        join(layer, LAYER_MARKER) in header.tensors
+        or layer in layer_table(header)
+        or file_marker(header, layer) is not None
+    )
+
+
+def file_marker_keys(keys: Collection[str]) -> list[str]:
+    """The keys that are older markers."""
+    return [key for key in keys if key.rpartition(".")[2] == FILE_MARKER]
+
+
+def file_markers_of(keys: Collection[str], layers: Iterable[str]) -> set[str]:
+    """The keys that are older markers of the models that some layers are in."""
+    names = list(layers)
+    return {
+        key
+        for key in file_marker_keys(keys)
+        if any(name.startswith(key.removesuffix(FILE_MARKER)) for name in names)
+    }
+
+
+def read_marker(marker: Tensor) -> dict[str, Any]:
+    """The JSON table in a layer's marker; empty if it cannot be read."""
+    return parse_table(bytes(marker.flatten().tolist()))
+
+
+def marker_tensor(entry: Mapping[str, object], device: torch.device) -> Tensor:
+    """A layer's marker: (bytes,) uint8."""
+    text = json.dumps(entry).encode()
+    if device.type == "meta":
+        return torch.empty(len(text), dtype=torch.uint8, device=device)
+    return torch.tensor(list(text), dtype=torch.uint8, device=device)

@@ -1,0 +1,183 @@
+"""Formats that hijack can read but not write."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from hijack.claim import Certainty, Claim
+from hijack.formats.comfyui_markers import is_marked, layer_marker
+from hijack.safetensors_io.header import Header
+from schemes._fp8.blocks import POWER_DTYPES, Pair
+from schemes._fp8.dialects import mx
+from schemes._fp8.dialects.base import Declared, FP8Dialect, QuantizedWeightInfo
+
+
+class KijaiDialect(FP8Dialect):
+    """One scale for the whole weight as ``weight_scale``, and no marker.
+
+    Kijai's nodes accept it beside ``scale_weight``; tools for vLLM write it.
+    """
+
+    name = "kijai"
+
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """Match single scales of layers without a marker."""
+        marked = layer_marker(header, info.layer) is not None
+        if marked or info.scale.shape not in ((), (1,)):
+            return None
+        return Declared(Certainty.FITS, size=info.shape)
+
+
+class RowwiseDialect(FP8Dialect):
+    """Black Forest Labs' fp8r: one scale per row, and no marker.
+
+    FBGEMM's has one dimension more, a config, and an upper bound of input scales.
+    """
+
+    name = "fp8r"
+    inputs = ("input_scale", "input_scale_ub")
+
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """Match one scale per row of layers without a marker."""
+        if is_marked(header, info.layer):
+            return None
+        (n, k), scale = info.shape, info.scale.shape
+        if header.quantization.get("quant_method") == "fbgemm_fp8":
+            declared = Declared(Certainty.MARKED, "config says fbgemm_fp8", (1, k))
+            return declared if info.grid == (n, 1) else None
+        return Declared(Certainty.FITS, size=(1, k)) if scale == (n,) != (1,) else None
+
+
+class QuantoDialect(FP8Dialect):
+    """optimum-quanto's qfloat8: ``X.weight._data`` and ``X.weight._scale``."""
+
+    name = "quanto"
+    weight = "weight._data"
+    scales = ("weight._scale",)
+    inputs = ("input_scale", "output_scale")
+
+    def layers(self, header: Header) -> Iterable[str]:
+        """The layers whose weight has a part ``_scale``."""
+        owners = header.owners.get("_scale", ())
+        return [
+            layer.removesuffix("weight").removesuffix(".")
+            for layer in owners
+            if layer == "weight" or layer.endswith(".weight")
+        ]
+
+    def grid(self, scale: tuple[int, ...], shape: Pair) -> Pair | None:
+        """One scale per row, with as many dimensions as the weight."""
+        rows = (shape[0], *[1] * (len(scale) - 1))
+        return (shape[0], 1) if scale == rows else super().grid(scale, shape)
+
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """Match every layer that has the two tensors."""
+        return Declared(Certainty.UNIQUE)
+
+
+class PlainMXDialect(FP8Dialect):
+    """MXFP8 with scales in plain order, and no marker.
+
+    If 128 divides the number of rows and 4 that of columns of the scale, ComfyUI's
+    tiles have the same shape. Then both are guesses, unless a config names a method
+    without tiles.
+    """
+
+    name = "mxfp8"
+    scale_dtypes = POWER_DTYPES
+
+    def grid(self, scale: tuple[int, ...], shape: Pair) -> Pair | None:
+        """The grid of plain order, or None."""
+        return mx.plain_shape(shape) if scale == mx.plain_shape(shape) else None
+
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """Match MXFP8 without a marker or config of another method."""
+        method = header.quantization.get("quant_method")
+        if not mx.is_mx(info) or is_marked(header, info.layer):
+            return None
+        if method not in (None, "mxfp8", "modelopt"):
+            return None
+        tiles = method is None and mx.is_tiled(info)
+        certainty = Certainty.GUESS if tiles else Certainty.UNIQUE
+        return Declared(certainty, "scales in plain order", (1, mx.COLS))
+
+
+#: SDNQ's tensors of a weight that is more than its data times one scale.
+_SDNQ_EXTRA = frozenset(
+    {"scale_2", "zero_point", "zero_point_scale", "svd_up", "svd_down"}
+)
+
+
+class SDNQDialect(FP8Dialect):
+    """SDNQ's FP8: ``X.weight``, ``X.scale``, and a config with its own options.
+
+    Groups of columns are a dimension of the weight, (N, K/C, C). A Linear that SDNQ
+    will multiply in FP8 is stored transposed, (K, N), with its scale. A weight that is
+    rotated or has a low-rank part is not supported. Without a config that shows it is
+    not rotated, every interpretation is a guess.
+    """
+
+    name = "sdnq"
+    scales = ("scale",)
+    ranks = (2, 3)
+    inputs = ()
+    exact = True
+
+    def weight_info(self, header: Header, layer: str) -> QuantizedWeightInfo | None:
+        """The layer's quantized data and scale; shapes as if not transposed."""
+        info = super().weight_info(header, layer)
+        if info is None:
+            return None
+        weight, scale = info.weight.shape, info.scale.shape
+        if len(scale) == 3:
+            return info if (*weight[:2], 1) == scale else None
+        if len(weight) != 2:
+            return None
+        if scale == (1, weight[1]) != (1, 1):
+            shape, grid = info.shape[::-1], info.grid[::-1]
+            return dataclasses.replace(info, shape=shape, grid=grid)
+        return info if scale in ((weight[0], 1), (1, 1)) else None
+
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """Match layers whose weight is quantized data times a scale."""
+        method = header.quantization.get("quant_method")
+        extra = _SDNQ_EXTRA & header.parts[info.layer].keys()
+        if extra or method not in (None, "sdnq"):
+            return None
+        if method is None:  # it may be rotated, or another program's
+            return Declared(Certainty.GUESS)
+        options = list(_options(header.quantization))
+        if _any(options, "use_hadamard"):
+            return None
+        single = info.grid == (1, 1) and info.shape[0] > 1
+        if single and _any(options, "use_quantized_matmul"):
+            return None  # it may be transposed or not
+        return Declared(Certainty.MARKED, "config says sdnq")
+
+    def decode(
+        self, claim: Claim, tensors: Mapping[str, Tensor]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Flatten groups of columns, or undo the transposition."""
+        weight, scale = tensors["weight"], tensors["scale"]
+        if weight.ndim == 3:
+            weight = weight.flatten(1)
+        elif scale.shape[0] < scale.shape[1]:  # (1, N)
+            weight, scale = weight.t().contiguous(), scale.t()
+        return super().decode(claim, {**tensors, "weight": weight, "scale": scale})
+
+
+def _options(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The config's options, and those of single modules."""
+    yield config
+    modules = config.get("modules_quant_config")
+    for options in modules.values() if isinstance(modules, dict) else ():
+        if isinstance(options, dict):
+            yield options
+
+
+def _any(options: list[Mapping[str, Any]], name: str) -> bool:
+    return any(table.get(name) for table in options)
