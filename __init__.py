@@ -21,7 +21,9 @@ def _start() -> dict[str, Any]:
         # Packs get their folder as module name, so that only this form finds the file.
         from . import prestartup_script  # noqa: F401
 
-        importlib.import_module("schemes.blockwise_fp8")
+        if not importlib.import_module("hijack.registry").disabled("blockwise_fp8"):
+            importlib.import_module("schemes.blockwise_fp8")
+        importlib.import_module("hijack.hosts").arm("comfyui")
         return _nodes()
     except ModuleNotFoundError as error:
         if error.name not in ("pluggy", "wrapt"):

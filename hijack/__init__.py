@@ -3,20 +3,25 @@
 from hijack.checkpoint.compare import Comparison, compare_files
 from hijack.checkpoint.convert import ConvertReport, convert_file
 from hijack.checkpoint.quantize import QuantizeReport, quantize_file
+from hijack.claim import Certainty, Claim
 from hijack.errors import HijackError
-from hijack.formats.claim import Certainty, Claim
 from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect
 from hijack.formats.identification import Identification
 from hijack.hooks import hookimpl
 from hijack.hosts import HostStatus, patch, status, unpatch
 from hijack.loading import LoadReport, load
+from hijack.options import Option
+from hijack.quantized import QuantizedTensor
 from hijack.registry import (
+    Registry,
     create_registry,
+    current_registry,
     default_registry,
     register,
     schemes,
     unregister,
+    use_registry,
 )
 from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.saving import save
@@ -34,7 +39,10 @@ __all__ = [
     "HostStatus",
     "Identification",
     "LoadReport",
+    "Option",
     "QuantizeReport",
+    "QuantizedTensor",
+    "Registry",
     "Scheme",
     "TensorInfo",
     "WrapReport",
@@ -42,6 +50,7 @@ __all__ = [
     "compare_files",
     "convert_file",
     "create_registry",
+    "current_registry",
     "default_registry",
     "hookimpl",
     "identify",
@@ -55,6 +64,7 @@ __all__ = [
     "unpatch",
     "unregister",
     "unwrap",
+    "use_registry",
     "wrap_model",
     "wrap_module",
 ]

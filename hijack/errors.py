@@ -14,6 +14,7 @@
     │   ├── HeaderError                    its header is malformed
     │   ├── AmbiguousError                 several schemes claim a layer equally
     │   └── UnconsumedScaleError           a scale that no scheme consumed
+    ├── ReadOnlyError(RuntimeError)        a quantized weight cannot be written to
     ├── PluginError(RuntimeError)          a plugin failed
     └── PatchError(RuntimeError)           a host cannot be patched or restored
 
@@ -95,6 +96,13 @@ class AmbiguousError(CheckpointError):
 
 class UnconsumedScaleError(CheckpointError):
     """A checkpoint holds a scale that no scheme consumed."""
+
+
+class ReadOnlyError(HijackError, RuntimeError):
+    """A quantized weight, or a part of it, was to be written to or trained.
+
+    No `TypeError`: of one that an operator raises, Python shows another message.
+    """
 
 
 class PluginError(HijackError, RuntimeError):

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
+from hijack.claim import Claim
+from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, ModuleError, ShapeError, UnconsumedScaleError
-from hijack.formats.claim import Claim
+from hijack.formats import matching
 from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect
 from hijack.formats.native_marker import METADATA_KEY, write_marker
-from hijack.hooks import Layer, Wrapped
-from hijack.layers import DENSE_DTYPES, Quantized, check_shape, install, restore
-from hijack.registry import default_registry
+from hijack.modules import Change, Wrapped, apply_all, prepare
+from hijack.quantized import QuantizedTensor
+from hijack.registry import Registry, current_registry, strict
 from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.scheme import Scheme
+from hijack.stored import plain, refuse_raw
+from hijack.text import excerpt
 
 Source = (
     str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
@@ -56,6 +61,7 @@ def load(
     strict: bool = True,
     *,
     assume: Sequence[str] = (),
+    registry: Registry | None = None,
 ) -> LoadReport:
     """Load a checkpoint, wrapping the layers that are quantized in it.
 
@@ -68,6 +74,7 @@ def load(
         source: a safetensors file, an index file, a list of shards, or a state dict.
         strict: whether missing and unexpected keys are errors.
         assume: how to read what the file does not tell, as for `identify`.
+        registry: whose schemes and plugins are asked; None for the one in force.
 
     Returns:
         Which layer was read by which scheme, and what was left over.
@@ -79,25 +86,33 @@ def load(
         ShapeError: if tensors do not fit the model or each other.
         CheckpointError: if keys are missing or unexpected, and ``strict``.
     """
+    registry = current_registry(registry)
     header, tensors = _open(source)
-    found = identify(header, assume=assume)
+    found = identify(header, registry, assume=assume)
     claims = found.claims()
-    for layer, other in found.foreign.items():
+    for layer, other in found.unsupported.items():
         raise CheckpointError(
-            f"{header.source}: {layer}: is in the format {other.format}, expected one "
-            "that a registered scheme reads; install a plugin for it, or see "
-            "`hijack identify`"
+            f"{header.source}: {layer or 'weight'}: is in the format "
+            f"{other.format}, expected one that a registered scheme reads; install a "
+            "plugin for it, or see `hijack identify`"
         )
-    if found.orphans:
+    for layer, name in found.unknown.items():
+        raise CheckpointError(
+            f"{header.source}: {layer or 'weight'}: was written by scheme "
+            f"{excerpt(name)}, expected one that is registered; install the plugin "
+            "that has it, or see `hijack schemes`"
+        )
+    if found.unconsumed:
         raise UnconsumedScaleError(
-            f"{header.source}: no scheme reads {', '.join(found.orphans[:3])}"
-            f"{' ...' if len(found.orphans) > 3 else ''} ({len(found.orphans)} keys); "
+            f"{header.source}: no scheme reads {', '.join(found.unconsumed[:3])}"
+            f"{' ...' if len(found.unconsumed) > 3 else ''} "
+            f"({len(found.unconsumed)} keys); "
             "loading would ignore these scales; install the scheme that wrote the file"
         )
-    plan = _Plan(model, header, claims, tensors)
+    plan = _Plan(model, header, claims, tensors, registry)
     plan.check(strict)
     plan.apply()
-    return LoadReport(claims, len(plan.dense), plan.missing, plan.unexpected)
+    return LoadReport(plan.claims, len(plan.dense), plan.missing, plan.unexpected)
 
 
 # -- details ---------------------------------------------------------------------------
@@ -105,7 +120,9 @@ def load(
 
 def _open(source: Source) -> tuple[Header, Mapping[str, Tensor]]:
     if isinstance(source, Mapping):
-        return Header.from_state_dict(source, _state_dict_metadata(source)), source
+        refuse_raw(source)
+        tensors = {key: plain(tensor) for key, tensor in source.items()}
+        return Header.from_state_dict(tensors, _state_dict_metadata(source)), tensors
     header = read_header(source)
     return header, open_tensors(header)
 
@@ -126,44 +143,76 @@ class _Plan:
         header: Header,
         claims: Mapping[str, Claim],
         tensors: Mapping[str, Tensor],
+        registry: Registry,
     ) -> None:
-        self.model, self.header, self.claims, self.tensors = (
-            model,
-            header,
-            claims,
-            tensors,
-        )
+        self.model, self.header, self.tensors = model, header, tensors
+        self.registry = registry
         self.modules = dict(model.named_modules())
-        used = {key for claim in claims.values() for key in claim.keys.values()}
-        used |= _markers(header, claims)
-        self.dense = [key for key in header.tensors if key not in used]
-        self.made: dict[str, Quantized] = {}
+        self.claims = {name: self._select(name, c) for name, c in claims.items()}
+        used = {key for c in self.claims.values() for key in c.keys.values()}
+        used |= _marker_keys(header, self.claims, registry)
+        self.dense = dict.fromkeys(key for key in header.tensors if key not in used)
+        self.changes: dict[str, Change] = {}
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
 
+    def _select(self, name: str, claim: Claim) -> Claim:
+        """The claim to a layer, unless a plugin has another."""
+        module = self.modules.get(name)
+        if module is None:
+            return claim
+        answer = self.registry.select_scheme(module, join(name, ""), self.header)
+        return answer if isinstance(answer, Claim) else claim
+
     def check(self, strict: bool) -> None:
-        """Compare keys and shapes; decode the claimed layers.
+        """Compare keys and shapes; decode the claimed layers and bind their forwards.
 
         Raises:
             HijackError: as `load` documents.
         """
         self._check_keys(strict)
-        registry = default_registry()
-        for name, claim in list(self.claims.items()):
+        for name, claim in self.claims.items():
             module = self.modules.get(name)
             if module is None:
                 continue  # among the unexpected keys, which strict refuses
-            scheme = registry.get(claim.scheme)
+            scheme = self.registry.get(claim.scheme)
             _check_target(module, scheme, name)
-            shape = _weight_shape(module)
-            made = scheme.decode(claim.cropped(shape), self.tensors)
-            check_shape(scheme, made, shape, name)
-            self._check_names(name, claim, made)
-            self.made[name] = made
+            weight = self._quantized(module, scheme, name, claim)
+            self.changes[name] = prepare(module, weight, self.registry)
+        self._share_changes()
 
-    def _check_names(self, name: str, claim: Claim, made: Quantized) -> None:
+    def _share_changes(self) -> None:
+        """Have modules share a quantized weight that shared the dense one."""
+        changing = {id(change.module) for change in self.changes.values()}
+        for group in _tied_modules(self.model):
+            source = _first_loaded(group, self.dense, self.changes)
+            if source is None or source.name not in self.changes:
+                continue
+            shared = self.changes[source.name].weight
+            for place in group:
+                if place.key not in self.dense and id(place.module) not in changing:
+                    change = prepare(place.module, shared, self.registry)
+                    self.changes[place.name] = change
+                    changing.add(id(place.module))
+
+    def _quantized(
+        self, module: nn.Module, scheme: Scheme, name: str, claim: Claim
+    ) -> QuantizedTensor:
+        """A layer of the file as its module will have it, still where the file is."""
+        old: Tensor = module._parameters["weight"]  # type: ignore[assignment]
+        prefix = join(name, "")
+        answer = self.registry.create_params(module, scheme, prefix, self.tensors)
+        weight = matching.read_weight(
+            scheme, claim, self.tensors, tuple(old.shape), old.dtype, answer
+        )
+        self._check_names(name, claim, weight.params)
+        return weight
+
+    def _check_names(
+        self, name: str, claim: Claim, params: Mapping[str, Tensor]
+    ) -> None:
         """Refuse a tensor that would take the place of one the layer was read from."""
-        taken = {join(name, param) for param in made[1]}.intersection(self.dense)
+        taken = {join(name, param) for param in params}.intersection(self.dense)
         if taken:
             raise CheckpointError(
                 f"{self.header.source}: {min(taken)}: is beside a layer read in "
@@ -179,8 +228,9 @@ class _Plan:
             if name in self.modules:
                 expected.discard(join(name, "weight"))
         for name, module in self.modules.items():
-            if isinstance(module, Wrapped):  # its scales come with its weight
-                expected -= {join(name, key) for key in module._hijack.names}
+            weight = module._parameters.get("weight")
+            if isinstance(weight, QuantizedTensor):  # its scales come with it
+                expected -= {join(name, key) for key in weight.params}
         given = set(self.dense)
         present = given | {join(name, "weight") for name in self.claims}
         self.missing = tuple(
@@ -207,26 +257,28 @@ class _Plan:
 
     def apply(self) -> None:
         """Change the model; nothing here is expected to fail."""
-        registry = default_registry()
         tied = _tied_modules(self.model)
-        for name, made in self.made.items():
-            claim = self.claims[name]
-            _replace_layer(self.modules[name], registry.get(claim.scheme), claim, made)
+        # undoing takes the memory of the old weights; only strict plugins may fail here
+        moved: dict[int, QuantizedTensor] = {}
+        placed = (_placed(change, moved) for change in self.changes.values())
+        apply_all(placed, keep=strict())
         rest = {key: self.tensors[key] for key in self.dense}
         here = self.model.state_dict()
-        placed = {
+        dense = {
             key: tensor if (old := here.get(key)) is None else _place(tensor, old)
             for key, tensor in rest.items()
         }
-        self.model.load_state_dict(placed, strict=False, assign=True)
-        _tie(tied, set(self.dense), self.made)
+        self.model.load_state_dict(dense, strict=False, assign=True)
+        _tie(tied, self.dense, self.changes)
 
 
-def _markers(header: Header, claims: Mapping[str, Claim]) -> set[str]:
+def _marker_keys(
+    header: Header, claims: Mapping[str, Claim], registry: Registry
+) -> set[str]:
     """Tensors that say something of the whole file, and are none of the model's."""
     layers: dict[Dialect, list[str]] = {}
     for name, claim in claims.items():
-        dialect = default_registry().get(claim.scheme).dialect(claim.dialect)
+        dialect = matching.dialect_of(registry.get(claim.scheme), claim.dialect)
         layers.setdefault(dialect, []).append(name)
     keys = header.tensors.keys()
     return {
@@ -240,7 +292,7 @@ def _check_target(module: nn.Module, scheme: Scheme, name: str) -> None:
     if not isinstance(module, scheme.targets):
         names = ", ".join(target.__name__ for target in scheme.targets)
         raise ModuleError(
-            f"{name}: the checkpoint has {scheme.name} codes for a "
+            f"{name}: the checkpoint has {scheme.name} data for a "
             f"{type(module).__name__}, expected one of {names}"
         )
 
@@ -251,8 +303,9 @@ def _check_dense(
     """Refuse a dense tensor of another shape, or codes nobody can read."""
     info = header.tensors[key]
     owner = modules.get(key.rpartition(".")[0])
-    if isinstance(owner, Wrapped) and key.endswith("weight"):
-        expected, floating = owner._hijack.shape, True
+    if isinstance(owner, Wrapped) and key.rpartition(".")[2] == "weight":
+        weight: Any = owner._parameters["weight"]
+        expected, floating = tuple(weight.shape), True
     else:
         expected, floating = tuple(current.shape), current.dtype in DENSE_DTYPES
     if info.shape != expected:
@@ -268,40 +321,21 @@ def _check_dense(
         )
 
 
-def _weight_shape(module: nn.Module) -> tuple[int, ...]:
-    if isinstance(module, Wrapped):
-        return module._hijack.shape
-    return tuple(module._parameters["weight"].shape)  # type: ignore[union-attr]
+def _placed(change: Change, moved: dict[int, QuantizedTensor]) -> Change:
+    """The same change with the weight on the device its module is on.
 
-
-def quantized(module: Wrapped) -> Quantized:
-    params = {name: module._buffers[name] for name in module._hijack.names}
-    return module.weight.detach(), params  # type: ignore[return-value]
-
-
-def _replace_layer(
-    module: nn.Module, scheme: Scheme, claim: Claim, made: Quantized
-) -> None:
-    """Make a dense or wrapped module hold a checkpoint's codes."""
-    old: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
-    shape, dtype, grad = _weight_shape(module), old.dtype, old.requires_grad
-    if isinstance(module, Wrapped):
-        dtype, grad = module._hijack.dtype, module._hijack.requires_grad
-        restore(module, old)
-    qdata, params = made
-    if not isinstance(qdata, nn.Parameter):
-        qdata = _place(qdata, old)
-    block = {} if claim.block_size is None else {"block_size": claim.block_size}
-    layer = Layer(
-        scheme=scheme,
-        base=type(module),
-        shape=shape,
-        dtype=dtype,
-        options=dict(block),
-        dialect=claim.dialect,
-        requires_grad=grad,
-    )
-    install(module, layer, qdata, {n: _place(t, old) for n, t in params.items()})
+    Args:
+        change: to a module.
+        moved: weights that were moved already, which modules go on sharing.
+    """
+    old: Tensor = change.module._parameters["weight"]  # type: ignore[assignment]
+    weight: Any = change.weight
+    if old.is_meta or old.device == weight.device:
+        return change
+    if id(weight) not in moved:
+        there: Any = nn.Parameter(weight.to(old.device), requires_grad=False)
+        moved[id(weight)] = there
+    return dataclasses.replace(change, weight=moved[id(weight)])
 
 
 def _place(tensor: Tensor, old: Tensor) -> Tensor:
@@ -336,25 +370,25 @@ def _tied_names(model: nn.Module) -> dict[str, set[str]]:
     return {key: group - {key} for group in names for key in group}
 
 
+def _first_loaded(
+    group: list[_Place], dense: Collection[str], changes: Mapping[str, Change]
+) -> _Place | None:
+    """The place that the checkpoint has a tensor for, which the others share."""
+    loaded = (p for p in group if p.key in dense or p.name in changes)
+    return next(loaded, None)
+
+
 def _tie(
-    groups: list[list[_Place]], dense: set[str], made: Mapping[str, Quantized]
+    groups: list[list[_Place]], dense: Collection[str], changes: Mapping[str, Change]
 ) -> None:
     """Share again what was shared, where the checkpoint holds only one of the names."""
     for group in groups:
-        loaded = [p for p in group if p.key in dense or p.name in made]
-        if not loaded:
+        source = _first_loaded(group, dense, changes)
+        if source is None or source.name in changes:
             continue
-        source = loaded[0]
+        shared = source.module._parameters[source.attribute]
         for place in group:
-            if place in loaded:
-                continue
-            if isinstance(source.module, Wrapped) and source.attribute == "weight":
-                claim = Claim(place.name, "", source.module._hijack.dialect or "", {})
-                qdata, params = source.module.weight, quantized(source.module)[1]
-                scheme = source.module._hijack.scheme
-                _replace_layer(place.module, scheme, claim, (qdata, params))
-            else:
-                shared = source.module._parameters[source.attribute]
+            if place.key not in dense and place.name not in changes:
                 place.module._parameters[place.attribute] = shared
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from hijack.errors import HijackError
-from hijack.formats.dialect import Dialect, Spelled
-from hijack.hooks import Wrapped
-from hijack.loading import quantized
-from hijack.safetensors_io.header import TensorInfo, join
+from hijack.errors import CheckpointError, HijackError
+from hijack.formats import matching
+from hijack.formats.dialect import Dialect, EncodedLayer
+from hijack.quantized import QuantizedTensor
+from hijack.safetensors_io.header import TensorInfo, join, merge_metadata
 from hijack.safetensors_io.writer import write_checkpoint
 from hijack.scheme import Scheme
 
@@ -22,65 +22,98 @@ def save(
     """Write a model with its quantized layers to a safetensors file.
 
     Args:
-        model: any module; wrapped layers are written as codes.
+        model: any module; its quantized layers are written as quantized data.
         path: the file; written whole or not at all.
         dialect: how to spell the quantized layers; default is the dialect each came
             from, else the first of the scheme's that can spell all its layers.
 
     Raises:
-        CheckpointError: if the dialect is unknown to a scheme or cannot spell a layer.
+        CheckpointError: if the dialect is unknown to a scheme or cannot spell a layer,
+            or if a weight is sharded over processes.
     """
-    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, Wrapped)}
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "device_mesh"):
+            raise CheckpointError(
+                f"{name}: got a parameter that is sharded over processes, expected a "
+                "whole one; save a state dict with torch.distributed.checkpoint"
+            )
+    weights = {
+        name: weight
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), QuantizedTensor)
+    }
     tensors = {key: t.detach() for key, t in model.state_dict().items()}
-    spelled: dict[Dialect, dict[str, Spelled]] = {}
-    coded: dict[str, Tensor] = {}
-    for name, chosen in _dialects(wrapped, dialect).items():
-        module = wrapped[name]
-        qdata, params = quantized(module)
-        for key in ("weight", *params):
+    for name, weight in weights.items():
+        for key in weight.plain_tensors():
             del tensors[join(name, key)]
+    spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
+    write_checkpoint(path, tensors | spelled, metadata)
+
+
+def spell(
+    weights: Mapping[str, QuantizedTensor],
+    dialects: Mapping[str, Dialect],
+    others: Mapping[str, Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Quantized weights as the tensors and the metadata of a file.
+
+    Args:
+        weights: layer to weight.
+        dialects: layer to the dialect to spell it in.
+        others: key to tensor, all other tensors of the file.
+        metadata: what the file is to say of itself besides.
+
+    Returns:
+        Full key to tensor, and the metadata.
+
+    Raises:
+        HijackError: naming a layer that its dialect cannot spell.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers: dict[Dialect, dict[str, EncodedLayer]] = {}
+    for name, weight in weights.items():
+        dialect = dialects[name]
         try:
-            made = chosen.encode(qdata, params, module._hijack.options)
+            encoded = dialect.encode(weight.qdata, weight.params, weight.options)
         except HijackError as error:
             raise type(error)(f"{name or 'weight'}: {error}") from error
-        coded |= {join(name, suffix): tensor for suffix, tensor in made.items()}
-        scheme = module._hijack.scheme
-        spelled.setdefault(chosen, {})[name] = Spelled(
-            scheme.name,
-            tuple(params),
-            module._hijack.shape,
-            scheme.block_size(qdata, params),
-            {suffix: TensorInfo.of(tensor) for suffix, tensor in made.items()},
-        )
-    metadata: dict[str, str] = {}
-    others = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
-    marks = [of.finish(layers, others) for of, layers in spelled.items()]
-    for mark in marks:
-        metadata |= mark.metadata
-        coded |= mark.tensors
-    write_checkpoint(path, tensors | coded, metadata)
+        tensors |= {join(name, suffix): tensor for suffix, tensor in encoded.items()}
+        spelled = matching.encoded_layer(weight, encoded)
+        layers.setdefault(dialect, {})[name] = spelled
+    said = dict(metadata or {})
+    infos = {key: TensorInfo.of(tensor) for key, tensor in others.items()}
+    for marks in [of.finish(named, infos) for of, named in layers.items()]:
+        said = merge_metadata(said, marks.metadata)
+        tensors |= marks.tensors
+    return tensors, said
 
 
-def _dialects(wrapped: Mapping[str, Wrapped], name: str | None) -> dict[str, Dialect]:
-    """The dialect of each wrapped layer; one for all that have none of their own."""
+def _dialects(
+    weights: Mapping[str, QuantizedTensor], name: str | None
+) -> dict[str, Dialect]:
+    """The dialect of each layer; one for all that have none of their own."""
     chosen: dict[str, Dialect] = {}
     free: dict[Scheme, list[str]] = {}
-    for layer, module in wrapped.items():
-        scheme, own = module._hijack.scheme, module._hijack.dialect
+    for layer, weight in weights.items():
         if name is not None:
-            chosen[layer] = scheme.dialect(name)
+            chosen[layer] = matching.dialect_of(weight.scheme, name)
             continue
-        fit = scheme.written_as(own, *quantized(module), module._hijack.options)
+        own = weight.config.dialect
+        fit = encoding_dialect(weight, own)
         if own == fit.name:
             chosen[layer] = fit
         else:
-            free.setdefault(scheme, []).append(layer)
+            free.setdefault(weight.scheme, []).append(layer)
     for scheme, layers in free.items():
-        modules = [wrapped[layer] for layer in layers]
-        fits = {
-            scheme.written_as(None, *quantized(module), module._hijack.options)
-            for module in modules
-        }
-        fit = fits.pop() if len(fits) == 1 else scheme.native
+        fits = {encoding_dialect(weights[layer], None) for layer in layers}
+        fit = fits.pop() if len(fits) == 1 else matching.native_of(scheme)
         chosen |= dict.fromkeys(layers, fit)
     return chosen
+
+
+def encoding_dialect(weight: QuantizedTensor, name: str | None) -> Dialect:
+    """The dialect of that name if it can spell a weight, else one that can."""
+    return matching.encoding_dialect(
+        weight.scheme, name, weight.qdata, weight.params, weight.options
+    )

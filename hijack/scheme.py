@@ -1,26 +1,28 @@
-"""The base class of every weight format."""
+"""The base class of every weight format: numerics, and nothing of files or hosts."""
 
 from __future__ import annotations
 
 import abc
+import functools
 import inspect
-import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from hijack.errors import CheckpointError, HijackError, SchemeError
-from hijack.formats.claim import Certainty, Claim
-from hijack.formats.dialect import Dialect
-from hijack.hooks import hookimpl
-from hijack.safetensors_io.header import Header, TensorInfo, join
+from hijack.errors import HijackError, SchemeError, ShapeError
+from hijack.options import Option
 
 if TYPE_CHECKING:
-    from hijack.registry import Registry
+    from hijack.claim import Claim
+    from hijack.formats.dialect import Dialect
+    from hijack.quantized import QuantizedTensor, WeightView
+    from hijack.safetensors_io.header import Header
 
-NATIVE = Dialect()
+#: What `Scheme.quantize` gives: quantized data and the tensors to decode it with.
+Quantized = tuple[Tensor, dict[str, Tensor]]
 
 
 class Scheme(abc.ABC):
@@ -33,22 +35,29 @@ class Scheme(abc.ABC):
     Attributes:
         name: unique among registered schemes; letters, digits and underscores.
         targets: module types whose ``weight`` this scheme may quantize.
+        options: the scheme's options; None reads them off the keyword arguments of
+            ``quantize``.
         dialects: spellings of the scheme in files; the first one is written by default.
-        native: the dialect whose keys are the scheme's own names.
+        native: the dialect whose keys are the scheme's own names; None is hijack's.
+        claims_unmarked: whether layers of a file that nothing marks are claimed when
+            their names, dtypes and shapes are those that ``quantize`` gives. Off by
+            default, because formats look alike.
         origin: where the scheme was registered from; set by the registry.
     """
 
     name: ClassVar[str]
     targets: tuple[type[nn.Module], ...] = (nn.Linear,)
+    options: tuple[Option, ...] | None = None
     dialects: tuple[Dialect, ...] = ()
-    native: Dialect = NATIVE
+    native: Dialect | None = None
+    claims_unmarked: bool = False
     origin: str = ""
 
     @abc.abstractmethod
     def quantize(
         self, weight: Tensor, **options: Any
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Turn a dense weight into codes and the tensors to decode them with.
+        """Turn a dense weight into quantized data and the tensors to decode it with.
 
         Args:
             weight: (N, ...) floating point, any device; may be a meta tensor, of which
@@ -56,15 +65,15 @@ class Scheme(abc.ABC):
             **options: the scheme's own, such as ``block_size``.
 
         Returns:
-            ``(qdata, params)``: the codes, and name to tensor. Names become buffers
-            beside ``weight`` and keys in files.
+            ``(qdata, params)``: the quantized data, and name to tensor. Names become
+            keys beside ``weight`` in state dicts and files.
         """
 
     @abc.abstractmethod
     def dequantize(
         self, qdata: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype
     ) -> Tensor:
-        """Turn codes back into a dense weight.
+        """Turn quantized data back into a dense weight.
 
         Args:
             qdata: as `quantize` gave it.
@@ -74,6 +83,54 @@ class Scheme(abc.ABC):
         Returns:
             A tensor of the weight's original shape, on ``qdata``'s device.
         """
+
+    # -- what a scheme may say of itself -----------------------------------------------
+
+    def declared_options(self) -> tuple[Option, ...]:
+        """The options of `quantize`, for files, command line, nodes and messages."""
+        if self.options is not None:
+            return self.options
+        return _options_in_signature(type(self))
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Refuse options the scheme does not have, and values out of range.
+
+        Raises:
+            SchemeError: naming the options there are.
+        """
+        declared = {option.name: option for option in self.declared_options()}
+        for name, value in options.items():
+            if name in declared:
+                declared[name].check(value, self.name)
+            elif not _takes_any_option(type(self)):
+                known = ", ".join(declared) or "none"
+                raise SchemeError(
+                    f"{self.name}: has no option {name!r}; expected options among "
+                    f"{known}"
+                )
+
+    def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:
+        """Say why a weight cannot or should not be quantized, or None.
+
+        `wrap_model`, `building`, `quantize_file` and hosts leave such a layer dense and
+        report the reason.
+
+        Args:
+            shape: (N, ...) of the dense weight.
+            **options: as for `quantize`.
+        """
+        return None
+
+    def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
+        """Choose a forward for a module that becomes quantized.
+
+        Called once per module, in every host. Return a plain function
+        ``forward(module, input, weight, bias)``, the same object for every module that
+        can share it; ``weight`` is a `QuantizedTensor`. None takes the default, which
+        computes with ``weight.dense(input.dtype)``. A module whose class has a forward
+        of its own runs that one, and is not asked for.
+        """
+        return None
 
     # -- defaults a scheme may replace -------------------------------------------------
 
@@ -99,13 +156,13 @@ class Scheme(abc.ABC):
             SchemeError: if `quantize` needs real data; the scheme must then override
                 this method.
         """
+        self.check_options(options)
         try:
             dense = torch.empty(shape, dtype=dtype, device="meta")
             qdata, params = self.quantize(dense, **options)
         except HijackError:
             raise
         except Exception as error:
-            self._check_options(options)
             raise SchemeError(
                 f"{self.name}: quantize cannot run on a meta tensor of shape "
                 f"{tuple(shape)} ({type(error).__name__}: {error}); override "
@@ -119,29 +176,84 @@ class Scheme(abc.ABC):
             {name: torch.zeros_like(t, device=device) for name, t in params.items()},
         )
 
-    def _check_options(self, options: Mapping[str, Any]) -> None:
-        """Refuse options that `quantize` does not have."""
-        signature = inspect.signature(self.quantize)
-        try:
-            signature.bind(None, **options)
-        except TypeError as error:
-            known = ", ".join(list(signature.parameters)[1:]) or "none"
-            raise SchemeError(
-                f"{self.name}: quantize {error}; expected options among {known}"
-            ) from error
+    def dense_shape(
+        self, qdata: Tensor, params: Mapping[str, Tensor]
+    ) -> tuple[int, ...]:
+        """Shape of the weight that quantized tensors decode to.
 
-    def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
-        """Refuse tensors of a file that do not fit each other.
+        Asked where nothing else tells, such as when a file is opened. The default
+        decodes once without data, which is slow; a scheme whose quantized data has the
+        weight's shape returns ``tuple(qdata.shape)``.
 
         Args:
-            qdata: the codes.
+            qdata: the quantized data; may be on the meta device.
             params: the scheme's other tensors.
-            where: the layer, for messages.
+        """
+        try:
+            metas = {name: tensor.to("meta") for name, tensor in params.items()}
+            dense = self.dequantize(qdata.to("meta"), metas, torch.float32)
+        except Exception:  # it must see its data
+            if qdata.is_meta:
+                raise
+            dense = self.dequantize(qdata, params, torch.float32)
+        return tuple(dense.shape)
+
+    def dequantize_weight(
+        self, weight: QuantizedTensor | WeightView, dtype: torch.dtype
+    ) -> Tensor:
+        """Decode one layer, of which the dense shape and the options are known.
+
+        The default runs `dequantize` and, where the format pads or flattens, brings the
+        result into the weight's shape. A scheme that needs shape or options to decode
+        overrides this method.
+
+        Args:
+            weight: has ``qdata``, ``params``, ``shape`` and ``options``.
+            dtype: dtype of the result.
+
+        Returns:
+            A tensor of ``weight.shape``.
 
         Raises:
-            HijackError: of a fitting kind. The default accepts everything.
+            ShapeError: if the result has fewer elements than the weight.
         """
-        return None
+        dense = self.dequantize(weight.qdata, weight.params, dtype)
+        if dense.shape == weight.shape:
+            return dense
+        if dense.numel() == weight.numel():
+            return dense.reshape(weight.shape)
+        if may_be_cut(dense.shape, weight.shape):
+            return dense[tuple(slice(size) for size in weight.shape)]
+        raise ShapeError(
+            f"{self.name}: dequantize gave a weight of shape {tuple(dense.shape)}, "
+            f"expected {tuple(weight.shape)} or one padded from it"
+        )
+
+    def requantize(
+        self,
+        weight: Tensor,
+        old: QuantizedTensor,
+        *,
+        seed: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Quantize a changed weight the way a layer was quantized before.
+
+        Args:
+            weight: (N, ...) dense, of any floating dtype.
+            old: the layer as it was, with its ``options``.
+            seed: other than 0 asks for stochastic rounding from this seed, where the
+                scheme has it; the default rounds as `quantize` does.
+        """
+        return self.quantize(weight, **old.options)
+
+    def options_of(self, qdata: Tensor, params: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Options that quantize a weight to tensors like these, as far as they tell.
+
+        Args:
+            qdata: the quantized data; may be on the meta device.
+            params: the scheme's other tensors.
+        """
+        return {}
 
     def options_like(self, dtype: torch.dtype) -> dict[str, Any] | None:
         """Options that give any weight the parameters of one of a certain dtype.
@@ -154,13 +266,26 @@ class Scheme(abc.ABC):
         """
         return None
 
+    def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
+        """Refuse tensors of a file that do not fit each other.
+
+        Args:
+            qdata: the quantized data.
+            params: the scheme's other tensors.
+            where: the layer, for messages.
+
+        Raises:
+            HijackError: of a fitting kind. The default accepts everything.
+        """
+        return None
+
     def block_size(
         self, qdata: Tensor, params: Mapping[str, Tensor]
     ) -> tuple[int, int] | None:
         """The (rows, cols) of the weight that share a scale; None if there are none.
 
         Args:
-            qdata: the codes; may be on the meta device.
+            qdata: the quantized data; may be on the meta device.
             params: the scheme's other tensors.
         """
         return None
@@ -171,13 +296,13 @@ class Scheme(abc.ABC):
         params: Mapping[str, Tensor],
         block_size: tuple[int, int],
     ) -> dict[str, Tensor] | None:
-        """The parameters of the same codes in blocks of another size.
+        """The parameters of the same quantized data in blocks of another size.
 
         `convert_file` asks when a dialect cannot spell the blocks there are. The
         default knows no other blocks.
 
         Args:
-            qdata: the codes.
+            qdata: the quantized data.
             params: the scheme's other tensors.
             block_size: (rows, cols) asked for.
 
@@ -186,34 +311,34 @@ class Scheme(abc.ABC):
         """
         return None
 
-    def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
-        """Choose a forward for a module that is being wrapped.
+    def params_of_part(
+        self,
+        params: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        part: tuple[slice, ...],
+    ) -> dict[str, Tensor] | None:
+        """The parameters that decode a part of the quantized data by itself.
 
-        Called once per module. Return a plain function whose first argument is the
-        module, the same object for every module that can share it; None takes the
-        default, which dequantizes and runs the module's own forward.
+        Tensor parallelism asks, which leaves each process a part of every weight; it
+        cuts the quantized data as it would cut the dense weight.
+
+        Args:
+            params: of the whole weight.
+            shape: of the whole weight.
+            part: first and last element in each dimension.
+
+        Returns:
+            Parameters of the part; None, as here, if parts cannot be decoded alone.
         """
         return None
 
-    def match(self, header: Header) -> Iterable[Claim]:
+    def match(self, header: Header) -> Iterable[Claim] | None:
         """Claim the layers of a checkpoint that this scheme can read.
 
-        Of a layer that may be read in several ways, all of which are guesses, every
-        one is claimed.
+        None, as here, leaves it to the dialects. Of a layer that may be read in several
+        ways, all of which are guesses, every one is claimed.
         """
-        named = {d: dict.fromkeys(d.layers(header)) for d in self.all_dialects()}
-        known: dict[Hashable, list[Callable[[str], Claim]]] = {}
-        for layer in dict.fromkeys(itertools.chain.from_iterable(named.values())):
-            kind = self.likeness(header, layer)
-            if kind in known:
-                for same in known[kind]:
-                    yield same(layer)
-                continue
-            asked = [dialect for dialect in named if layer in named[dialect]]
-            claims = self._best_claims(header, layer, asked)
-            if kind is not None and all(_is_general(claim) for claim in claims):
-                known[kind] = [claim.namesake() for claim in claims]
-            yield from claims
+        return None
 
     def likeness(self, header: Header, layer: str) -> Hashable | None:
         """All that the claims to a layer depend on, but for its name.
@@ -223,143 +348,17 @@ class Scheme(abc.ABC):
         """
         return None
 
-    # -- services ----------------------------------------------------------------------
+    def is_like(self, other: Scheme) -> bool:
+        """Whether another instance decodes as this one does.
 
-    def recognise(self, header: Header, layer: str) -> Claim | None:
-        """The best founded claim of any of the scheme's dialects to one layer.
-
-        A layer that can only be guessed at is not claimed.
+        The default holds class, name and attributes against each other.
         """
-        claims = self._best_claims(header, layer, self.all_dialects())
-        if not claims or claims[0].certainty is Certainty.GUESS:
-            return None
-        return claims[0]
-
-    def _best_claims(
-        self, header: Header, layer: str, dialects: Iterable[Dialect]
-    ) -> list[Claim]:
-        """The best founded claim; all there are if they are guesses."""
-        claims: list[Claim] = []
-        for claim in (c for d in dialects for c in d.readings(self, header, layer)):
-            if claim.certainty is Certainty.MARKED:
-                return [claim]  # none is better, and the first of equals is taken
-            claims.append(claim)
-        best = max(claims, key=lambda claim: claim.certainty, default=None)
-        guessed = best is not None and best.certainty is Certainty.GUESS
-        return claims if guessed or best is None else [best]
-
-    def all_dialects(self) -> tuple[Dialect, ...]:
-        """The declared dialects, and the native one last."""
-        return (*self.dialects, self.native)
-
-    def dialect(self, name: str | None = None) -> Dialect:
-        """The dialect of that name; without a name, the one written by default."""
-        known = {dialect.name: dialect for dialect in self.all_dialects()}
-        if name is None:
-            return next(iter(known.values()))
-        if name not in known:
-            raise CheckpointError(
-                f"{self.name}: unknown dialect {name!r}; "
-                f"expected one of {', '.join(sorted(known))}"
-            )
-        return known[name]
-
-    def written(self, name: str | None = None) -> Dialect:
-        """The dialect of that name, to write in; as `dialect`.
-
-        Raises:
-            CheckpointError: if there is none, or it is only read.
-        """
-        able = [one for one in self.all_dialects() if one.writes]
-        known = {one.name for one in self.all_dialects()}
-        names = ", ".join(sorted(one.name for one in able))
-        if name is not None and name not in known:
-            raise CheckpointError(
-                f"{self.name}: unknown dialect {name!r}; expected one of {names}"
-            )
-        found = self.dialect(name)
-        if not found.writes:
-            raise CheckpointError(
-                f"dialect {found.name}: is read, and never written; expected one of "
-                f"{names}"
-            )
-        return found
-
-    def written_as(
-        self,
-        name: str | None,
-        qdata: Tensor,
-        params: Mapping[str, Tensor],
-        options: Mapping[str, Any],
-    ) -> Dialect:
-        """The dialect of that name if it can spell these tensors, else one that can.
-
-        Others are the one written by default and the native one, which spells all.
-
-        Args:
-            name: of the dialect the layer came in, or None.
-            qdata: the codes.
-            params: the scheme's other tensors.
-            options: as for `Dialect.encode`.
-        """
-        asked: tuple[Dialect, ...] = () if name is None else (self.dialect(name),)
-        meta = {key: tensor.to("meta") for key, tensor in params.items()}
-        for dialect in (*asked, self.dialect()):
-            try:
-                dialect.encode(qdata.to("meta"), meta, options)
-            except CheckpointError:
-                continue
-            return dialect
-        return self.native
-
-    def decode(
-        self, claim: Claim, state_dict: Mapping[str, Tensor]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Take a claimed layer's tensors out of a state dict, checked.
-
-        Args:
-            claim: a claim of this scheme.
-            state_dict: full key to tensor.
-
-        Returns:
-            ``(qdata, params)``, views of the state dict's tensors where possible.
-
-        Raises:
-            HijackError: if the tensors do not fit each other.
-        """
-        tensors = {role: state_dict[key] for role, key in claim.keys.items()}
-        qdata, params = self.dialect(claim.dialect).decode(claim, tensors)
-        self.validate(qdata, params, claim.layer or "weight")
-        return qdata, params
-
-    def fitting_params(
-        self, header: Header, layer: str, weight: TensorInfo
-    ) -> tuple[str, ...] | None:
-        """Names of the scheme's parameters if the layer's tensors fit, else None.
-
-        They fit if they have the dtypes and shapes that `quantize` gives by default for
-        a dense weight of the stored shape. A format without parameters never fits: any
-        plain tensor would.
-        """
-        asked = (self, weight.shape)  # layers of a model have few shapes
-        if asked not in header.memo:
-            header.memo[asked] = self._default_params(weight.shape)
-        made: dict[str, Tensor] = header.memo[asked]
-        if len(made) < 2 or not _same(weight, made["weight"]):
-            return None
-        for name, tensor in made.items():
-            info = header.tensors.get(join(layer, name))
-            if info is None or not _same(info, tensor):
-                return None
-        return tuple(made)[1:]
-
-    def _default_params(self, shape: tuple[int, ...]) -> dict[str, Tensor]:
-        """What a dense weight of a shape would become, on meta; nothing if refused."""
+        mine, theirs = ({**vars(s), "origin": ""} for s in (self, other))
         try:
-            qdata, params = self.create_params(shape, torch.float32, "meta")
-        except HijackError:
-            return {}
-        return {"weight": qdata, **params}
+            same = bool(mine == theirs)
+        except (RuntimeError, ValueError):  # tensors and arrays do not compare so
+            return self is other
+        return same and type(self) is type(other) and self.name == other.name
 
     def __deepcopy__(self, memo: object) -> Scheme:
         return self
@@ -367,51 +366,69 @@ class Scheme(abc.ABC):
     def __repr__(self) -> str:
         return f"<scheme {self.name}>"
 
-    # -- a scheme is its own plugin ----------------------------------------------------
 
-    @hookimpl
-    def hijack_register_schemes(self, registry: Registry) -> None:
-        """A registered scheme has nothing more to register."""
-        return None
-
-    @hookimpl
-    def hijack_identify(self, header: Header) -> list[Claim]:
-        return list(self.match(header))
-
-    @hookimpl
-    def hijack_select_scheme(
-        self, module: nn.Module, prefix: str, state_dict: Mapping[str, Tensor]
-    ) -> Claim | None:
-        if not isinstance(module, self.targets):
-            return None
-        return self.recognise(Header.from_state_dict(state_dict), prefix[:-1])
-
-    @hookimpl
-    def hijack_create_params(
-        self,
-        module: nn.Module,
-        scheme: Scheme,
-        prefix: str,
-        state_dict: Mapping[str, Tensor] | None,
-    ) -> tuple[Tensor, dict[str, Tensor]] | None:
-        if scheme is not self or state_dict is None:
-            return None
-        claim = self.recognise(Header.from_state_dict(state_dict), prefix[:-1])
-        return None if claim is None else self.decode(claim, state_dict)
-
-    @hookimpl
-    def hijack_bind_forward(
-        self, module: nn.Module, scheme: Scheme
-    ) -> Callable[..., Tensor] | None:
-        return self.bind_forward(module) if scheme is self else None
+@functools.cache
+def _options_in_signature(kind: type[Scheme]) -> tuple[Option, ...]:
+    """The named arguments of ``quantize`` after the weight, as options."""
+    parameters = list(inspect.signature(kind.quantize).parameters.values())[2:]
+    return tuple(
+        Option.from_default(
+            p.name, None if p.default is inspect.Parameter.empty else p.default
+        )
+        for p in parameters
+        if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    )
 
 
-def _is_general(claim: Claim) -> bool:
-    """Whether nothing but the layer's name is peculiar in a claim."""
-    start = f"{claim.layer}." if claim.layer else ""
-    own = all(key.startswith(start) for key in claim.keys.values())
-    return own and not claim.contradiction  # which names the layer
+@functools.cache
+def _takes_any_option(kind: type[Scheme]) -> bool:
+    """Whether ``quantize`` has ``**options``, which takes whatever is given."""
+    parameters = inspect.signature(kind.quantize).parameters.values()
+    return any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
-def _same(info: TensorInfo, tensor: Tensor) -> bool:
-    return info.shape == tuple(tensor.shape) and info.torch_dtype == tensor.dtype
+# -- what a scheme or a plugin gave ----------------------------------------------------
+
+
+def checked(quantized: Any, where: str) -> Quantized:
+    """Refuse what is not ``(Tensor, {str: Tensor})``, before it is in a module.
+
+    Args:
+        quantized: what a scheme or plugin gave.
+        where: who gave it, for the message.
+
+    Raises:
+        SchemeError: saying what was given.
+    """
+    good = (
+        isinstance(quantized, tuple)
+        and len(quantized) == 2
+        and isinstance(quantized[0], Tensor)
+        and isinstance(quantized[1], Mapping)
+        and all(
+            isinstance(name, str) and name not in ("", "weight") and name[0] != "."
+            for name in quantized[1]
+        )
+        and all(isinstance(tensor, Tensor) for tensor in quantized[1].values())
+    )
+    if not good:
+        raise SchemeError(
+            f"{where} gave {type(quantized).__name__}, expected "
+            "(tensor, {name: tensor}) with names other than weight"
+        )
+    qdata, params = quantized
+    return qdata.detach(), {name: t.detach() for name, t in params.items()}
+
+
+def may_be_cut(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether what decodes to one shape can be brought into another.
+
+    Args:
+        shape: of what `Scheme.dequantize` gives; flat or padded, or as expected.
+        expected: of the weight.
+    """
+    if math.prod(shape) == math.prod(expected):
+        return True
+    return len(shape) == len(expected) and all(
+        has >= needs for has, needs in zip(shape, expected, strict=True)
+    )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
-import fnmatch
+import functools
+import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -15,14 +17,23 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
-from hijack.errors import ModuleError
-from hijack.hooks import Layer, Wrapped, dense_weight, wrap_init
-from hijack.layers import Quantized, install, quantize_weight, restore
-from hijack.registry import default_registry
+from hijack.errors import HijackError, ModuleError, SchemeError
+from hijack.modules import (
+    Change,
+    Wrapped,
+    apply_all,
+    dense_weight,
+    prepare,
+    restore,
+    wrap_init,
+)
+from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
+from hijack.registry import Registry, current_registry
 from hijack.scheme import Scheme
+from hijack.selection import Patterns, Selection
+from hijack.sharding import shard_of
 
 M = TypeVar("M", bound=nn.Module)
-Patterns = str | Sequence[str] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +44,7 @@ class WrapReport:
         layers: names of the modules that were quantized, in model order.
         skipped: name of every other target module, and why it was left dense.
         bytes_before: size of the quantized modules' weights before.
-        bytes_after: size of their codes and parameters.
+        bytes_after: size of their quantized data and parameters.
     """
 
     layers: tuple[str, ...]
@@ -51,16 +62,23 @@ class WrapReport:
 # -- public operations -----------------------------------------------------------------
 
 
-def wrap_module(module: M, scheme: str | Scheme, **options: Any) -> M:
+def wrap_module(
+    module: M,
+    scheme: str | Scheme,
+    *,
+    registry: Registry | None = None,
+    **options: Any,
+) -> M:
     """Quantize one module's weight in place.
 
     Args:
         module: a module of a type in ``scheme.targets``, with a floating ``weight``.
         scheme: a registered name, or a scheme.
+        registry: whose schemes and plugins are asked; None for the one in force.
         **options: passed to ``scheme.quantize``, such as ``block_size``.
 
     Returns:
-        The same object; ``weight`` now holds the codes.
+        The same object; ``weight`` is now a `QuantizedTensor`.
 
     Raises:
         UnknownSchemeError: if nobody registered that name.
@@ -69,14 +87,17 @@ def wrap_module(module: M, scheme: str | Scheme, **options: Any) -> M:
         NonFiniteError: if the weight holds inf or NaN.
         HijackError: whatever else the scheme refuses. The module is then unchanged.
     """
-    chosen = default_registry().get(scheme)
+    registry = current_registry(registry)
     where = type(module).__name__
-    reason = _why_not(module, chosen)
+    asked = registry.get(scheme)
+    asked.check_options(options)
+    chosen = _select(registry, module, "", asked)
+    options = _options_for(chosen, asked, options)
+    reason = _why_not(module, chosen, options)
     if reason is not None:
         raise ModuleError(f"{where}: cannot be wrapped with {chosen.name}; {reason}")
-    weight = _weight(module)
-    made = quantize_weight(chosen, weight, options, where)
-    _install(module, chosen, weight, made, options)
+    weight = _quantized(registry, module, chosen, options, "", where)
+    apply_all([prepare(module, weight, registry)])
     return module
 
 
@@ -85,35 +106,49 @@ def wrap_model(
     scheme: str | Scheme,
     include: Patterns = None,
     exclude: Patterns = None,
+    *,
+    registry: Registry | None = None,
     **options: Any,
 ) -> WrapReport:
     """Quantize every target layer of a model in place.
 
-    Everything is quantized before anything is changed, so a refusal leaves the model as
-    it was; the dense weights are freed at the end. Weights shared by several modules
-    stay shared.
+    Everything is quantized and every forward is bound before anything is changed, so a
+    refusal leaves the model as it was; the dense weights are freed at the end. Weights
+    shared by several modules stay shared.
 
     Args:
         model: any module; it may itself be a target.
         scheme: a registered name, or a scheme.
         include: fnmatch patterns on module names; None includes every target.
         exclude: fnmatch patterns on module names to leave dense.
+        registry: whose schemes and plugins are asked; None for the one in force.
         **options: passed to ``scheme.quantize``.
 
     Raises:
-        ModuleError: if an include pattern matches no target module.
+        ModuleError: if a pattern matches no target module.
         HijackError: as for `wrap_module`, naming the layer.
     """
-    chosen = default_registry().get(scheme)
-    include, exclude = _held(include), _held(exclude)
+    registry = current_registry(registry)
+    chosen = registry.get(scheme)
+    chosen.check_options(options)
+    selection = Selection(include, exclude)
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
     fused = _read_by_fast_path(model)
-    _check_patterns(include, targets, chosen)
+    where = f"those {chosen.name} can wrap"
+    vain = selection.unmatched(targets, where, noun="module")
+    if vain is not None:
+        raise ModuleError(vain)
     skipped: dict[str, str] = {}
-    quantized: dict[int, Quantized] = {}
-    todo: dict[str, nn.Module] = {}
+    shared: dict[int, QuantizedTensor] = {}
+    dense: dict[int, nn.Parameter] = {}
+    changes: dict[str, Change] = {}
     for name, module in targets.items():
-        reason = _left_out(name, include, exclude) or _why_not(module, chosen)
+        reason, prefix = selection.reason(name), f"{name}." if name else ""
+        layer_scheme, given = chosen, options
+        if reason is None:
+            layer_scheme = _select(registry, module, prefix, chosen)
+            given = _options_for(layer_scheme, chosen, options)
+            reason = _why_not(module, layer_scheme, given)
         if reason is None and module in fused:
             reason = (
                 "its parent (TransformerEncoderLayer) reads the weight itself; call "
@@ -123,19 +158,16 @@ def wrap_model(
             skipped[name] = reason
             continue
         weight = _weight(module)
-        if id(weight) not in quantized:
-            qdata, params = quantize_weight(chosen, weight, options, name)
+        if id(weight) not in shared:
+            made = _quantized(registry, module, layer_scheme, given, prefix, name)
             # one Parameter for all who share the weight, so that they go on sharing
-            codes = nn.Parameter(qdata, requires_grad=False)
-            quantized[id(weight)] = codes, params
-        todo[name] = module
-    dense = {id(weight): weight for weight in map(_weight, todo.values())}
+            parameter: Any = nn.Parameter(made, requires_grad=False)
+            shared[id(weight)], dense[id(weight)] = parameter, weight
+        changes[name] = prepare(module, shared[id(weight)], registry)
     before = sum(_nbytes(weight) for weight in dense.values())
-    for module in todo.values():
-        weight = _weight(module)
-        _install(module, chosen, weight, quantized[id(weight)], options)
-    after = sum(_nbytes(q, *params.values()) for q, params in quantized.values())
-    return WrapReport(tuple(todo), skipped, before, after)
+    apply_all(changes.values())
+    after = sum(_nbytes(*w.plain_tensors().values()) for w in shared.values())
+    return WrapReport(tuple(changes), skipped, before, after)
 
 
 def unwrap(module: M) -> M:
@@ -149,17 +181,26 @@ def unwrap(module: M) -> M:
 
     Returns:
         The same object.
+
+    Raises:
+        ModuleError: if a weight is sharded over processes.
     """
     dense: dict[int, nn.Parameter] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, Wrapped) and shard_of(part.weight) is not None:
+            raise ModuleError(
+                f"{name or type(part).__name__}: got a weight that is sharded over "
+                "processes, expected a whole one; call hijack.unwrap before sharding"
+            )
     for part in list(module.modules()):
         if not isinstance(part, Wrapped):
             continue
-        codes = part.weight
-        if id(codes) not in dense:
+        quantized = part.weight
+        if id(quantized) not in dense:
             with torch.no_grad():
-                weight = dense_weight(part)
-            dense[id(codes)] = nn.Parameter(weight, part._hijack.requires_grad)
-        restore(part, dense[id(codes)])
+                weight = dense_weight(part).detach()
+            dense[id(quantized)] = nn.Parameter(weight, part._hijack.requires_grad)
+        restore(part, dense[id(quantized)])
     return module
 
 
@@ -168,6 +209,8 @@ def building(
     scheme: str | Scheme,
     include: Patterns = None,
     exclude: Patterns = None,
+    *,
+    registry: Registry | None = None,
     **options: Any,
 ) -> Iterator[None]:
     """Construct modules that are quantized from birth.
@@ -182,116 +225,164 @@ def building(
         include: fnmatch patterns on module names, counted from the outermost module
             constructed inside; None includes every target.
         exclude: fnmatch patterns on module names to leave dense.
+        registry: whose schemes and plugins are asked; None for the one in force.
         **options: passed to ``scheme.quantize``.
 
     Raises:
         HijackError: whatever the scheme refuses.
     """
-    chosen = default_registry().get(scheme)
-    nursery = _Nursery(chosen, _held(include), _held(exclude), options)
-    with nursery.open():
+    registry = current_registry(registry)
+    chosen = registry.get(scheme)
+    chosen.check_options(options)
+    deferred = _DeferredModules(chosen, registry, Selection(include, exclude), options)
+    with deferred.collecting():
         yield
-    nursery.settle()
-
-
-def matches(name: str, patterns: Patterns) -> bool:
-    """Whether a module name matches any of the fnmatch patterns."""
-    listed = [patterns] if isinstance(patterns, str) else patterns or ()
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in listed)
+    deferred.materialize()
 
 
 # -- details ---------------------------------------------------------------------------
 
 
-class _Nursery:
-    """The modules constructed inside one ``building`` context."""
+#: Arguments of a constructor, and the device its module shall be on.
+_Call = tuple[tuple[Any, ...], dict[str, Any], torch.device]
+
+
+class _DeferredModules:
+    """The modules constructed on meta inside one ``building`` context."""
 
     def __init__(
         self,
         scheme: Scheme,
-        include: Patterns,
-        exclude: Patterns,
+        registry: Registry,
+        selection: Selection,
         options: dict[str, Any],
     ) -> None:
-        self.scheme, self.include, self.exclude = scheme, include, exclude
-        self.options = options
+        self.scheme, self.registry = scheme, registry
+        self.selection, self.options = selection, options
+        self.owners = {_owner(target, "__init__") for target in scheme.targets}
         self.modules: list[weakref.ref[nn.Module]] = []
-        self.births: dict[
-            int, tuple[tuple[Any, ...], dict[str, Any], torch.device]
-        ] = {}
+        self.calls: weakref.WeakKeyDictionary[nn.Module, _Call] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        """Patch the constructors of the target types, and that of every module."""
-        owners = {_owner(target, "__init__") for target in self.scheme.targets}
-        patched = {
-            owner: wrap_init(vars(owner)["__init__"], self._applies, self._born)
-            for owner in owners
-        }
-        patched[nn.Module] = self._recording(patched.get(nn.Module, nn.Module.__init__))
-        with contextlib.ExitStack() as undo:
-            for owner, init in patched.items():
-                undo.callback(setattr, owner, "__init__", vars(owner)["__init__"])
-                setattr(owner, "__init__", init)  # noqa: B010 - a class is patched
-            yield
+    def collecting(self) -> Iterator[None]:
+        """Collect what is constructed inside, in this thread or task alone."""
+        with _patched_constructors(self.owners | {nn.Module}):
+            token = _BUILDING.set((self, *_BUILDING.get()))
+            try:
+                yield
+            finally:
+                _BUILDING.reset(token)
 
-    def _applies(self, module: nn.Module) -> bool:
+    def applies(self, module: nn.Module) -> bool:
+        """Whether a module is to be constructed on meta."""
         return isinstance(module, self.scheme.targets) and not isinstance(
             module, NonDynamicallyQuantizableLinear | LazyModuleMixin
         )
 
-    def _recording(self, init: Any) -> Any:
-        def wrapper(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-            self.modules.append(weakref.ref(module))
-            init(module, *args, **kwargs)
-
-        return wrapper
-
-    def _born(
+    def constructed(
         self,
         module: nn.Module,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         device: torch.device | str | None,
     ) -> None:
+        """Remember how a module was constructed, and where it shall be."""
         # an empty tensor knows the default of a surrounding context, in every torch
         where = torch.empty(0).device if device is None else torch.device(device)
-        self.births[id(module)] = args, kwargs, where
-        default_registry().notify_init(module, args, kwargs)
+        self.calls[module] = args, kwargs, where
 
-    def settle(self) -> None:
-        """Give every module born inside its parameters, by its name in its model."""
+    def materialize(self) -> None:
+        """Give every collected module its parameters, by its name in its model."""
         alive = [module for ref in self.modules if (module := ref()) is not None]
         children = {id(c) for m in alive for c in m.children()}
         for root in (m for m in alive if id(m) not in children):
             for name, module in root.named_modules():
-                if id(module) in self.births:
-                    self._settle_one(name, module)
+                if module in self.calls:
+                    self._materialize_one(name, module)
 
-    def _settle_one(self, name: str, module: nn.Module) -> None:
-        args, kwargs, device = self.births.pop(id(module))
-        left_out = _left_out(name, self.include, self.exclude)
-        if left_out is not None or _why_not(module, self.scheme) is not None:
+    def _materialize_one(self, name: str, module: nn.Module) -> None:
+        args, kwargs, device = self.calls.pop(module)
+        prefix, scheme = f"{name}." if name else "", self.scheme
+        options = self.options
+        left_out = self.selection.reason(name)
+        if left_out is None:
+            scheme = _select(self.registry, module, prefix, scheme)
+            options = _options_for(scheme, self.scheme, options)
+            left_out = _why_not(module, scheme, options)
+        if left_out is not None:
             _fill_from_fresh(module, args, kwargs)
             return
         where = name or type(module).__name__
-        weight = _weight(module)
-        made = default_registry().create_params(module, self.scheme)
-        if made is None:
-            shape = tuple(weight.shape)
-            made = self.scheme.create_params(
-                shape, weight.dtype, device, **self.options
-            )
-        elif not weight.is_meta:  # the model put a weight of its own there
-            made = quantize_weight(self.scheme, weight, self.options, where)
-        _install(module, self.scheme, weight, made, self.options)
+        weight = _quantized(
+            self.registry, module, scheme, options, prefix, where, device
+        )
+        apply_all([prepare(module, weight, self.registry)])
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if tensor is not None and tensor.is_meta and device.type != "meta":
-                zeros = torch.zeros_like(tensor, device=device)
-                if isinstance(tensor, nn.Parameter):
-                    module._parameters[key] = nn.Parameter(zeros, tensor.requires_grad)
+            if key == "weight" or tensor is None or not tensor.is_meta:
+                continue
+            if device.type == "meta":
+                continue
+            zeros = torch.zeros_like(tensor, device=device)
+            if isinstance(tensor, nn.Parameter):
+                module._parameters[key] = nn.Parameter(zeros, tensor.requires_grad)
+            else:
+                module._buffers[key] = zeros
+
+
+#: The contexts of `building` in this thread or task, the innermost first.
+_BUILDING: contextvars.ContextVar[tuple[_DeferredModules, ...]] = (
+    contextvars.ContextVar("hijack_building", default=())
+)
+#: Constructors that are patched, and for how many contexts of any thread.
+_PATCHED: dict[type, tuple[Callable[..., None], int]] = {}
+_PATCHING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _patched_constructors(owners: Collection[type]) -> Iterator[None]:
+    """Have constructors ask the contexts of `building` that they are called in."""
+    with _PATCHING:
+        for owner in owners:
+            original, users = _PATCHED.get(owner, (vars(owner)["__init__"], 0))
+            if not users:
+                setattr(owner, "__init__", _asking(owner, original))  # noqa: B010
+            _PATCHED[owner] = original, users + 1
+    try:
+        yield
+    finally:
+        with _PATCHING:
+            for owner in owners:
+                original, users = _PATCHED.pop(owner)
+                if users > 1:
+                    _PATCHED[owner] = original, users - 1
                 else:
-                    module._buffers[key] = zeros
+                    setattr(owner, "__init__", original)  # noqa: B010
+
+
+def _asking(owner: type, original: Callable[..., None]) -> Callable[..., None]:
+    """What a class's ``__init__`` becomes while models are being built."""
+
+    def builder_of(module: nn.Module) -> _DeferredModules | None:
+        fitting = (b for b in _BUILDING.get() if owner in b.owners)
+        return next((b for b in fitting if b.applies(module)), None)
+
+    def born(module: nn.Module, *call: Any) -> None:
+        builder = builder_of(module)
+        if builder is not None:
+            builder.constructed(module, *call)
+
+    init = wrap_init(original, lambda m: builder_of(m) is not None, born)
+    if owner is not nn.Module:
+        return init
+
+    def record(module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        for builder in _BUILDING.get():
+            builder.modules.append(weakref.ref(module))
+        init(module, *args, **kwargs)
+
+    return functools.wraps(original)(record)
 
 
 def _fill_from_fresh(
@@ -320,30 +411,47 @@ def _weight(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def _install(
+def _select(
+    registry: Registry, module: nn.Module, prefix: str, scheme: Scheme
+) -> Scheme:
+    """The scheme a module gets: what was asked for, unless a plugin says otherwise."""
+    answer = registry.select_scheme(module, prefix, None)
+    return answer if isinstance(answer, Scheme) else scheme
+
+
+def _quantized(
+    registry: Registry,
     module: nn.Module,
     scheme: Scheme,
-    weight: nn.Parameter,
-    made: Quantized,
     options: Mapping[str, Any],
-) -> None:
-    layer = Layer(
-        scheme=scheme,
-        base=type(module),
-        shape=tuple(weight.shape),
-        dtype=weight.dtype,
-        options=dict(options),
-        requires_grad=weight.requires_grad,
+    prefix: str,
+    where: str,
+    device: torch.device | None = None,
+) -> QuantizedTensor:
+    """A module's weight, quantized, or zeroed on a device if it is on meta."""
+    weight = _weight(module)
+    answer = registry.create_params(module, scheme, prefix)
+    if answer is None and weight.is_meta and device is not None:
+        scheme.check_options(options)
+        answer = scheme.create_params(
+            tuple(weight.shape), weight.dtype, device, **options
+        )
+    if answer is None:
+        answer = quantize_weight(scheme, weight, options, where)
+    config = QuantizationConfig.of(scheme, options)
+    return QuantizedTensor(
+        answer[0], answer[1], config, tuple(weight.shape), weight.dtype
     )
-    install(module, layer, *made)
 
 
-def _why_not(module: nn.Module, scheme: Scheme) -> str | None:
+def _why_not(
+    module: nn.Module, scheme: Scheme, options: Mapping[str, Any]
+) -> str | None:
     """Why a module cannot be wrapped with a scheme, or None."""
     if isinstance(module, Wrapped):
-        return (
-            f"it is wrapped with {module._hijack.scheme.name} already; unwrap it first"
-        )
+        weight: Any = module._parameters["weight"]
+        name = weight.scheme.name if isinstance(weight, QuantizedTensor) else "a scheme"
+        return f"it is wrapped with {name} already; unwrap it first"
     if not isinstance(module, scheme.targets):
         names = ", ".join(target.__name__ for target in scheme.targets)
         return f"{type(module).__name__} is no target; expected one of {names}"
@@ -353,9 +461,41 @@ def _why_not(module: nn.Module, scheme: Scheme) -> str | None:
         return "it is lazy; run the model once first"
     if parametrize.is_parametrized(module, "weight"):
         return "its weight is parametrized; remove the parametrization first"
-    if module._parameters.get("weight") is None:
+    weight = module._parameters.get("weight")
+    if weight is None:
         return "it has no parameter named weight"
-    return None
+    return _declined(scheme, tuple(weight.shape), options)
+
+
+def _declined(
+    scheme: Scheme, shape: tuple[int, ...], options: Mapping[str, Any]
+) -> str | None:
+    """Why a scheme declines a layer, or None."""
+    try:
+        reason = scheme.declines(shape, **options)
+    except HijackError:
+        raise
+    except Exception as error:
+        raise SchemeError(
+            f"scheme {scheme.name}: declines cannot be asked about a weight of shape "
+            f"{shape} with options {dict(options)}; {type(error).__name__}: {error}"
+        ) from error
+    if reason is not None and not isinstance(reason, str):
+        raise SchemeError(
+            f"scheme {scheme.name}: declines gave {reason!r}, expected a reason in "
+            "words, or None"
+        )
+    return reason
+
+
+def _options_for(
+    scheme: Scheme, asked: Scheme, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The options for a layer; those of another scheme only where both have them."""
+    if scheme is asked:
+        return options
+    known = {option.name for option in scheme.declared_options()}
+    return {name: value for name, value in options.items() if name in known}
 
 
 def _read_by_fast_path(model: nn.Module) -> set[nn.Module]:
@@ -364,34 +504,6 @@ def _read_by_fast_path(model: nn.Module) -> set[nn.Module]:
         return set()
     layers = (m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer))
     return {part for layer in layers for part in (layer.linear1, layer.linear2)}
-
-
-def _held(patterns: Patterns) -> Patterns:
-    """Patterns that can be gone through many times, unlike those of an iterator."""
-    if patterns is None or isinstance(patterns, str):
-        return patterns
-    return list(patterns)
-
-
-def _left_out(name: str, include: Patterns, exclude: Patterns) -> str | None:
-    if include is not None and not matches(name, include):
-        return "not included"
-    if matches(name, exclude):
-        return "excluded"
-    return None
-
-
-def _check_patterns(
-    include: Patterns, targets: Mapping[str, nn.Module], scheme: Scheme
-) -> None:
-    listed = [include] if isinstance(include, str) else include or ()
-    for pattern in listed:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in targets):
-            some = ", ".join(list(targets)[:5]) or "none"
-            raise ModuleError(
-                f"include: pattern {pattern!r} matches no module {scheme.name} can "
-                f"wrap; the model has {len(targets)}, such as {some}"
-            )
 
 
 def _nbytes(*tensors: Tensor) -> int:

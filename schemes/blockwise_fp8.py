@@ -28,7 +28,6 @@ from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hijack
@@ -39,6 +38,8 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from hijack.modules import linear_forward as default_linear
+from hijack.options import Option
 from schemes._fp8 import decode, quantize
 from schemes._fp8.blocks import (
     FP8_DTYPES,
@@ -48,14 +49,16 @@ from schemes._fp8.blocks import (
     as_grid,
     block_size_of,
     check_scales,
+    cut,
     decode_scale,
+    infer_block_size,
     make_params,
     matrix_shape,
     parse_block_size,
     reblock,
 )
 from schemes._fp8.dialects import DIALECTS, NATIVE
-from schemes._fp8.dialects.markers import likeness
+from schemes._fp8.dialects.likeness import likeness
 
 # -- the scheme ----------------------------------------------------------------------
 
@@ -67,6 +70,29 @@ class BlockwiseFP8(hijack.Scheme):
     targets = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     dialects = DIALECTS
     native = NATIVE
+    claims_unmarked = True
+    options = (
+        Option("block_size", "block_size", (1, 64), "elements that share a scale"),
+        Option(
+            "dtype", "dtype", torch.float8_e4m3fn, "of the codes", choices=FP8_DTYPES
+        ),
+        Option(
+            "scale_dtype",
+            "dtype",
+            help="of the scales; the weight's own, or what the dialect needs",
+            choices=(*SCALE_DTYPES, *POWER_DTYPES[:1]),
+        ),
+        Option(
+            "scale_search",
+            "int",
+            0,
+            "scales to try for each block, for less error; 0 takes the absmax scale",
+            minimum=0,
+            maximum=quantize.MAX_CANDIDATES,
+        ),
+        Option("stochastic", "bool", False, "round up or down at random"),
+        Option("seed", "int", 0, "of the random numbers"),
+    )
 
     def quantize(  # type: ignore[override]
         self,
@@ -155,9 +181,34 @@ class BlockwiseFP8(hijack.Scheme):
             dense = _multiply(codes.float(), decode_scale(scale), size).to(dtype)
         return dense.view(qdata.shape)
 
+    def dense_shape(
+        self, qdata: Tensor, params: Mapping[str, Tensor]
+    ) -> tuple[int, ...]:
+        """The shape of the codes."""
+        return tuple(qdata.shape)
+
+    def options_of(self, qdata: Tensor, params: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Block size and both dtypes, which the tensors tell."""
+        options: dict[str, Any] = {
+            "block_size": block_size_of(qdata, params),
+            "dtype": qdata.dtype,
+        }
+        scale = params["weight_scale"].dtype
+        if scale in (*SCALE_DTYPES, *POWER_DTYPES[:1]):
+            options["scale_dtype"] = scale
+        return options
+
     def options_like(self, dtype: torch.dtype) -> dict[str, Any]:
         """Scales of that dtype, where it is one of theirs."""
         return {"scale_dtype": dtype if dtype in SCALE_DTYPES else torch.float32}
+
+    def requantize(
+        self, weight: Tensor, old: hijack.QuantizedTensor, *, seed: int = 0
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Quantize again with the options the layer has; a seed rounds at random."""
+        told = self.options_of(old.qdata, old.params)
+        random = {"stochastic": bool(seed), "seed": seed}
+        return self.quantize(weight, **{**old.options, **told, **random})
 
     def likeness(self, header: hijack.Header, layer: str) -> Hashable | None:
         """The layer's tensors, and what the markers of all dialects say of it."""
@@ -193,14 +244,39 @@ class BlockwiseFP8(hijack.Scheme):
         scale = reblock(params["weight_scale"], shape, size, wanted)
         return None if scale is None else make_params(scale, shape, wanted)
 
+    def params_of_part(
+        self,
+        params: Mapping[str, Tensor],
+        shape: tuple[int, ...],
+        part: tuple[slice, ...],
+    ) -> dict[str, Tensor] | None:
+        """The scales of a part; blocks that are cut through become narrower ones.
+
+        Args:
+            params: as for `dequantize`.
+            shape: (N, ...) of the whole weight.
+            part: rows and columns; of convolutions, rows.
+        """
+        whole = matrix_shape(shape)
+        if len(shape) > 2 and any(
+            s.stop - s.start != size
+            for s, size in zip(part[1:], shape[1:], strict=True)
+        ):
+            return None
+        marker = params.get("weight_block_size")
+        scale = params["weight_scale"]
+        size = infer_block_size(
+            shape, tuple(scale.shape), None if marker is None else tuple(marker.shape)
+        )
+        spans = (part[0], part[1] if len(shape) == 2 else slice(0, whole[1]))
+        return cut(scale, whole, size, spans)
+
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Forwards that decode what they need: a piece of a Linear, rows of a table."""
-        wrapped: Any = module
-        base = wrapped._hijack.base if hasattr(module, "_hijack") else type(module)
-        if base.forward is nn.Linear.forward:
+        if isinstance(module, nn.Linear):
             return linear_forward
-        if base.forward is nn.Embedding.forward:
-            plain = wrapped.max_norm is None and not wrapped.sparse
+        if isinstance(module, nn.Embedding):
+            plain = module.max_norm is None and not module.sparse
             return embedding_forward if plain else None
         return None
 
@@ -285,72 +361,85 @@ def _multiply(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
     if n % rows == 0 and k % cols == 0:
         blocks = codes.reshape(n // rows, rows, k // cols, cols)
         return (blocks * scale[:, None, :, None]).view(n, k)
-    # not repeat_interleave and a slice, which Inductor of torch 2.13 compiles wrongly
-    row = torch.arange(n, device=codes.device) // rows
-    col = torch.arange(k, device=codes.device) // cols
-    return codes * scale[row][:, col]
+    # Inductor of torch 2.13 compiles scales that are spread over a ragged width into
+    # garbage, by repeat_interleave as by an index: so whole blocks, then the short ones
+    scale = scale[torch.arange(n, device=codes.device) // rows]  # (N, ceil(K/C))
+    many, whole = k // cols, k // cols * cols
+    blocks = codes[:, :whole].reshape(n, many, cols) * scale[:, :many, None]
+    rest = codes[:, whole:] * scale[:, many:] if whole < k else codes[:, k:]
+    return torch.cat([blocks.view(n, whole), rest], 1)
 
 
 # -- forwards --------------------------------------------------------------------------
 
 
-def linear_forward(self: Any, input: Tensor) -> Tensor:
-    """``nn.Linear.forward`` with a weight that is decoded piece by piece.
+def linear_forward(
+    module: nn.Module,
+    input: Tensor,
+    weight: hijack.QuantizedTensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """``F.linear`` with a weight that is decoded piece by piece.
 
     Args:
-        self: a module with ``weight`` (N, K), ``weight_scale`` and ``bias``.
+        module: not used; the weight may be anywhere.
         input: (..., K).
+        weight: (N, K).
+        bias: (N,), or None.
 
     Returns:
         (..., N) of ``input``'s dtype.
     """
-    weight, bias, params = self.weight, self.bias, _params(self)
-    dtype = input.dtype if input.is_floating_point() else self._hijack.dtype
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
-    if (
-        not torch.compiler.is_compiling()
-        and input.shape[-1:] == weight.shape[1:]
-        and decode.can_multiply(input, bias)
-    ):
-        scale, size = as_grid(params["weight_scale"]), block_size_of(weight, params)
-        if decode.can_decode(weight, scale, size):
-            return decode.linear(input, weight, scale, size, bias)
-    return F.linear(input, self._hijack.scheme.dequantize(weight, params, dtype), bias)
+    if not torch.compiler.is_compiling() and input.shape[-1:] == weight.shape[1:]:
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias.to(input.dtype)
+        if decode.can_multiply(input, bias):
+            codes = weight.qdata
+            scale = as_grid(weight.params["weight_scale"])
+            size = block_size_of(codes, weight.params)
+            if decode.can_decode(codes, scale, size):
+                return decode.linear(input, codes, scale, size, bias)
+    return default_linear(module, input, weight, bias)
 
 
-def embedding_forward(self: Any, input: Tensor) -> Tensor:
-    """``nn.Embedding.forward`` that decodes the rows asked for and no others.
+def embedding_forward(
+    module: nn.Module, input: Tensor, weight: hijack.QuantizedTensor, bias: None
+) -> Tensor:
+    """``F.embedding`` that decodes the rows asked for and no others.
 
     Args:
-        self: a module with ``weight`` (N, K) and ``weight_scale``.
+        module: not used.
         input: (...) int64 or int32.
+        weight: (N, K).
+        bias: None.
 
     Returns:
         (..., K) of the dense weight's dtype.
     """
-    weight, params = self.weight, _params(self)
-    rows, cols = block_size_of(weight, params)
+    qdata, params = weight.qdata, weight.params
+    rows, cols = block_size_of(qdata, params)
     index = input.reshape(-1)  # (M,)
-    shape = (*input.shape, weight.shape[1])
+    shape = (*input.shape, qdata.shape[1])
     if not len(index):
-        return torch.empty(shape, dtype=self._hijack.dtype, device=weight.device)
+        return torch.empty(shape, dtype=weight.dtype, device=qdata.device)
     found = {
-        "weight_scale": as_grid(self.weight_scale)[index // rows],  # (M, K/C)
-        "weight_block_size": weight.new_empty((1, cols, 0), dtype=torch.uint8),
+        "weight_scale": as_grid(params["weight_scale"])[index // rows],  # (M, K/C)
+        "weight_block_size": qdata.new_empty((1, cols, 0), dtype=torch.uint8),
     }
-    codes = weight.view(torch.uint8)[index].view(weight.dtype)  # (M, K)
-    dense = self._hijack.scheme.dequantize(codes, found, self._hijack.dtype)
-    result: Tensor = dense.view(shape)
-    return result
+    codes = qdata.view(torch.uint8)[index].view(qdata.dtype)  # (M, K)
+    dense = weight.scheme.dequantize(codes, found, weight.dtype)
+    return dense.view(shape)
 
 
-def _params(module: Any) -> dict[str, Tensor]:
-    """The scheme's parameters of a module, as they are now."""
-    params = {"weight_scale": module.weight_scale}
-    marker = getattr(module, "weight_block_size", None)
-    return params if marker is None else {**params, "weight_block_size": marker}
+#: The scheme; it keeps nothing, so that one serves everybody.
+SCHEME = BlockwiseFP8()
 
 
-hijack.register(BlockwiseFP8())
+@hijack.hookimpl
+def hijack_register_schemes(registry: hijack.Registry) -> None:
+    """Register the scheme with any registry that loads this plugin."""
+    registry.register(SCHEME)
+
+
+hijack.default_registry().register(SCHEME)
 hijack.hosts.arm("comfyui")

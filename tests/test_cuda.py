@@ -112,7 +112,7 @@ def test_linear_is_that_of_the_dequantized_weight(shape, block_size, dtype):
     if hasattr(layer, "weight_block_size"):
         params["weight_block_size"] = layer.weight_block_size
     x = torch.randn(5, shape[1], device="cuda", dtype=dtype)
-    dense = SCHEME.dequantize(layer.weight, params, dtype)
+    dense = SCHEME.dequantize(layer.weight.qdata, params, dtype)
     assert torch.equal(layer(x), F.linear(x, dense, layer.bias))
 
 

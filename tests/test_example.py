@@ -19,7 +19,7 @@ ASK = """
 import json, torch, hijack
 scheme = hijack.schemes()["int8_rowwise"]
 layer = hijack.wrap_module(torch.nn.Linear(8, 4), "int8_rowwise")
-print(json.dumps([scheme.origin, str(layer.weight.dtype)]))
+print(json.dumps([scheme.origin, str(layer.weight.qdata.dtype)]))
 """
 
 
@@ -76,7 +76,7 @@ def test_command_line_lists_the_plugin(installed):
     """``hijack schemes`` shows the plugin and its origin."""
     run = "import sys; from hijack.cli import main; sys.exit(main(['schemes']))"
     listed = python(installed, "-c", run)
-    (line,) = [line for line in listed.splitlines() if "int8_rowwise" in line]
+    line = next(line for line in listed.splitlines() if "int8_rowwise" in line)
     assert "hijack_int8_rowwise" in line
 
 

@@ -15,6 +15,8 @@ from hijack.errors import (
     SchemeError,
     UnknownSchemeError,
 )
+from hijack.formats.detection import identify
+from hijack.formats.dialect import native_claim
 
 
 class Plain(hijack.Scheme):
@@ -189,13 +191,25 @@ def test_disabled_entry_points_are_not_loaded(installed, monkeypatch):
     assert registry.problems == []
 
 
+HALVES = {"a.weight": torch.ones(2, 2).half(), "a.unit": torch.ones(1)}
+
+
+class Unmarked(Plain):
+    """One that claims what nobody marked."""
+
+    name = "unmarked"
+    claims_unmarked = True
+
+
 def test_a_disabled_scheme_claims_nothing_but_can_be_used(registry, monkeypatch):
     """HIJACK_DISABLE keeps a scheme from claiming checkpoints."""
-    monkeypatch.setenv("HIJACK_DISABLE", "plain")
-    registry.register(Plain())
-    layer = {"a.weight": torch.ones(2, 2).half(), "a.unit": torch.ones(1)}
-    assert registry.identify(hijack.Header.from_state_dict(layer)) == []
-    assert registry.get("plain").quantize(torch.ones(2, 2))[0].dtype == torch.float16
+    registry.register(Unmarked())
+    header = hijack.Header.from_state_dict(HALVES)
+    assert set(identify(header, registry).layers) == {"a"}
+    monkeypatch.setenv("HIJACK_DISABLE", "unmarked")
+    assert identify(header, registry).layers == {}
+    qdata, _ = registry.get("unmarked").quantize(torch.ones(2, 2))
+    assert qdata.dtype == torch.float16
 
 
 def test_every_scheme_may_claim_and_a_failing_one_is_passed_over(registry, caplog):
@@ -208,34 +222,53 @@ def test_every_scheme_may_claim_and_a_failing_one_is_passed_over(registry, caplo
             raise ZeroDivisionError("oops")
 
     registry.register(Failing())
-    registry.register(Plain())
-    layer = {"a.weight": torch.ones(2, 2).half(), "a.unit": torch.ones(1)}
-    claims = registry.identify(hijack.Header.from_state_dict(layer))
-    assert [(c.layer, c.scheme) for c in claims] == [("a", "plain")]
-    assert "plugin scheme:failing: identify: ZeroDivisionError: oops" in caplog.text
+    registry.register(Unmarked())
+    found = identify(hijack.Header.from_state_dict(HALVES), registry)
+    assert {layer: claim.scheme for layer, claim in found.layers.items()} == {
+        "a": "unmarked"
+    }
+    words = "plugin scheme failing: hijack_identify: ZeroDivisionError: oops"
+    assert words in caplog.text
 
 
-def test_select_scheme_asks_about_one_module(registry):
-    """Only targets are claimed, by their own prefix."""
-    registry.register(Plain())
-    tensors = {"a.weight": torch.ones(2, 2).half(), "a.unit": torch.ones(1)}
-    claim = registry.select_scheme(nn.Linear(2, 2), "a.", tensors)
-    assert claim is not None
-    assert dict(claim.keys) == {"weight": "a.weight", "unit": "a.unit"}
-    assert registry.select_scheme(nn.Linear(2, 2), "b.", tensors) is None
-    assert registry.select_scheme(nn.LayerNorm(2), "a.", tensors) is None
+def test_select_scheme_takes_what_fits_the_question(registry):
+    """A claim where a file decides, a scheme or its name elsewhere, None otherwise."""
+    plain = registry.register(Plain())
+    claim = native_claim("a", "plain", ["unit"])
+    answers = iter([claim, "plain", plain, None, claim, plain])
+
+    class Plugin:
+        @hijack.hookimpl
+        def hijack_select_scheme(self):
+            return next(answers)
+
+    registry.add_plugin(Plugin(), "chooser")
+    layer, header = nn.Linear(2, 2), hijack.Header.from_state_dict(HALVES)
+    assert registry.select_scheme(layer, "a.", header) is claim
+    assert registry.select_scheme(layer, "a.", None) is plain
+    assert registry.select_scheme(layer, "a.", None) is plain
+    assert registry.select_scheme(layer, "a.", None) is None
+    assert registry.problems == []
+    assert registry.select_scheme(layer, "a.", None) is None
+    assert registry.select_scheme(layer, "a.", header) is None
+    assert [p.error.split(",")[0].split()[2] for p in registry.problems] == [
+        "Claim",
+        "Plain",
+    ]
 
 
 def test_a_plugin_may_answer_before_the_scheme(registry):
     """create_params and bind_forward take the first plugin that answers."""
 
-    def forward(module, x):
-        return x
+    def forward(module, input, weight, bias):
+        return input
+
+    tensors = torch.zeros(2, 2), {"unit": torch.ones(1)}
 
     class Plugin:
         @hijack.hookimpl(tryfirst=True)
         def hijack_create_params(self, module, scheme, prefix, state_dict):
-            return torch.zeros(1), {}
+            return tensors
 
         @hijack.hookimpl(tryfirst=True)
         def hijack_bind_forward(self, module, scheme):
@@ -246,7 +279,7 @@ def test_a_plugin_may_answer_before_the_scheme(registry):
     assert registry.create_params(layer, scheme) is None
     assert registry.bind_forward(layer, scheme) is None
     registry.add_plugin(Plugin(), "eager")
-    assert registry.create_params(layer, scheme)[1] == {}
+    assert torch.equal(registry.create_params(layer, scheme)[0], tensors[0])
     assert registry.bind_forward(layer, scheme) is forward
 
 

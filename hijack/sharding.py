@@ -1,0 +1,404 @@
+"""`QuantizedShard`: the part of a quantized weight that one of many processes holds.
+
+FSDP2 leaves each process some rows of every weight and gathers them for a forward.
+Tensor parallelism leaves it rows or columns, and computes with them. Both cut a tensor
+with ``chunk``, as anybody may; so a quantized weight looks who asks, and gives torch's
+distributed code shards, everybody else decoded parts. A shard holds its part of the
+quantized data, and the scheme's other tensors whole, which are small.
+
+FSDP gathers the quantized data, FP8 as bytes because gloo moves no FP8, and makes the
+weight of it again. A shard of tensor parallelism decodes by itself if its scheme can
+(`Scheme.params_of_part`); other shards refuse to.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from hijack.errors import CheckpointError, ReadOnlyError, SchemeError
+from hijack.quantized import FACTORIES, OPERATIONS, QuantizedTensor, new_tensor
+
+aten = torch.ops.aten
+
+#: First and last element in each dimension of the whole weight.
+Part = tuple[slice, ...]
+
+
+class QuantizedShard(Tensor):
+    """Some rows, or columns, of the data of a quantized weight.
+
+    Its shape and dtype are those of the same part of the dense weight.
+
+    Attributes:
+        qdata: the part of the quantized data.
+        weight: what the whole weight is, with data on meta.
+        part: which part it is; None if only the process group knows.
+        gathered: which part FSDP gathers; None is the whole weight.
+    """
+
+    qdata: Tensor
+    weight: QuantizedTensor
+    part: Part | None
+    gathered: Part | None
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls,
+        qdata: Tensor,
+        weight: QuantizedTensor,
+        shape: Sequence[int],
+        part: Part | None = None,
+        gathered: Part | None = None,
+    ) -> QuantizedShard:
+        with torch.inference_mode(False):
+            self: QuantizedShard = torch.Tensor._make_wrapper_subclass(
+                cls, tuple(shape), dtype=weight.dtype, device=qdata.device
+            )
+        self.qdata, self.weight = qdata, weight
+        self.part, self.gathered = part, gathered
+        return self
+
+    def replace(self, **changes: Any) -> QuantizedShard:
+        """The same but for some of the constructor's arguments."""
+        fields: dict[str, Any] = {
+            "qdata": self.qdata,
+            "weight": self.weight,
+            "shape": tuple(self.shape),
+            "part": self.part,
+            "gathered": self.gathered,
+        }
+        return QuantizedShard(**{**fields, **changes})
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedShard:
+        """Apply a function that moves or copies to every tensor inside."""
+        params = {name: function(t) for name, t in self.weight.params.items()}
+        weight = self.weight.replace(params=params)
+        return self.replace(qdata=function(self.qdata), weight=weight)
+
+    def quantized(self) -> QuantizedTensor:
+        """The part as a weight of its own.
+
+        Raises:
+            SchemeError: if it cannot be decoded without the other parts.
+        """
+        params = None
+        if self.part is not None and self.qdata.shape == self.shape:
+            whole = self.weight
+            params = whole.scheme.params_of_part(
+                whole.params, tuple(whole.shape), self.part
+            )
+        if params is None:
+            raise SchemeError(
+                f"{self!r}: cannot be decoded without the other parts; got a part of a "
+                f"{self.weight.scheme.name} weight, expected the whole; gather it "
+                "first, or leave the layer dense"
+            )
+        return self.weight.replace(
+            qdata=self.qdata, params=params, shape=tuple(self.shape)
+        )
+
+    def data_ptr(self) -> int:
+        """Address of the quantized data."""
+        return self.qdata.data_ptr()
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        return (
+            f"QuantizedShard({self.weight.scheme.name}, shape={tuple(self.shape)}, of "
+            f"{tuple(self.weight.shape)}, dtype={self.dtype}, device={self.device})"
+        )
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["qdata", "weight"], (self.part, self.gathered)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: Any, context: Any, size: Any, stride: Any) -> Any:
+        return QuantizedShard(inner["qdata"], inner["weight"], tuple(size), *context)
+
+    # -- FSDP --------------------------------------------------------------------------
+
+    def fsdp_pre_all_gather(
+        self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """What to gather, of as many rows in each process."""
+        data = self.qdata
+        if data.element_size() == 1:
+            data = data.view(torch.uint8)
+        missing = -(-size[0] // mesh.size()) - len(data)
+        if missing:
+            data = torch.cat([data, data.new_zeros((missing, *data.shape[1:]))])
+        return (data,), (size, stride)
+
+    def fsdp_post_all_gather(
+        self,
+        outputs: tuple[Tensor, ...],
+        metadata: Any,
+        param_dtype: torch.dtype,
+        *,
+        out: Tensor | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The weight of what was gathered; it shares the memory of it."""
+        if out is not None:  # which has been gathered into
+            return None
+        (data,), (size, _) = outputs, metadata
+        qdata = data.view(self.weight.qdata.dtype)[: size[0]]
+        weight = self.weight.replace(dtype=param_dtype)
+        if self.gathered is not None:
+            return QuantizedShard(qdata, weight, size, self.gathered), ()
+        return weight.replace(qdata=qdata), ()
+
+    # -- operations --------------------------------------------------------------------
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        special = _OPERATIONS.get(func)
+        if special is not None:
+            return special(*args, **kwargs)
+        if func.overloadpacket in FACTORIES:
+            return new_tensor(func, *args, **kwargs)
+        if func._schema.is_mutable or func.namespace == "c10d":
+            raise ReadOnlyError(
+                f"{func}: cannot write to a part of a quantized weight; got a write, "
+                "expected one to a dense weight; call hijack.unwrap before sharding, "
+                "or pass src_data_rank=None so that no process sends its weight"
+            )
+        args, kwargs = tree_map_only(
+            QuantizedShard, lambda shard: shard.quantized().value(), (args, kwargs)
+        )
+        return func(*args, **kwargs)
+
+
+# -- state dicts -----------------------------------------------------------------------
+
+
+def shard_of(weight: Any) -> QuantizedShard | None:
+    """The shard that a distributed parameter holds here, or None."""
+    local = getattr(weight, "_local_tensor", None)
+    return local if isinstance(local, QuantizedShard) else None
+
+
+def distributed_data(weight: Any) -> Tensor:
+    """The quantized data of a sharded weight, distributed as the weight is.
+
+    Args:
+        weight: a DTensor of shards.
+    """
+    from torch.distributed.tensor import DTensor
+
+    shard: Any = shard_of(weight)
+    whole = shard.weight.qdata
+    data: Tensor = DTensor.from_local(
+        shard.qdata,
+        weight.device_mesh,
+        weight.placements,
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
+    return data
+
+
+def load_shard(shard: QuantizedShard, tensors: dict[str, Tensor], where: str) -> None:
+    """Write the tensors of a distributed state dict into a shard.
+
+    Args:
+        shard: of this process.
+        tensors: name to tensor; ``weight`` is distributed, the others are whole.
+        where: the layer, for messages.
+
+    Raises:
+        CheckpointError: if they are of another kind.
+    """
+    data = getattr(tensors["weight"], "_local_tensor", None)
+    fits = data is not None and (data.shape, data.dtype) == (
+        shard.qdata.shape,
+        shard.qdata.dtype,
+    )
+    if not fits or not tensors.keys() >= shard.weight.params.keys():
+        raise CheckpointError(
+            f"{where}: got tensors that do not fit a sharded quantized weight, "
+            f"expected a DTensor of {shard.qdata.dtype} under weight and whole "
+            f"{', '.join(shard.weight.params)}; load before sharding, or take "
+            "a state dict of the sharded model"
+        )
+    with torch.no_grad():
+        shard.qdata.copy_(data)  # type: ignore[arg-type]
+        for name, param in shard.weight.params.items():
+            given = tensors[name]
+            param.copy_(getattr(given, "_local_tensor", given))
+
+
+# -- details ---------------------------------------------------------------------------
+
+
+def _asked_by_torch() -> str:
+    """The module of torch's distributed code that called an operation, or ""."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if not name.startswith(("hijack", "torch._", "torch.utils")):
+            return name if name.startswith("torch.distributed.") else ""
+        frame = frame.f_back
+    return ""
+
+
+def _split(weight: Any, size: int, dim: int = 0) -> Any:
+    """Shards for torch's distributed code, decoded parts for everybody else."""
+    if isinstance(weight, QuantizedTensor):
+        if not _asked_by_torch():
+            return torch.split(weight.value(), size, dim)
+        if weight.additions:
+            raise SchemeError(
+                f"{weight!r}: got a weight with additions, expected one without; "
+                "remove them before sharding"
+            )
+        part: Part | None = tuple(slice(0, length) for length in weight.shape)
+        params = weight.params
+        shape = weight.shape
+        whole = weight.replace(qdata=weight.qdata.to("meta"), params=params)
+    else:
+        part, shape, whole = weight.part, weight.shape, weight.weight
+    qdata = weight.qdata
+    dim = dim % len(shape)
+    even = shape[dim] % size == 0
+    if (
+        qdata.shape[: dim + 1] != shape[: dim + 1] if dim == 0 else qdata.shape != shape
+    ) or (qdata.shape != shape and not even):
+        raise SchemeError(
+            f"{weight!r}: cannot be cut along dimension {dim}; got quantized data of "
+            f"shape {tuple(qdata.shape)}, expected one of the dense weight's; leave "
+            "the layer dense"
+        )
+    shards = []
+    for start in range(0, shape[dim], size):
+        length = min(size, shape[dim] - start)
+        shards.append(
+            QuantizedShard(
+                qdata.narrow(dim, start, length),
+                whole,
+                (*shape[:dim], length, *shape[dim + 1 :]),
+                _within(part, dim, start, length),
+            )
+        )
+    return shards
+
+
+def _within(part: Part | None, dim: int, start: int, length: int) -> Part | None:
+    if part is None:
+        return None
+    first = part[dim].start + start
+    return (*part[:dim], slice(first, first + length), *part[dim + 1 :])
+
+
+def _new_zeros(weight: Any, size: Sequence[int], **kwargs: Any) -> Tensor:
+    """What FSDP copies its shard into, or zeros."""
+    fsdp = _asked_by_torch().startswith("torch.distributed.fsdp")
+    if not fsdp or tuple(size[1:]) != tuple(weight.shape[1:]):
+        return new_tensor(aten.new_zeros.default, weight, size, **kwargs)  # type: ignore[no-any-return]
+    qdata = weight.qdata.new_zeros((size[0], *weight.qdata.shape[1:]))
+    if isinstance(weight, QuantizedTensor):
+        whole = weight.replace(qdata=weight.qdata.to("meta"))
+        return QuantizedShard(qdata, whole, size)
+    gathered = weight.gathered if weight.part is None else weight.part
+    return QuantizedShard(qdata, weight.weight, size, None, gathered)
+
+
+def _slice(
+    shard: QuantizedShard,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor:
+    first, last, _ = slice(start, end).indices(shard.shape[dim])
+    length = max(last - first, 0)
+    if step != 1 or shard.qdata.shape[dim] != shard.shape[dim]:
+        return aten.slice.Tensor(shard.quantized().value(), dim, start, end, step)  # type: ignore[no-any-return]
+    shape = (*shard.shape[:dim], length, *shard.shape[dim + 1 :])
+    return shard.replace(
+        qdata=shard.qdata.narrow(dim, first, length),
+        shape=shape,
+        part=_within(shard.part, dim, first, length),
+    )
+
+
+def _view(shard: QuantizedShard, size: Sequence[int]) -> Tensor:
+    if tuple(size) == tuple(shard.shape):
+        return shard.replace()
+    if list(size) != [-1] or not _asked_by_torch():
+        return shard.quantized().value().view(tuple(size))
+    # FSDP keeps it beside the shard and never reads it
+    return shard.replace(qdata=shard.qdata.view(-1), shape=(shard.numel(),), part=None)
+
+
+def _as_strided(
+    weight: Any, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> Tensor:
+    whole = tuple(size) == tuple(weight.shape) and not offset
+    if whole and tuple(stride) == weight.stride():
+        return weight.replace()  # type: ignore[no-any-return]
+    if isinstance(weight, QuantizedShard):
+        weight = weight.quantized()
+    return torch.as_strided(weight.value(), tuple(size), tuple(stride), offset)
+
+
+def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
+    if not isinstance(target, QuantizedShard):
+        return target.copy_(source.quantized().value(), non_blocking=non_blocking)
+    if not isinstance(source, QuantizedShard):
+        raise ReadOnlyError(
+            f"copy_: cannot write to {target!r}; got a dense tensor, expected a shard; "
+            "call hijack.unwrap before sharding"
+        )
+    target.qdata.copy_(source.qdata, non_blocking=non_blocking)
+    return target
+
+
+def _to_copy(shard: QuantizedShard, **kwargs: Any) -> Tensor:
+    dtype, device = kwargs.get("dtype"), kwargs.get("device")
+    if dtype is not None and not dtype.is_floating_point:
+        return shard.quantized().value().to(dtype=dtype, device=device)
+    moved = shard.map(lambda t: t.to(device=device or t.device, copy=True))
+    weight = moved.weight.replace(dtype=dtype or shard.dtype)
+    return moved.replace(weight=weight)
+
+
+def _empty_like(shard: QuantizedShard, **kwargs: Any) -> Tensor:
+    device = kwargs.get("device")
+    return shard.map(lambda t: torch.empty_like(t, device=device or t.device))
+
+
+def _same(shard: QuantizedShard, *_: Any, **__: Any) -> QuantizedShard:
+    return shard.replace()
+
+
+_OPERATIONS: dict[Any, Callable[..., Any]] = {
+    aten.detach.default: _same,
+    aten.alias.default: _same,
+    aten.clone.default: lambda shard, **_: shard.map(
+        lambda t: t.clone(memory_format=torch.contiguous_format)
+    ),
+    aten._to_copy.default: _to_copy,
+    aten.empty_like.default: _empty_like,
+    aten.copy_.default: _copy_,
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.new_zeros.default: _new_zeros,
+    aten.view.default: _view,
+    aten.as_strided.default: _as_strided,
+    aten._pin_memory.default: lambda shard, *_: shard.map(Tensor.pin_memory),
+    aten.is_pinned.default: lambda shard, *_: shard.qdata.is_pinned(),
+}
+OPERATIONS[aten.split.Tensor] = _split
+OPERATIONS[aten.new_zeros.default] = _new_zeros
+OPERATIONS[aten.as_strided.default] = _as_strided
