@@ -17,7 +17,7 @@ import wrapt
 from hijack.errors import PatchError
 from hijack.hosts.adapter import Adapter, tested
 from hijack.patching import PatchSet
-from hijack.registry import default_registry, disabled, strict
+from hijack.registry import current_registry, disabled, strict
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +119,11 @@ class Control:
         try:
             self._patch()
         except Exception as error:
-            self._reason = f"{error}" or type(error).__name__
+            known, self._reason = self._reason, f"{error}" or type(error).__name__
             if strict():
                 raise
-            log.warning("hijack: %s not patched: %s", self.name, self._reason)
+            if self._reason != known:  # said when somebody else armed it
+                log.warning("hijack: %s not patched: %s", self.name, self._reason)
 
     def _patch(self) -> None:
         if self._patches is not None and self._patches.applied:
@@ -148,7 +149,7 @@ class Control:
 
     def _announce(self, version: str) -> None:
         try:
-            default_registry().host_patched(self.name, version)
+            current_registry().host_patched(self.name, version)
         except Exception as error:  # a plugin's failure must not stop the host
             if strict():
                 raise

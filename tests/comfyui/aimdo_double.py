@@ -121,7 +121,8 @@ MEMORY = Memory()
 # -- native functions ------------------------------------------------------------------
 
 
-def vbar_allocate(context, size, device):
+def vbar_allocate(context, size, device, pageout=None):
+    assert not pageout, "aimdo 0.6 can report evictions; ComfyUI did not ask for it"
     return MEMORY.add(MEMORY.vbars, VBar(size))
 
 
@@ -144,6 +145,7 @@ def vbar_fault(context, handle, offset, size, signature):
 
 def vbar_unpin(context, handle, offset, size):
     MEMORY.vbars[handle].pinned.discard(offset)
+    return True
 
 
 def vbar_loaded_size(context, handle):
@@ -243,6 +245,12 @@ def nothing(*_):
     return True
 
 
+def unused(*_):
+    """What comfy_aimdo declares and ComfyUI does not call."""
+    raise NotImplementedError("the double of comfy_aimdo has no such function yet")
+
+
+UNUSED = "hostbuf_file_writer_write xfer_file_write"
 NOTHING = (
     "vbar_prioritize vbar_deprioritize vbar_set_watermark vbar_set_watermark_limit "
     "vbars_reset_watermark_limits vbar_get_nr_pages vbar_get_watermark "
@@ -267,6 +275,7 @@ def library():
 
     named = {function.__name__: declarable(function) for function in NATIVE}
     rest = {name: declarable(nothing) for name in NOTHING.split()}
+    rest |= {name: declarable(unused) for name in UNUSED.split()}
     return types.SimpleNamespace(**rest, **named)
 
 

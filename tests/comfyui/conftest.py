@@ -45,7 +45,7 @@ def release(request):
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """A folder with every file of `comfy_models.FILES`, and int8 codes for a plugin."""
+    """A folder with every file of `comfy_models.FILES`, one in int8 for a plugin."""
     folder = tmp_path_factory.mktemp("models")
     newest = RELEASES[list(RELEASES)[-1]]
     script = Path(comfy_models.__file__)

@@ -142,12 +142,14 @@ def files(models, tmp_path_factory):
     for name in ("bf16", "fp8", "exact"):
         (folder / f"{name}.safetensors").symlink_to(models / f"{name}.safetensors")
     dense = load_file(models / "bf16.safetensors")
-    coded = dict(dense)
+    quantized_sd = dict(dense)
     for key, tensor in dense.items():
         if comfy_models.is_quantized(key, tensor):
             scale = key.replace(".weight", ".scale_weight")
-            coded[key], coded[scale], _ = comfy_models.quantize(tensor, "block")
-    save_file(coded, folder / "musubi.safetensors")
+            quantized_sd[key], quantized_sd[scale], _ = comfy_models.quantize(
+                tensor, "block"
+            )
+    save_file(quantized_sd, folder / "musubi.safetensors")
     command = [sys.executable, "-c", WRITE_GGUF]
     paths = [str(models / "bf16.safetensors"), str(folder / "q8.gguf")]
     environment = {**os.environ, "PYTHONPATH": str(SITE)}
@@ -325,8 +327,10 @@ def test_who_else_patched_is_named(together):
     """The report names the pack that wrapped our function, its file, and when."""
     [(report, *_)] = together["report"]
     when = "before" if together["order"] == "hijack last" else "after"
-    door = "comfy.model_detection.model_config_from_unet"
-    words = rf"{door}: patched {when} us by \S+-wraps\.\S+ \(\S+-wraps/__init__.py\)"
+    function = "comfy.model_detection.model_config_from_unet"
+    words = (
+        rf"{function}: patched {when} us by \S+-wraps\.\S+ \(\S+-wraps/__init__.py\)"
+    )
     assert re.search(words, report), report
     # whoever comes later is not there yet when ComfyUI's log says who was
     assert bool(re.search(words, together["log"])) == (when == "before")

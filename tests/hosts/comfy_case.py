@@ -48,11 +48,11 @@ found = {}
 # -- files -----------------------------------------------------------------------------
 
 
-def exact(coded):
-    """What musubi files mean, in float32: the product of codes and scales."""
+def exact(quantized_sd):
+    """What musubi files mean, in float32: the product of data and scales."""
     dense = {}
-    for key, tensor in coded.items():
-        scale = coded.get(key.replace(".weight", ".scale_weight"))
+    for key, tensor in quantized_sd.items():
+        scale = quantized_sd.get(key.replace(".weight", ".scale_weight"))
         if key.endswith(".scale_weight"):
             continue
         if scale is not None and scale is not tensor:
@@ -66,21 +66,34 @@ def exact(coded):
 
 def with_scheme(dense, scheme):
     """The file of an author's scheme, what it means, and its marker."""
-    coded, meant, marked = {}, {}, {}
+    quantized_sd, meant, marked = {}, {}, {}
     for key, tensor in dense.items():
         if comfy_models.is_quantized(key, tensor):
             qdata, params = scheme.quantize(tensor.float())
             layer = key.removesuffix(".weight")
-            coded[key] = qdata
-            coded.update({f"{layer}.{name}": t for name, t in params.items()})
+            quantized_sd[key] = qdata
+            quantized_sd.update({f"{layer}.{name}": t for name, t in params.items()})
             meant[key] = scheme.dequantize(qdata, params, torch.float32)
             marked[layer] = {"scheme": scheme.name, "params": list(params)}
         else:
-            coded[key] = meant[key] = tensor
-    return coded, meant, marked
+            quantized_sd[key] = meant[key] = tensor
+    return quantized_sd, meant, marked
 
 
 # -- ComfyUI ---------------------------------------------------------------------------
+
+
+def quantized(tensors, config):
+    """What the layers that are usually quantized stand for once they are."""
+    from hijack.hosts.comfyui.lazy_tensor import quantize_layer
+    from hijack.safetensors_io.header import Header
+    from hijack.selection import choose
+
+    made = dict(tensors)
+    for name in choose(Header.from_state_dict(tensors), (torch.nn.Linear,)).layers:
+        key = f"{name}.weight"
+        made[key] = quantize_layer(config, tensors[key], key).dense(torch.float32)
+    return made
 
 
 def load(state_dict, prefix="", **options):
@@ -136,7 +149,7 @@ def with_lora(patcher, made):
     return comfy.sd.load_lora_for_models(patcher, None, made, 1.0, 0)[0]
 
 
-def codes(patcher):
+def snapshot(patcher):
     """The model's state dict, as bytes that can be compared bit for bit."""
     state_dict = patcher.model.diffusion_model.state_dict()
     return {k: t.clone().contiguous() for k, t in state_dict.items()}
@@ -157,30 +170,30 @@ def same(a, b):
 # -- checks ----------------------------------------------------------------------------
 
 
-def check_loading(coded, dense, reference):
+def check_loading(quantized_sd, dense, reference):
     """Every way in: prefix, weight_dtype, checkpoint loader, a marker that is wrong."""
     ways = {
-        "plain": load(coded),
-        "prefixed": load(coded, PREFIX),
-        "weight_dtype fp8": load(coded, dtype=FP8),
-        "weight_dtype fp8 fast": load(coded, dtype=FP8, fp8_optimizations=True),
-        "wrong marker": load({**coded, "scaled_fp8": torch.empty(0, dtype=FP8)}),
+        "plain": load(quantized_sd),
+        "prefixed": load(quantized_sd, PREFIX),
+        "weight_dtype fp8": load(quantized_sd, dtype=FP8),
+        "weight_dtype fp8 fast": load(quantized_sd, dtype=FP8, fp8_optimizations=True),
+        "wrong marker": load({**quantized_sd, "scaled_fp8": torch.empty(0, dtype=FP8)}),
         "wrong marker prefixed": load(
-            {**coded, "scaled_fp8": torch.empty(2, dtype=FP8)}, PREFIX
+            {**quantized_sd, "scaled_fp8": torch.empty(2, dtype=FP8)}, PREFIX
         ),
         "checkpoint": comfy.sd.load_state_dict_guess_config(
-            {PREFIX + key: tensor for key, tensor in coded.items()},
+            {PREFIX + key: tensor for key, tensor in quantized_sd.items()},
             output_vae=False,
             output_clip=False,
         )[0],
     }
     found["errors"] = {n: error(first_output(p), reference) for n, p in ways.items()}
-    dense_dtypes = {k: t.dtype for k, t in codes(load(dense)).items()}
-    ours = {k: t.dtype for k, t in codes(ways["weight_dtype fp8"]).items()}
+    dense_dtypes = {k: t.dtype for k, t in snapshot(load(dense)).items()}
+    ours = {k: t.dtype for k, t in snapshot(ways["weight_dtype fp8"]).items()}
     found["other dtypes"] = [
         k
         for k in dense
-        if k not in coded or coded[k] is dense[k]
+        if k not in quantized_sd or quantized_sd[k] is dense[k]
         if ours[k] != dense_dtypes[k]
     ]
     found["carrier"] = type(layer(ways["plain"]).weight).__name__
@@ -188,20 +201,20 @@ def check_loading(coded, dense, reference):
 
 
 def check_schemes(dense):
-    """A scheme of two methods, whose codes may be narrower than the weight."""
-    import test_door
+    """A scheme of two methods, whose data may be narrower than the weight."""
+    import test_detection
 
     import hijack
 
     found["schemes"] = {}
-    for scheme in (test_door.Int8(), test_door.Nibbles()):
+    for scheme in (test_detection.Int8(), test_detection.Nibbles()):
         hijack.default_registry().register(scheme)
-        coded, meant, marked = with_scheme(dense, scheme)
+        quantized_sd, meant, marked = with_scheme(dense, scheme)
         metadata = {"hijack": hijack.formats.native_marker.write_marker(marked)}
         reference = first_output(load(meant))
         for prefix in ("", PREFIX):
             path = FOLDER / f"{scheme.name}-{len(prefix)}.safetensors"
-            named = {prefix + key: t.contiguous() for key, t in coded.items()}
+            named = {prefix + key: t.contiguous() for key, t in quantized_sd.items()}
             layers = {prefix + layer: entry for layer, entry in marked.items()}
             marker = hijack.formats.native_marker.write_marker(layers)
             save_file(named, path, {"hijack": marker})
@@ -209,13 +222,13 @@ def check_schemes(dense):
             found["schemes"][f"{scheme.name} {prefix}"] = error(output, reference)
         loader = comfy.sd.load_diffusion_model_state_dict
         if "metadata" in inspect.signature(loader).parameters:
-            output = first_output(loader(coded, metadata=metadata))
+            output = first_output(loader(quantized_sd, metadata=metadata))
             found["schemes"][f"{scheme.name} from memory"] = error(output, reference)
 
 
-def check_lora(patcher, coded, dense, reference):
+def check_lora(patcher, quantized_sd, dense, reference):
     """A LoRA takes effect, also in low VRAM, and leaves no trace when it is removed."""
-    before, clean = codes(patcher), first_output(patcher)
+    before, clean = snapshot(patcher), first_output(patcher)
     for name, amplitude in (("small", 0.05), ("large", 5.0)):
         made = lora(dense, amplitude)
         expected = first_output(with_lora(load(dense), made))
@@ -224,21 +237,21 @@ def check_lora(patcher, coded, dense, reference):
         found[f"lora {name} low vram"] = error(first_output(changed, 1000), expected)
     changed.detach()
     found["lora removed"] = torch.equal(first_output(patcher), clean)
-    found["codes restored"] = same(codes(patcher), before)
+    found["weights restored"] = same(snapshot(patcher), before)
     found["low vram"] = error(first_output(patcher, 1000), reference)
     patcher.detach()
 
 
-def check_saving(patcher, coded, reference):
+def check_saving(patcher, quantized_sd, reference):
     """ModelSave's file holds the layers as they came, and loads again."""
     path = str(FOLDER / "saved.safetensors")
     comfy.sd.save_checkpoint(path, patcher)
     saved = comfy.utils.load_torch_file(path)
     cut = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
-    claimed = {k for k in coded if "scale_weight" in k}
+    claimed = {k for k in quantized_sd if "scale_weight" in k}
     claimed |= {k.replace("scale_weight", "weight") for k in claimed}
-    found["saved"] = cut.keys() == coded.keys() and same(
-        {k: cut[k] for k in claimed}, {k: coded[k] for k in claimed}
+    found["saved"] = cut.keys() == quantized_sd.keys() and same(
+        {k: cut[k] for k in claimed}, {k: quantized_sd[k] for k in claimed}
     )
     again = comfy.sd.load_diffusion_model(path)
     found["saved and loaded"] = error(first_output(again), reference)
@@ -257,9 +270,9 @@ def check_inertness(bf16):
     hijack.hosts.patch()
 
 
-def check_errors(coded):
+def check_errors(quantized_sd):
     """A file that cannot be right is refused with a sentence, before it is built."""
-    bad = dict(coded)
+    bad = dict(quantized_sd)
     bad[f"{LAYER}.scale_weight"] = torch.ones(7, 3, 1, dtype=torch.bfloat16)
     try:
         load(bad)
@@ -268,16 +281,16 @@ def check_errors(coded):
 
 
 def check_modules():
-    """Linear carries codes through copies and casts; an Embedding is decoded."""
-    import test_door
+    """A Linear stays quantized through copies and casts; an Embedding is decoded."""
+    import test_detection
 
-    from hijack.hosts.comfyui.coded import Coded, Coding
     from hijack.hosts.comfyui.operations import make_operations
+    from hijack.quantized import QuantizationConfig, QuantizedTensor
 
-    scheme, dense_ops = test_door.Int8(), comfy.ops.disable_weight_init
+    scheme, dense_ops = test_detection.Int8(), comfy.ops.disable_weight_init
     operations = make_operations(dense_ops, torch.float32)
     qdata, params = scheme.quantize(torch.randn(4, 16))
-    weight = Coded(qdata, params, Coding(scheme, "hijack"))
+    weight = QuantizedTensor(qdata, params, QuantizationConfig.of(scheme, {}, "hijack"))
     dense, bias = weight.dense(torch.float32), torch.randn(4)
     linear = operations.Linear(16, 4, dtype=torch.float32)
     linear.load_state_dict({"weight": weight, "bias": bias})
@@ -291,13 +304,13 @@ def check_modules():
         "embedding": torch.equal(embedding.weight, dense),
         "embedding class": type(embedding) is dense_ops.Embedding,
     }
-    low = linear.to(torch.bfloat16)  # the bias is cast, codes and scales are not
+    low = linear.to(torch.bfloat16)  # the bias is cast, quantized data is not
     expected = torch.nn.functional.linear(
         x.bfloat16(), weight.dense(torch.bfloat16), bias.bfloat16()
     )
     found["modules"]["cast"] = torch.equal(low(x.bfloat16()), expected)
     state_dict = low.state_dict()
-    found["modules"]["codes"] = torch.equal(
+    found["modules"]["quantized data"] = torch.equal(
         state_dict["weight"], qdata
     ) and torch.equal(state_dict["weight_scale"], params["weight_scale"])
     low.load_state_dict({"weight": dense, "bias": bias})
@@ -320,22 +333,22 @@ def check_unpatching(patcher, reference):
 def main():
     """All checks; what they found is printed as the last line."""
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    coded, _ = comfy_models.musubi(bf16)
-    dense = exact(coded)
+    quantized_sd, _ = comfy_models.musubi(bf16)
+    dense = exact(quantized_sd)
     reference = first_output(load(dense))
     with contextlib.suppress(Exception):
-        found["without hijack"] = error(first_output(load(coded)), reference)
+        found["without hijack"] = error(first_output(load(quantized_sd)), reference)
 
     import hijack.hosts
     import schemes.blockwise_fp8  # noqa: F401
 
     found["status"] = str(hijack.hosts.patch("comfyui"))
-    patcher = check_loading(coded, dense, reference)
-    check_lora(patcher, coded, dense, reference)
-    check_saving(patcher, coded, reference)
+    patcher = check_loading(quantized_sd, dense, reference)
+    check_lora(patcher, quantized_sd, dense, reference)
+    check_saving(patcher, quantized_sd, reference)
     check_schemes(bf16)
     check_inertness(bf16)
-    check_errors(coded)
+    check_errors(quantized_sd)
     check_modules()
     check_unpatching(patcher, reference)
 

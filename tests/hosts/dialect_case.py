@@ -22,14 +22,14 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 
 def quantize(weight, rows, cols, dtype=E4M3):
-    """Codes, scales (N/R, K/C) in float32, and what they mean."""
+    """Quantized data, scales (N/R, K/C) in float32, and what they mean."""
     n, k = weight.shape
     blocks = weight.float().reshape(n // rows, rows, k // cols, cols)
     scale = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-8)
     scale = scale / torch.finfo(dtype).max
-    codes = (blocks / scale).to(dtype)
-    dense = (codes.float() * scale).reshape(n, k)
-    return codes.reshape(n, k), scale[:, 0, :, 0], dense
+    qdata = (blocks / scale).to(dtype)
+    dense = (qdata.float() * scale).reshape(n, k)
+    return qdata.reshape(n, k), scale[:, 0, :, 0], dense
 
 
 def marker(**entry):
@@ -53,8 +53,8 @@ def scaled(dtype, marked, name="scale_weight"):
     """The older files of ComfyUI: one scale, E4M3 or E5M2."""
 
     def spell(layer, weight):
-        codes, scale, dense = quantize(weight, *weight.shape, dtype)
-        return {"weight": codes, name: scale.reshape(())}, dense
+        qdata, scale, dense = quantize(weight, *weight.shape, dtype)
+        return {"weight": qdata, name: scale.reshape(())}, dense
 
     return spell, {"scaled_fp8": torch.zeros(marked, dtype=dtype)}, {}
 
@@ -63,8 +63,8 @@ def scaled_rows():
     """What convert_to_quant wrote under the older marker: a scale for each row."""
 
     def spell(layer, weight):
-        codes, scale, dense = quantize(weight, 1, weight.shape[1])
-        return {"weight": codes, "scale_weight": scale[:, 0]}, dense
+        qdata, scale, dense = quantize(weight, 1, weight.shape[1])
+        return {"weight": qdata, "scale_weight": scale[:, 0]}, dense
 
     return spell, {"scaled_fp8": torch.zeros(2, dtype=E4M3)}, {}
 
@@ -73,11 +73,11 @@ def marked_blocks(rows, cols, name, **entry):
     """Layers marked one by one, in blocks."""
 
     def spell(layer, weight):
-        codes, scale, dense = quantize(weight, rows or 1, cols or weight.shape[1])
+        qdata, scale, dense = quantize(weight, rows or 1, cols or weight.shape[1])
         shape = (-1,) if cols is None else scale.shape
         mark = marker(format=name, **entry)
         tensors = {"weight_scale": scale.reshape(shape), "comfy_quant": mark}
-        return {"weight": codes, **tensors}, dense
+        return {"weight": qdata, **tensors}, dense
 
     return spell, {}, {}
 
@@ -89,21 +89,21 @@ def mxfp8():
         _, scale, _ = quantize(weight, 1, 32)
         power = torch.ceil(torch.log2(scale)).clamp(-127, 127)
         wide = torch.exp2(power).repeat_interleave(32, 1)
-        codes = (weight.float() / wide).to(E4M3)
+        qdata = (weight.float() / wide).to(E4M3)
         stored = tiles((power + 127).to(torch.uint8))
         tensors = {"weight_scale": stored, "comfy_quant": marker(format="mxfp8")}
-        return {"weight": codes, **tensors}, codes.float() * wide
+        return {"weight": qdata, **tensors}, qdata.float() * wide
 
     return spell, {}, {}
 
 
 def plain(rows, cols, shape, name="weight_scale", metadata=None, code="weight"):
-    """Codes and a scale of some name and shape, and no marker."""
+    """Data and a scale of some name and shape, and no marker."""
 
     def spell(layer, weight):
         high = weight.shape[0] if rows is None else rows
-        codes, scale, dense = quantize(weight, high, cols or weight.shape[1])
-        return {code: codes, name: scale.reshape(shape(scale))}, dense
+        qdata, scale, dense = quantize(weight, high, cols or weight.shape[1])
+        return {code: qdata, name: scale.reshape(shape(scale))}, dense
 
     return spell, {}, metadata or {}
 
@@ -113,10 +113,10 @@ def sdnq(cols, lying=False):
 
     def spell(layer, weight):
         n, k = weight.shape
-        codes, scale, dense = quantize(weight, 1, cols or k)
+        qdata, scale, dense = quantize(weight, 1, cols or k)
         if lying:
-            return {"weight": codes.t().contiguous(), "scale": scale.t()}, dense
-        shaped = codes.reshape(n, -1, cols)
+            return {"weight": qdata.t().contiguous(), "scale": scale.t()}, dense
+        shaped = qdata.reshape(n, -1, cols)
         return {"weight": shaped, "scale": scale[:, :, None].contiguous()}, dense
 
     config = {"quant_method": "sdnq", "weights_dtype": "float8_e4m3fn"}
@@ -179,16 +179,18 @@ def main():
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
     found = {}
     for name, (spell, extra, metadata) in dialects(bf16).items():
-        coded, dense = dict(extra), {}
+        quantized_sd, dense = dict(extra), {}
         for key, tensor in bf16.items():
-            coded[key] = dense[key] = tensor
+            quantized_sd[key] = dense[key] = tensor
             if comfy_models.is_quantized(key, tensor):
                 layer = key.removesuffix(".weight")
-                del coded[key]
+                del quantized_sd[key]
                 made, dense[key] = spell(layer, tensor)
-                coded.update({f"{layer}.{suffix}": t for suffix, t in made.items()})
+                quantized_sd.update(
+                    {f"{layer}.{suffix}": t for suffix, t in made.items()}
+                )
         path = str(comfy_case.FOLDER / f"{name.replace(' ', '-')}.safetensors")
-        save_file(coded, path, metadata)
+        save_file(quantized_sd, path, metadata)
         expected = first_output(load(dense))
         found[name] = error(first_output(comfy.sd.load_diffusion_model(path)), expected)
     return found

@@ -150,8 +150,8 @@ def check_forgetting(patcher, dense):
     found["LoRA forgotten"] = tensor() is None
 
 
-def check_saving(patcher, coded):
-    """ModelSave writes codes and scales as they came, also of evicted weights."""
+def check_saving(patcher, quantized_sd):
+    """ModelSave writes data and scales as they came, also of evicted weights."""
     found["saved"] = {}
     for mode in MODES:
         outputs(patcher, mode, 2)
@@ -163,19 +163,20 @@ def check_saving(patcher, coded):
             found["saved"][mode] = f"{type(caught).__name__}: {caught}"
             continue
         cut = {key.removeprefix(case.PREFIX): saved[key].clone() for key in saved}
-        claimed = {key for key in coded if "scale_weight" in key}
+        claimed = {key for key in quantized_sd if "scale_weight" in key}
         claimed |= {key.replace("scale_weight", "weight") for key in claimed}
-        found["saved"][mode] = cut.keys() == coded.keys() and case.same(
-            {key: cut[key] for key in claimed}, {key: coded[key] for key in claimed}
+        found["saved"][mode] = cut.keys() == quantized_sd.keys() and case.same(
+            {key: cut[key] for key in claimed},
+            {key: quantized_sd[key] for key in claimed},
         )
 
 
-def check_size(patcher, coded):
-    """ComfyUI plans with the bytes of codes and scales."""
+def check_size(patcher, quantized_sd):
+    """ComfyUI plans with the bytes of quantized data and scales."""
     sampling = patcher.model.model_sampling.state_dict().values()
     found["sizes"] = [
         patcher.model_size() - sum(tensor.nbytes for tensor in sampling),
-        sum(tensor.nbytes for tensor in coded.values()),
+        sum(tensor.nbytes for tensor in quantized_sd.values()),
     ]
 
 
@@ -208,8 +209,8 @@ def check_unloading(patcher, made):
 def main():
     """All checks; what they found is printed as the last line."""
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    coded, _ = comfy_models.musubi(bf16)
-    dense = case.exact(coded)
+    quantized_sd, _ = comfy_models.musubi(bf16)
+    dense = case.exact(quantized_sd)
     large = case.lora(dense, LORAS["large"])
     expected, effects = {}, {}
     exact, plain = load(dense), load(bf16)
@@ -228,13 +229,13 @@ def main():
     import schemes.blockwise_fp8  # noqa: F401
 
     found["status"] = str(hijack.hosts.patch("comfyui"))
-    patchers = {"cast": load(coded), "kept": load(coded, **KEPT)}
+    patchers = {"cast": load(quantized_sd), "kept": load(quantized_sd, **KEPT)}
     check_forwards(patchers, reference)
     patcher = patchers["kept"]
-    check_size(patcher, coded)
+    check_size(patcher, quantized_sd)
     check_lora(patcher, dense, expected)
     check_forgetting(patcher, dense)
-    check_saving(patcher, coded)
+    check_saving(patcher, quantized_sd)
     del patchers
     check_unloading(patcher, large)
 

@@ -27,28 +27,28 @@ sys.path[:0] = [str(REPOSITORY), str(HERE.parent / "comfyui"), str(HERE)]
 import launch
 import orders
 
-DOOR = "model_config_from_unet"
-SIGNATURE = rf"def {DOOR}\("
-CALL = rf"(?<!def )\b{DOOR}\("
+NAME = "model_config_from_unet"
+SIGNATURE = rf"def {NAME}\("
+CALL = rf"(?<!def )\b{NAME}\("
 
 #: Name to (pattern, replacement, files): what the people of ComfyUI might do one day.
 CHANGES: dict[str, list[tuple[str, str, str]]] = {
     "nothing": [],
     "version far ahead": [(r'__version__ = ".*"', '__version__ = "9.9.9"', "*")],
-    "door renamed": [(rf"\b{DOOR}\b", "detect_model", "*")],
-    "door with another argument": [
-        (SIGNATURE + r"(.*)\):", rf"def {DOOR}(\1, *, strict):", "model_detection.py"),
-        (CALL + r"(.*)\)\n", rf"{DOOR}(\1, strict=True)\n", "*"),
+    "detection renamed": [(rf"\b{NAME}\b", "detect_model", "*")],
+    "detection with another argument": [
+        (SIGNATURE + r"(.*)\):", rf"def {NAME}(\1, *, strict):", "model_detection.py"),
+        (CALL + r"(.*)\)\n", rf"{NAME}(\1, strict=True)\n", "*"),
     ],
-    "door with an argument in front": [
-        (SIGNATURE, f"def {DOOR}(loader, ", "model_detection.py"),
-        (CALL, f"{DOOR}('stock', ", "*"),
+    "detection with an argument in front": [
+        (SIGNATURE, f"def {NAME}(loader, ", "model_detection.py"),
+        (CALL, f"{NAME}('stock', ", "*"),
     ],
-    "door with other names": [
-        (SIGNATURE + r"state_dict, ", f"def {DOOR}(weights, ", "model_detection.py"),
-        (rf"({DOOR}\(weights, .*:\n)", r"\1    state_dict = weights\n", "*"),
+    "detection with other names": [
+        (SIGNATURE + r"state_dict, ", f"def {NAME}(weights, ", "model_detection.py"),
+        (rf"({NAME}\(weights, .*:\n)", r"\1    state_dict = weights\n", "*"),
     ],
-    "door returns a pair": [
+    "detection returns a pair": [
         (rf"({SIGNATURE}(?:.*\n)*?    return model_config)\n", r"\1, 1\n", "*"),
         (rf"({CALL}.*\))\n", r"\1[0]\n", "*"),
     ],
@@ -134,7 +134,7 @@ def meet(root):
     logging.getLogger().addHandler(lines)
     with torch.inference_mode():
         bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-        coded, exact = comfy_models.musubi(bf16)
+        quantized_sd, exact = comfy_models.musubi(bf16)
         before, reference = first_output(bf16), first_output(exact)
         lines.lines.clear()
         load_pack()
@@ -142,7 +142,7 @@ def meet(root):
         found["status"] = str(hijack.hosts.status()["comfyui"])
         found["bf16 as before"] = torch.equal(before, first_output(bf16))
         try:
-            output = first_output(coded)
+            output = first_output(quantized_sd)
             found["fp8"] = comfy_harness.relative_error(output, reference)
         except Exception as error:
             found["fp8"] = f"{type(error).__name__}: {error}"

@@ -95,9 +95,9 @@ def ways(patcher):
         yield "none", partly(patcher, 1)
 
 
-def check(name, coded, dense, dtype):
+def check(name, quantized_sd, dense, dtype):
     """The exactly dequantized model and the quantized one, with LoRAs and without."""
-    exact, patcher = load(dense, dtype=dtype), load(coded, dtype=dtype)
+    exact, patcher = load(dense, dtype=dtype), load(quantized_sd, dtype=dtype)
     found["patcher"] = type(patcher).__name__
     expected = whole(exact)
     found["devices"] = sorted({str(patcher.load_device), str(exact.load_device)})
@@ -116,8 +116,8 @@ def check(name, coded, dense, dtype):
     return patcher
 
 
-def check_saving(patcher, coded):
-    """ModelSave writes codes and scales as they came."""
+def check_saving(patcher, quantized_sd):
+    """ModelSave writes quantized data and scales as they came."""
     whole(patcher)
     path = str(case.FOLDER / "saved.safetensors")
     comfy.sd.save_checkpoint(path, patcher)
@@ -125,10 +125,10 @@ def check_saving(patcher, coded):
     cut = {
         key.removeprefix(case.PREFIX): tensor.clone() for key, tensor in saved.items()
     }
-    claimed = {key for key in coded if "scale_weight" in key}
+    claimed = {key for key in quantized_sd if "scale_weight" in key}
     claimed |= {key.replace("scale_weight", "weight") for key in claimed}
     found["saved"] = case.same(
-        {key: cut[key] for key in claimed}, {key: coded[key] for key in claimed}
+        {key: cut[key] for key in claimed}, {key: quantized_sd[key] for key in claimed}
     )
 
 
@@ -145,8 +145,8 @@ def check_unloading(patcher):
 def main():
     """All checks; what they found is printed as the last line."""
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    coded, _ = comfy_models.musubi(bf16)
-    dense = case.exact(coded)
+    quantized_sd, _ = comfy_models.musubi(bf16)
+    dense = case.exact(quantized_sd)
     if DYNAMIC:  # from now on, networks are built without parameters
         enable_dynamic_vram()
     import hijack.hosts
@@ -154,10 +154,10 @@ def main():
 
     found["status"] = str(hijack.hosts.patch("comfyui"))
     for name, dtype in DTYPES.items():
-        patcher = check(name, coded, dense, dtype)
-    default = load(coded)
+        patcher = check(name, quantized_sd, dense, dtype)
+    default = load(quantized_sd)
     found["default"] = case.error(whole(default), whole(load(dense)))
-    check_saving(patcher, coded)
+    check_saving(patcher, quantized_sd)
     del default
     check_unloading(patcher)
 

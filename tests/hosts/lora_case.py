@@ -20,13 +20,13 @@ import comfy_models
 import torch
 from comfy_case import (
     LAYER,
-    codes,
     error,
     first_output,
     load,
     lora,
     output,
     same,
+    snapshot,
     with_lora,
 )
 from safetensors.torch import load_file
@@ -123,10 +123,10 @@ def check_slices(patcher, reference, dense):
         found[f"slice of {name}"] = error(*outputs)
 
 
-def check_rounds(patcher, coded, dense):
+def check_rounds(patcher, quantized_sd, dense):
     """Fifty times on and off, through clones, beside a model of the same tensors."""
-    twin = load(coded)
-    before, twin_before = codes(patcher), codes(twin)
+    twin = load(quantized_sd)
+    before, twin_before = snapshot(patcher), snapshot(twin)
     clean, twin_clean = first_output(patcher), first_output(twin)
     first, second = lora(dense, 0.05), lora(dense, 5.0)
     one, other = with_lora(patcher, first), with_lora(patcher.clone(), second)
@@ -142,8 +142,8 @@ def check_rounds(patcher, coded, dense):
             chosen.detach()
     good &= torch.equal(first_output(patcher), clean)
     found["rounds"] = bool(good)
-    found["codes restored"] = same(codes(patcher), before)
-    found["twin untouched"] = same(codes(twin), twin_before) and torch.equal(
+    found["weights restored"] = same(snapshot(patcher), before)
+    found["twin untouched"] = same(snapshot(twin), twin_before) and torch.equal(
         first_output(twin), twin_clean
     )
 
@@ -151,7 +151,7 @@ def check_rounds(patcher, coded, dense):
 def check_hooks(patcher, reference, dense):
     """LoRA hooks, which ComfyUI writes into parameters, come and go as well."""
     clean = first_output(patcher)
-    before = codes(patcher)
+    before = snapshot(patcher)
     results = []
     for model in (patcher, reference):
         changed = model.clone()
@@ -172,7 +172,7 @@ def check_hooks(patcher, reference, dense):
     found["hooks effect"] = error(results[2], clean)
     found["hooks"] = error(results[0], results[2])
     found["hooks cached"] = error(results[1], results[3])
-    found["hooks restored"] = same(codes(patcher), before)
+    found["hooks restored"] = same(snapshot(patcher), before)
 
 
 def check_model_as_lora(patcher, reference, bf16):
@@ -250,14 +250,14 @@ def check_merging(patcher, reference, dense):
     """On demand the sum is quantized: by environment variable, or patch by patch."""
     from hijack.hosts.comfyui.lora import Merge
 
-    before, clean = codes(patcher), first_output(patcher)
+    before, clean = snapshot(patcher), first_output(patcher)
     expected = first_output(with_lora(reference, lora(dense, 0.5)))
     marked = with_lora(patcher, lora(dense, 0.5))
     marked.patches = {k: [Merge(p) for p in v] for k, v in marked.patches.items()}
     os.environ["HIJACK_LORA"] = "merge"
     by_environment = with_lora(patcher, lora(dense, 0.5))
     outputs = {"environment": first_output(by_environment)}
-    found["merged codes differ"] = not same(codes(by_environment), before)
+    found["merged weights differ"] = not same(snapshot(by_environment), before)
     by_environment.detach()
     outputs["again"] = first_output(by_environment)
     by_environment.detach()
@@ -269,7 +269,7 @@ def check_merging(patcher, reference, dense):
         torch.equal(o, outputs["environment"]) for o in outputs.values()
     )
     found["merging removed"] = torch.equal(first_output(patcher), clean)
-    found["merging restored"] = same(codes(patcher), before)
+    found["merging restored"] = same(snapshot(patcher), before)
 
 
 def main():
@@ -277,13 +277,13 @@ def main():
     import schemes.blockwise_fp8  # noqa: F401
 
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    coded, _ = comfy_models.musubi(bf16)
-    dense = comfy_case.exact(coded)
-    patcher, reference = load(coded), load(dense)
+    quantized_sd, _ = comfy_models.musubi(bf16)
+    dense = comfy_case.exact(quantized_sd)
+    patcher, reference = load(quantized_sd), load(dense)
     check_kinds(patcher, reference, dense)
     check_several(patcher, reference, dense)
     check_slices(patcher, reference, dense)
-    check_rounds(patcher, coded, dense)
+    check_rounds(patcher, quantized_sd, dense)
     check_hooks(patcher, reference, dense)
     check_model_as_lora(patcher, reference, bf16)
     check_extracting(patcher, dense)

@@ -34,8 +34,8 @@ import comfy.ops
 import comfy.sd
 
 from hijack.lora.files import Loras
-from hijack.lora.keys import Names
-from hijack.model_families import detect_architecture
+from hijack.lora.keys import LayerNames
+from hijack.model_families import detect_family
 from hijack.safetensors_io.reader import read_header
 
 PREFIX = "model.diffusion_model."
@@ -217,7 +217,7 @@ def merged_by_comfyui(tensors, known, base):
 
 def check_names(known, shapes):
     """Names that ComfyUI knows and hijack does not, or takes for something else."""
-    names, wrong = Names(PREFIX + key for key in shapes), []
+    names, wrong = LayerNames(PREFIX + key for key in shapes), []
     for name, (key, part, change) in known.items():
         found, shape = names.find(name), shapes[key]
         if found is None or found.key != PREFIX + key:
@@ -228,7 +228,7 @@ def check_names(known, shapes):
         if [row for piece in pieces for row in every[piece]] != rows_of(
             shape, part, change
         ):
-            wrong.append([name, key, found.way])
+            wrong.append([name, key, found.split])
     return wrong
 
 
@@ -255,9 +255,9 @@ def check_numbers(known, shapes, folder):
 
 def selected(header, shapes):
     """The matrices that are usually quantized, by hijack's list."""
-    import hijack.checkpoint.quantize_choice as choice
+    from hijack.selection import choose
 
-    chosen = choice.choose(header).layers
+    chosen = choose(header, (torch.nn.Linear,)).layers
     return {f"{layer.removeprefix(PREFIX)}.weight" for layer in chosen}
 
 
@@ -274,7 +274,7 @@ def check(name, model, architecture):
     folder.mkdir()
     worst, used = check_numbers(known, shapes, folder)
     header = read_header(folder / "base.safetensors")
-    detected = detect_architecture(header)
+    detected = detect_family(header.tensors)
     found = {
         "names": len(known),
         "wrong": check_names(known, shapes),

@@ -31,16 +31,19 @@ import comfy_case as case  # prepares ComfyUI
 import comfy_models
 from safetensors.torch import save_file
 
+from hijack.formats.native_marker import write_marker
+
 comfy = case.comfy
 NUMBERS = itertools.count()
 STEPS = 3
 SMALL, LARGE = 0.01, 5.0
 
 
-def write(tensors):
-    """A new file with these tensors."""
+def write(tensors, marked=None):
+    """A new file with these tensors, and hijack's marker of some layers."""
     path = str(case.FOLDER / f"matrix-{DYNAMIC}-{next(NUMBERS)}.safetensors")
-    save_file(tensors, path)
+    metadata = {"hijack": write_marker(marked)} if marked else None
+    save_file(tensors, path, metadata)
     return path
 
 
@@ -65,43 +68,34 @@ def latent(patcher, memory=None):
 class Matrix:
     """One scheme's row: what is expected is computed before there is a device."""
 
-    def __init__(self, coded, exact, dense, recipe):
-        self.coded, self.exact, self.recipe = write(coded), exact, recipe
+    def __init__(self, quantized_sd, exact, dense, config, marked=None):
+        self.path, self.exact, self.config = (
+            write(quantized_sd, marked),
+            exact,
+            config,
+        )
         self.dense = write(dense)
+        wide = {key: tensor.float() for key, tensor in dense.items()}
         reference = load(exact)
         self.expected = {
             "plain": latent(reference),
             "LoRA": latent(self._with_lora(reference, SMALL)),
             "LoRA big": latent(self._with_lora(reference, LARGE)),
-            "quantize on load": latent(load(self._meant(dense, lambda t: t))),
+            "quantize on load": latent(load(case.quantized(dense, config))),
             # a model in memory is float32 on the CPU, and so are then the scales
-            "quantize online": latent(load(self._meant(dense, torch.Tensor.float))),
+            "quantize online": latent(load(case.quantized(wide, config))),
         }
         self.found = {}
 
     def _with_lora(self, patcher, amplitude):
         return case.with_lora(patcher, case.lora(self.exact, amplitude))
 
-    def _meant(self, dense, cast):
-        """The weights that quantizing the chosen layers gives."""
-        from hijack.hosts.comfyui import selection
-
-        chosen = selection.choose("QwenImage")
-        return {
-            key: self.recipe.apply(cast(tensor), key).dense(torch.float32)
-            if tensor.ndim == 2
-            and key.endswith(".weight")
-            and chosen(key.removesuffix(".weight"))
-            else tensor
-            for key, tensor in dense.items()
-        }
-
     def _judge(self, cell, actual, expected=None):
         self.found[cell] = case.error(actual, self.expected[expected or cell])
 
     def run(self):
         """Every cell."""
-        patcher = comfy.sd.load_diffusion_model(self.coded)
+        patcher = comfy.sd.load_diffusion_model(self.path)
         before = latent(patcher)
         self._judge("plain", before)
         for name, amplitude in (("LoRA", SMALL), ("LoRA big", LARGE)):
@@ -122,13 +116,13 @@ class Matrix:
     def _quantized_on_load(self):
         from hijack.hosts.comfyui import quantize as online
 
-        return online.load_quantized(self.dense, self.recipe)
+        return online.load_quantized(self.dense, self.config)
 
     def _quantized(self):
         from hijack.hosts.comfyui import quantize as online
 
         dense = comfy.sd.load_diffusion_model(self.dense)
-        return online.quantize_model(dense, self.recipe)
+        return online.quantize_model(dense, self.config)
 
     def _saved(self, patcher):
         path = str(case.FOLDER / f"saved-{DYNAMIC}-{next(NUMBERS)}.safetensors")
@@ -147,16 +141,20 @@ def main():
 
     import hijack
     import schemes.blockwise_fp8  # noqa: F401
-    from hijack.hosts.comfyui.lazy_tensor import Recipe
+    from hijack.quantized import QuantizationConfig
 
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    coded, _ = comfy_models.musubi(bf16)
+    quantized_sd, _ = comfy_models.musubi(bf16)
     plugin = hijack.register(hijack_int8_rowwise.Int8Rowwise())
-    recipe = Recipe(hijack.schemes()["blockwise_fp8"], {"block_size": (1, 64)})
-    rows, meant, _ = case.with_scheme(bf16, plugin)
+    config = QuantizationConfig.of(
+        hijack.schemes()["blockwise_fp8"], {"block_size": (1, 64)}
+    )
+    rows, meant, marked = case.with_scheme(bf16, plugin)
     matrices = {
-        "blockwise_fp8": Matrix(coded, case.exact(coded), bf16, recipe),
-        "example plugin": Matrix(rows, meant, bf16, Recipe(plugin)),
+        "blockwise_fp8": Matrix(quantized_sd, case.exact(quantized_sd), bf16, config),
+        "example plugin": Matrix(
+            rows, meant, bf16, QuantizationConfig.of(plugin), marked
+        ),
     }
     if DYNAMIC:
         aimdo_double.enable()

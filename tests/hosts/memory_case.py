@@ -57,7 +57,7 @@ def memory(name):
 def warm_up(scheme):
     """Load something small, so that what is imported on the way is in memory."""
     from hijack.hosts.comfyui import quantize as online
-    from hijack.hosts.comfyui.lazy_tensor import Recipe
+    from hijack.quantized import QuantizationConfig
 
     small = comfy_case.FOLDER / "small.safetensors"
     shapes = comfy_models.small_qwen_shapes()
@@ -67,7 +67,9 @@ def warm_up(scheme):
         "num_attention_heads": 2,
         "joint_attention_dim": 192,
     }
-    online.load_quantized(str(small), Recipe(scheme, {"block_size": (1, 64)}))
+    online.load_quantized(
+        str(small), QuantizationConfig.of(scheme, {"block_size": (1, 64)})
+    )
     comfy.supported_models.QwenImage.unet_extra_config = wide
 
 
@@ -76,7 +78,7 @@ def main():
     import hijack
     import schemes.blockwise_fp8  # noqa: F401
     from hijack.hosts.comfyui import quantize as online
-    from hijack.hosts.comfyui.lazy_tensor import Recipe
+    from hijack.quantized import QuantizationConfig
 
     comfy.supported_models.QwenImage.unet_extra_config = {
         "num_attention_heads": HEADS,
@@ -93,7 +95,7 @@ def main():
     gc.collect()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    recipe = Recipe(scheme, {"block_size": (1, 64)})
+    recipe = QuantizationConfig.of(scheme, {"block_size": (1, 64)})
     patcher = online.load_quantized(path, recipe)
     peak = memory("VmHWM") - before
     quantized = sum(p.nbytes for p in patcher.model.state_dict().values())

@@ -106,17 +106,19 @@ def bytes_on_device():
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def check_sizes(patcher, coded):
-    """ComfyUI plans with the bytes of codes and scales, all of them."""
+def check_sizes(patcher, quantized_sd):
+    """ComfyUI plans with the bytes of quantized data and scales, all of them."""
     network = patcher.model.diffusion_model.state_dict()
     others = patcher.model.model_sampling.state_dict()
-    scales = [key for key in coded if key.endswith("scale_weight")]
+    scales = [key for key in quantized_sd if key.endswith(".scale_weight")]
     found["sizes"] = [
         patcher.model_size(),
         sum(t.nbytes for t in [*network.values(), *others.values()]),
     ]
     found["scales counted"] = all(
-        network[key].nbytes == coded[key].nbytes for key in scales
+        network[f"{key.removesuffix('.scale_weight')}.weight_scale"].nbytes
+        == quantized_sd[key].nbytes
+        for key in scales
     )
 
 
@@ -136,8 +138,8 @@ def main():
     import schemes.blockwise_fp8  # noqa: F401
 
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    coded, _ = comfy_models.musubi(bf16)
-    dense = case.exact(coded)
+    quantized_sd, _ = comfy_models.musubi(bf16)
+    dense = case.exact(quantized_sd)
     reference = case.load(dense)
     expected = {"plain": with_memory(reference, 0)}
     for name, amplitude in LORAS.items():
@@ -153,9 +155,9 @@ def main():
     aimdo_double.prepare_cuda()
     management.get_torch_device = lambda: DEVICE
     management.vram_state = management.VRAMState.NORMAL_VRAM
-    patcher = case.load(coded)
+    patcher = case.load(quantized_sd)
     found["device"] = str(patcher.load_device)
-    check_sizes(patcher, coded)
+    check_sizes(patcher, quantized_sd)
     check(patcher, dense, expected)
     check_merged(patcher, expected["merged"], other)
     management.unload_all_models()

@@ -19,13 +19,14 @@ import comfy.sd
 import comfy_models
 import torch
 from comfy_case import (
-    codes,
     error,
     first_output,
     layer,
     load,
     lora,
+    quantized,
     same,
+    snapshot,
     with_lora,
 )
 
@@ -42,32 +43,19 @@ def merged(patcher, tensors):
     return made
 
 
-def quantized(tensors, recipe):
-    """What the chosen layers stand for once they are quantized."""
-    from hijack.hosts.comfyui import selection
-
-    chosen = selection.choose("QwenImage")
-    return {
-        key: recipe.apply(tensor, key).dense(torch.float32)
-        if tensor.ndim == 2 and key.endswith(".weight") and chosen(key[:-7])
-        else tensor
-        for key, tensor in tensors.items()
-    }
-
-
-def check_loras(dense, tensors, recipe, online):
+def check_loras(dense, tensors, config, online):
     """LoRA then quantize, quantize then LoRA, and one of each."""
     first, second = lora(tensors, 0.5), lora(tensors, 5.0)
     changed = with_lora(dense, first)
-    meant = quantized(merged(changed, tensors), recipe)
-    plain = quantized({k: t.float() for k, t in tensors.items()}, recipe)
-    made = online.quantize_model(changed, recipe)
+    meant = quantized(merged(changed, tensors), config)
+    plain = quantized({k: t.float() for k, t in tensors.items()}, config)
+    made = online.quantize_model(changed, config)
     exact = load(meant)
     found["lora then quantize"] = error(first_output(made), first_output(exact))
     found["patches gone"] = not made.patches
     ours = first_output(with_lora(made, second))
     found["and another"] = error(ours, first_output(with_lora(exact, second)))
-    after = with_lora(online.quantize_model(dense, recipe), first)
+    after = with_lora(online.quantize_model(dense, config), first)
     expected = first_output(with_lora(load(plain), first))
     found["quantize then lora"] = error(first_output(after), expected)
 
@@ -94,38 +82,39 @@ def check_patcher(dense, made):
     found["layers"] = len(layers)
 
 
-def check_again(made, recipe, online):
+def check_again(made, config, online):
     """Quantizing a quantized model again changes nothing; saved, it loads."""
-    twice = online.quantize_model(made, recipe)
+    twice = online.quantize_model(made, config)
     found["again"] = error(first_output(twice), first_output(made))
     path = str(comfy_case.FOLDER / "online.safetensors")
     comfy.sd.save_checkpoint(path, made)
     back = comfy.sd.load_diffusion_model(path)
     found["saved"] = error(first_output(back), first_output(made))
-    found["saved codes"] = same(codes(back), codes(made))
+    found["saved weights"] = same(snapshot(back), snapshot(made))
 
 
-def check_progress(dense, recipe, online):
+def check_progress(dense, config, online):
     """Progress counts every layer once; an interruption leaves the original alone."""
     steps = []
-    online.quantize_model(dense, recipe, progress=lambda *done: steps.append(done))
-    found["progress"] = steps == [(n + 1, len(steps)) for n in range(len(steps))]
-    before = codes(dense)
+    online.quantize_model(dense, config, progress=lambda *done: steps.append(done))
+    counts = [(done, total) for done, total, _ in steps]
+    found["progress"] = counts == [(n + 1, len(steps)) for n in range(len(steps))]
+    before = snapshot(dense)
 
-    def interrupt(done, total):
+    def interrupt(*done):
         raise KeyboardInterrupt
 
     try:
-        online.quantize_model(dense, recipe, progress=interrupt)
+        online.quantize_model(dense, config, progress=interrupt)
     except KeyboardInterrupt:
-        found["interrupted"] = same(codes(dense), before)
+        found["interrupted"] = same(snapshot(dense), before)
     try:
-        online.quantize_model(dense, recipe, include="no.such.layer")
+        online.quantize_model(dense, config, include="no.such.layer")
     except Exception as caught:
         found["nothing chosen"] = f"{type(caught).__name__}: {caught}"
 
 
-def check_sampling(tensors, recipe, online):
+def check_sampling(tensors, config, online):
     """A branch of the workflow has another sampling than the one that is quantized."""
     import comfy.model_sampling as sampling
 
@@ -139,30 +128,30 @@ def check_sampling(tensors, recipe, online):
     shifted.set_parameters(shift=9.0)
     branch.add_object_patch("model_sampling", shifted)
     comfy.model_management.load_models_gpu([branch])
-    made = online.quantize_model(dense, recipe)
+    made = online.quantize_model(dense, config)
     found["sampling"] = [
         torch.equal(dense.model.model_sampling.sigmas, shifted.sigmas),
         torch.equal(made.model.model_sampling.sigmas, clean),
     ]
 
 
-def check_bypass(dense, tensors, recipe, online):
+def check_bypass(dense, tensors, config, online):
     """A LoRA in bypass mode is refused before the model, and works after it."""
     load_bypass = getattr(comfy.sd, "load_bypass_lora_for_models", None)
     if load_bypass is None:
         return
     made = lora(tensors, 2.0)
     try:
-        online.quantize_model(load_bypass(dense, None, made, 1.0, 0)[0], recipe)
+        online.quantize_model(load_bypass(dense, None, made, 1.0, 0)[0], config)
     except Exception as caught:
         found["bypass"] = f"{type(caught).__name__}: {caught}"
-    quantized = online.quantize_model(dense, recipe)
+    quantized = online.quantize_model(dense, config)
     expected = first_output(with_lora(quantized, made))
     after = load_bypass(quantized, None, made, 1.0, 0)[0]
     found["bypass after"] = error(first_output(after), expected)
 
 
-def check_native(tensors, recipe, online):
+def check_native(tensors, config, online):
     """ComfyUI's own scaled FP8, with scales of inputs, is quantized like any other."""
     file, meant = {"scaled_fp8": torch.empty(2, dtype=comfy_case.FP8)}, {}
     for key, tensor in tensors.items():
@@ -174,19 +163,21 @@ def check_native(tensors, recipe, online):
             file[f"{layer_name}.scale_weight"] = scale
             file[f"{layer_name}.scale_input"] = torch.tensor(1.0)
             meant[key] = file[key].float() * scale
-    made = online.quantize_model(load(file, fp8_optimizations=True), recipe)
+    made = online.quantize_model(load(file, fp8_optimizations=True), config)
     key = f"{comfy_case.LAYER}.weight"
     weight = online.read_weight(made, f"diffusion_model.{key}")
-    expected = recipe.apply(meant[key], key).dense(torch.float32)
+    from hijack.hosts.comfyui.lazy_tensor import quantize_layer
+
+    expected = quantize_layer(config, meant[key], key).dense(torch.float32)
     found["native"] = error(weight, expected)
     found["native works"] = bool(first_output(made).isfinite().all())
 
 
-def check_memory(tensors, recipe, online):
+def check_memory(tensors, config, online):
     """The original model goes when nothing but the quantized one is left."""
     dense = load(tensors)
     original = weakref.ref(dense.model)
-    made = online.quantize_model(with_lora(dense, lora(tensors, 0.5)), recipe)
+    made = online.quantize_model(with_lora(dense, lora(tensors, 0.5)), config)
     first_output(made)
     del dense
     comfy.model_management.unload_all_models()
@@ -200,27 +191,29 @@ def main():
     import hijack
     import schemes.blockwise_fp8  # noqa: F401
     from hijack.hosts.comfyui import quantize as online
-    from hijack.hosts.comfyui.lazy_tensor import Recipe
+    from hijack.quantized import QuantizationConfig
 
-    recipe = Recipe(hijack.schemes()["blockwise_fp8"], {"block_size": (1, 64)})
+    config = QuantizationConfig.of(
+        hijack.schemes()["blockwise_fp8"], {"block_size": (1, 64)}
+    )
     tensors = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
     dense = load(tensors)
     before = first_output(dense)
-    check_loras(dense, tensors, recipe, online)
-    check_progress(dense, recipe, online)
+    check_loras(dense, tensors, config, online)
+    check_progress(dense, config, online)
     found["original untouched"] = torch.equal(first_output(dense), before)
-    plain = online.quantize_model(dense, recipe)
+    plain = online.quantize_model(dense, config)
     found["class"] = type(layer(plain)).__name__
-    check_again(plain, recipe, online)
+    check_again(plain, config, online)
     changed = dense.clone()
     changed.model_options["hijack_test"] = [1]
     changed.add_object_patch("model_sampling", "another sampling")
     changed.add_object_patch("diffusion_model.forward", "of the other model")
-    check_patcher(dense, online.quantize_model(changed, recipe))
-    check_memory(tensors, recipe, online)
-    check_sampling(tensors, recipe, online)
-    check_bypass(dense, tensors, recipe, online)
-    check_native(tensors, recipe, online)
+    check_patcher(dense, online.quantize_model(changed, config))
+    check_memory(tensors, config, online)
+    check_sampling(tensors, config, online)
+    check_bypass(dense, tensors, config, online)
+    check_native(tensors, config, online)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,18 @@ import comfy_case  # prepares ComfyUI, so it comes first  # isort: skip
 import comfy.sd
 import comfy_models
 import safetensors
-import test_door
+import test_detection
 import torch
-from comfy_case import FOLDER, PREFIX, codes, error, first_output, load, lora, with_lora
+from comfy_case import (
+    FOLDER,
+    PREFIX,
+    error,
+    first_output,
+    load,
+    lora,
+    snapshot,
+    with_lora,
+)
 from safetensors.torch import load_file
 
 found = {}
@@ -34,14 +43,16 @@ def save(patcher, name, memory=None):
     return path, tensors, metadata
 
 
-def check_saving(name, patcher, coded, reference):
+def check_saving(name, patcher, quantized_sd, reference):
     """Full load and low VRAM write the file's own bytes; the metadata is kept."""
-    claimed = [k for k in coded if "scale" in k or coded[k].element_size() == 1]
+    claimed = [
+        k for k in quantized_sd if "scale" in k or quantized_sd[k].element_size() == 1
+    ]
     result = found[name] = {}
     for way, memory in (("full", None), ("low vram", 1000)):
         path, tensors, metadata = save(patcher, f"{name}-{way[:3]}", memory)
-        result[way] = tensors.keys() == coded.keys() and comfy_case.same(
-            {k: tensors[k] for k in claimed}, {k: coded[k] for k in claimed}
+        result[way] = tensors.keys() == quantized_sd.keys() and comfy_case.same(
+            {k: tensors[k] for k in claimed}, {k: quantized_sd[k] for k in claimed}
         )
         result[f"{way} metadata"] = all(
             metadata.get(k) == v for k, v in INFORMATION.items()
@@ -52,11 +63,11 @@ def check_saving(name, patcher, coded, reference):
 
 
 def check_lora(name, patcher, dense):
-    """A LoRA on the model is in the file, in codes and scales that go together."""
+    """A LoRA on the model is in the file, in data and scales that go together."""
     made = lora(dense, 0.5)
     expected = first_output(with_lora(load(dense), made))
     plain = first_output(patcher)
-    before = codes(patcher)
+    before = snapshot(patcher)
     result = found[name]
     result["lora effect"] = error(expected, plain)
     files = []
@@ -70,7 +81,7 @@ def check_lora(name, patcher, dense):
         )
     result["lora same file"] = comfy_case.same(*files)
     first_output(patcher)
-    result["codes untouched"] = comfy_case.same(codes(patcher), before)
+    result["weights untouched"] = comfy_case.same(snapshot(patcher), before)
 
 
 def main():
@@ -79,15 +90,15 @@ def main():
     import schemes.blockwise_fp8  # noqa: F401
 
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    coded, _ = comfy_models.musubi(bf16)
-    dense = comfy_case.exact(coded)
-    patcher = load(coded)
-    check_saving("blockwise_fp8", patcher, coded, first_output(load(dense)))
+    quantized_sd, _ = comfy_models.musubi(bf16)
+    dense = comfy_case.exact(quantized_sd)
+    patcher = load(quantized_sd)
+    check_saving("blockwise_fp8", patcher, quantized_sd, first_output(load(dense)))
     check_lora("blockwise_fp8", patcher, dense)
-    hijack.register(test_door.Int8())
-    coded, dense, _ = comfy_case.with_scheme(bf16, test_door.Int8())
-    patcher = load(coded)
-    check_saving("plugin", patcher, coded, first_output(load(dense)))
+    hijack.register(test_detection.Int8())
+    quantized_sd, dense, _ = comfy_case.with_scheme(bf16, test_detection.Int8())
+    patcher = load(quantized_sd)
+    check_saving("plugin", patcher, quantized_sd, first_output(load(dense)))
     check_lora("plugin", patcher, dense)
 
 

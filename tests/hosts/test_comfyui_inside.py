@@ -21,8 +21,9 @@ RELEASES = comfy_harness.releases()
 HAS_DEPENDENCIES = importlib.util.find_spec("aiohttp") is not None
 #: Of a diffusion model's keys in a whole checkpoint.
 PREFIX = "model.diffusion_model."
-#: Rounding of two ways to compute the same in float32.
-ROUNDING = 1e-5
+#: Two ways to compute the same in float32: a scheme's own forward may form products in
+#: another order than the dense layer.
+ROUNDING = 1e-6
 
 pytestmark = [
     pytest.mark.comfyui,
@@ -57,9 +58,10 @@ def test_the_host_is_patched(found, release):
 
 
 def test_every_way_in_gives_the_exact_model(found):
-    """Whatever loader, prefix, weight_dtype or wrong marker: not one bit of error."""
+    """Whatever loader, prefix, weight_dtype or wrong marker: nothing but rounding."""
     assert found["without hijack"] > 0.1
-    assert set(found["errors"].values()) == {0.0}, found["errors"]
+    assert len(found["errors"]) == 7
+    assert max(found["errors"].values()) < ROUNDING, found["errors"]
 
 
 def test_other_layers_keep_what_comfyui_gives_them(found):
@@ -68,9 +70,9 @@ def test_other_layers_keep_what_comfyui_gives_them(found):
 
 
 def test_any_scheme_loads_exactly(found):
-    """Schemes of two methods load without error, packed codes included."""
+    """Schemes of two methods load without error, packed data included."""
     assert set(found["schemes"].values()) == {0.0}, found["schemes"]
-    assert {"door_int8 ", "door_nibbles ", f"door_nibbles {PREFIX}"} <= set(
+    assert {"plain_int8 ", "plain_nibbles ", f"plain_nibbles {PREFIX}"} <= set(
         found["schemes"]
     )
 
@@ -82,18 +84,18 @@ def test_loras_take_effect_and_leave_no_trace(found):
     assert found["lora small low vram"] < ROUNDING
     assert found["lora large low vram"] < ROUNDING
     assert found["lora removed"]
-    assert found["codes restored"]
+    assert found["weights restored"]
 
 
 def test_partial_loading_is_exact(found):
     """With weights left on the offload device the output is the same."""
-    assert found["low vram"] == 0.0
+    assert found["low vram"] < ROUNDING
 
 
 def test_a_saved_checkpoint_has_the_layers_as_they_came(found):
     """ModelSave writes the dialect's own keys, bit for bit; the file loads again."""
     assert found["saved"]
-    assert found["saved and loaded"] == 0.0
+    assert found["saved and loaded"] < ROUNDING
 
 
 def test_ordinary_models_are_untouched(found):
@@ -118,7 +120,7 @@ def test_unpatching_refuses_and_restores(found):
     """Live models are named; forced, the function is restored and models still work."""
     assert "quantized modules are alive" in found["unpatch refused"]
     assert found["restored"]
-    assert found["works unpatched"] == 0.0
+    assert found["works unpatched"] < ROUNDING
 
 
 def test_all_orders_of_import_patch_and_unpatch(release):

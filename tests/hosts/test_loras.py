@@ -27,9 +27,9 @@ def test_loras_add_up(case):
 
 
 def test_fifty_rounds_leave_no_trace(case):
-    """On and off, through clones: outputs repeat, codes and scales stay the same."""
+    """On and off, through clones: outputs repeat, data and scales stay the same."""
     assert case["rounds"]
-    assert case["codes restored"]
+    assert case["weights restored"]
     assert case["twin untouched"]
 
 
@@ -49,7 +49,7 @@ def test_a_model_as_lora_works_in_every_step(case):
 
 
 def test_extracted_loras_are_of_decoded_weights(case):
-    """What ComfyUI computes with is no codes, loaded or not; but for half precision."""
+    """What ComfyUI computes with is decoded, loaded or not; but for half precision."""
     assert case["given to compute with"] < ROUNDING
     assert max(case["extracted"].values()) < 1e-3
 
@@ -64,7 +64,7 @@ def test_merging_on_demand(case):
     """HIJACK_LORA=merge and marked patches quantize the sum, and it comes off again."""
     for name, error in case["merging"].items():
         assert 100 * ROUNDING < error < 0.02, name
-    assert case["merged codes differ"]
+    assert case["merged weights differ"]
     assert case["merging is repeatable"]
     assert case["merging removed"]
     assert case["merging restored"]

@@ -16,7 +16,8 @@ RELEASES = comfy_harness.releases()
 pytestmark = pytest.mark.comfyui
 
 SCHEMES = ("blockwise_fp8", "example plugin")
-#: A LoRA adds two products in float32, nothing else may differ at all.
+#: A LoRA adds two products in float32, and the forward of blockwise_fp8 may add up in
+#: another order than the dense layer; nothing else may differ at all.
 ROUNDING = 1e-6
 CELLS = {
     "plain": 0.0,
@@ -30,8 +31,17 @@ CELLS = {
     "quantize on load": 0.0,
     "save and reload": 0.0,
 }
+#: Cells that compare a model with itself.
+SAME = ("LoRA removed",)
 DYNAMIC = ("plain", "LoRA", "LoRA big", "LoRA removed", "quantize on load")
 DYNAMIC = (*DYNAMIC, "save and reload")
+
+
+def allowed(scheme):
+    """Cell to the largest error: a scheme without a forward of its own has none."""
+    if scheme != "blockwise_fp8":
+        return CELLS
+    return {cell: CELLS[cell] if cell in SAME else ROUNDING for cell in CELLS}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +61,10 @@ def test_every_cell_is_exact(row, scheme, release, record_property):
     """Each cell is there, and its error is none but float32 rounding."""
     record_property("matrix", (release, scheme, row[scheme]))
     assert {cell: row[scheme][cell] for cell in CELLS}.keys() == CELLS.keys()
-    wrong = {c: row[scheme][c] for c, most in CELLS.items() if row[scheme][c] > most}
+    most = allowed(scheme)
+    wrong = {
+        cell: row[scheme][cell] for cell in CELLS if row[scheme][cell] > most[cell]
+    }
     assert wrong == {}
 
 
@@ -61,4 +74,5 @@ def test_dynamic_vram_is_exact(row, scheme, release):
     if not comfy_harness.has_dynamic_vram(RELEASES[release]):
         pytest.skip(f"{release} has no dynamic VRAM")
     found = {cell: row[scheme][f"DynamicVRAM: {cell}"] for cell in DYNAMIC}
-    assert {c: v for c, v in found.items() if v > CELLS[c]} == {}
+    most = allowed(scheme)
+    assert {cell: v for cell, v in found.items() if v > most[cell]} == {}

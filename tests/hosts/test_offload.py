@@ -18,8 +18,7 @@ def test_any_part_of_the_weights_may_be_on_the_device(case):
     for what, part in itertools.product(
         ("plain", "small", "large"), ("all", "half", "none")
     ):
-        most = 0.0 if what == "plain" else ROUNDING
-        assert case[f"{what} {part}"] <= most, (what, part)
+        assert case[f"{what} {part}"] < ROUNDING, (what, part)
 
 
 def test_loaded_memory_is_what_comfyui_asked_for(case):
@@ -31,7 +30,7 @@ def test_loaded_memory_is_what_comfyui_asked_for(case):
 def test_unloading_a_part_keeps_the_output(case):
     """Layers that are taken off the device go on, with and without LoRA."""
     assert case["freed"]
-    assert case["partially unloaded"] == 0.0
+    assert case["partially unloaded"] < ROUNDING
     assert case["lora partially unloaded"] < ROUNDING
 
 
@@ -42,7 +41,7 @@ def test_another_model_s_weights_do_not_stay_on_the_device(case):
 
 
 def test_sizes_count_the_scales(case):
-    """ComfyUI plans with every byte of codes and scales."""
+    """ComfyUI plans with every byte of quantized data and scales."""
     assert case["sizes"][0] == case["sizes"][1]
     assert case["scales counted"]
 

@@ -12,7 +12,7 @@ ROUNDING = 1e-6
 
 def test_loras_before_and_after(case):
     """Merged in float32 before, kept beside the weights after: both as they should."""
-    assert case["lora then quantize"] == 0.0
+    assert case["lora then quantize"] < ROUNDING
     assert case["patches gone"]
     assert case["and another"] < ROUNDING
     assert case["quantize then lora"] < ROUNDING
@@ -48,15 +48,16 @@ def test_progress_counts_layers(case):
 
 
 def test_quantizing_again_and_saving(case):
-    """The codes of a quantized model are found again, and written as they are."""
+    """The data of a quantized model is found again, and written as they are."""
     assert case["again"] == 0.0
     assert case["saved"] == 0.0
-    assert case["saved codes"]
+    assert case["saved weights"]
 
 
 def test_choosing_no_layer_is_an_error(case):
     """It says what to change."""
-    assert case["nothing chosen"].startswith("HijackError: QwenImage: no layer is left")
+    expected = "CheckpointError: include: pattern 'no.such.layer' matches no layer of"
+    assert case["nothing chosen"].startswith(expected)
 
 
 def test_another_branch_s_sampling_is_not_taken_over(case):

@@ -1,4 +1,4 @@
-"""Codes renamed, joined and reordered by the row, without a ComfyUI."""
+"""Quantized data renamed, joined and reordered by the row, without a ComfyUI."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from hijack import HijackError
-from hijack.hosts.comfyui.coded import Coded, Coding
 from hijack.hosts.comfyui.fused_rows import convert_rows
+from hijack.quantized import QuantizationConfig, QuantizedTensor
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()
 
 
-def coded(rows, block_size, seed=0):
+def quantized_sd(rows, block_size, seed=0):
     """A random weight of that many rows and 128 columns."""
     weight = torch.randn(rows, 128, generator=torch.Generator().manual_seed(seed))
     qdata, params = SCHEME.quantize(weight, block_size=block_size)
-    return Coded(qdata, params, Coding(SCHEME, "hijack"))
+    return QuantizedTensor(qdata, params, QuantizationConfig.of(SCHEME, {}, "hijack"))
 
 
 def join(tensors):
@@ -42,13 +42,15 @@ def swap(tensors):
 
 @pytest.mark.parametrize("block_size", [(1, 64), (1, 128), (8, 32)])
 def test_parts_are_joined_as_codes(block_size):
-    """What ComfyUI does to plain tensors is done to codes, which stay codes."""
-    given = {name: coded(16, block_size, seed) for seed, name in enumerate("qkv")}
+    """What ComfyUI does to plain tensors is done to quantized ones, which stay so."""
+    given = {
+        name: quantized_sd(16, block_size, seed) for seed, name in enumerate("qkv")
+    }
     given |= {"other": torch.ones(3), "left": torch.zeros(2)}
     expected = torch.cat([given[name].dense(torch.float32) for name in "qkv"])
     other = given["other"]
     made = convert_rows(given, join)
-    assert isinstance(made["qkv"], Coded)
+    assert isinstance(made["qkv"], QuantizedTensor)
     assert torch.equal(made["qkv"].dense(torch.float32), expected)
     assert made["other"] is other
     assert set(given) == {"left"}
@@ -58,34 +60,34 @@ def test_what_the_dialect_cannot_spell_is_spelled_otherwise():
     """musubi-tuner's files have one scale or one a row, not one for each of three."""
     given = {}
     for seed, name in enumerate("qkv"):
-        weight = coded(16, (16, 128), seed)
-        coding = Coding(SCHEME, "musubi")
-        given[name] = Coded(weight.qdata, weight.tensors, coding)
+        weight = quantized_sd(16, (16, 128), seed)
+        coding = QuantizationConfig.of(SCHEME, {}, "musubi")
+        given[name] = QuantizedTensor(weight.qdata, weight.params, coding)
     given["other"] = torch.ones(3)
     expected = torch.cat([given[name].dense(torch.float32) for name in "qkv"])
     made = convert_rows(given, join)["qkv"]
-    assert isinstance(made, Coded)
-    assert made.coding.dialect == "hijack"
+    assert isinstance(made, QuantizedTensor)
+    assert made.config.dialect == "hijack"
     assert torch.equal(made.dense(torch.float32), expected)
 
 
 def test_rows_are_put_in_another_order():
-    """Halves that ComfyUI swaps are swapped in codes and scales."""
-    weight = coded(16, (1, 64))
+    """Halves that ComfyUI swaps are swapped in data and scales."""
+    weight = quantized_sd(16, (1, 64))
     top, bottom = weight.dense(torch.float32).chunk(2)
     made = convert_rows({"weight": weight}, swap)["swapped"]
-    assert isinstance(made, Coded)
+    assert isinstance(made, QuantizedTensor)
     assert torch.equal(made.dense(torch.float32), torch.cat([bottom, top]))
 
 
 @pytest.mark.parametrize("odd", ["dense", "other blocks", "other rows"])
 def test_what_cannot_be_joined_is_decoded(odd):
     """Parts of different kinds become a dense weight that is exact."""
-    given = {name: coded(16, (8, 64), seed) for seed, name in enumerate("qk")}
+    given = {name: quantized_sd(16, (8, 64), seed) for seed, name in enumerate("qk")}
     given["v"] = {
         "dense": torch.ones(16, 128, dtype=torch.bfloat16),
-        "other blocks": coded(16, (1, 64)),
-        "other rows": coded(12, (8, 64)),
+        "other blocks": quantized_sd(16, (1, 64)),
+        "other rows": quantized_sd(12, (8, 64)),
     }[odd]
     given["other"] = torch.ones(())
     expected = torch.cat([given[name].to(torch.float32) for name in "qkv"])
@@ -112,7 +114,9 @@ def test_codes_of_a_shape_that_misleads_are_decoded():
     given = {}
     for name in "qkv":
         qdata, params = scheme.quantize(torch.randn(16, 128), block_size=(1, 64))
-        given[name] = Coded(qdata, params, Coding(scheme, "hijack"))
+        given[name] = QuantizedTensor(
+            qdata, params, QuantizationConfig.of(scheme, {}, "hijack")
+        )
     given["other"] = torch.ones(3)
     expected = torch.cat([given[name].dense(torch.float32) for name in "qkv"])
     made = convert_rows(given, join)["qkv"]
@@ -122,19 +126,19 @@ def test_codes_of_a_shape_that_misleads_are_decoded():
 
 def test_names_nobody_converts_leave_the_state_dict_alone():
     """None stays None, and nothing is taken."""
-    given = {"q": coded(16, (1, 64))}
+    given = {"q": quantized_sd(16, (1, 64))}
     assert convert_rows(given, lambda tensors: None) is None
     assert set(given) == {"q"}
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_views_of_codes_in_inference_mode(where):
-    """As of any tensor there, wherever the codes were made; ComfyUI runs nodes so."""
+    """As of any tensor there, wherever the data was made; ComfyUI runs nodes so."""
     with torch.inference_mode(where == "inside"):
-        tensor = coded(16, (1, 64))
+        tensor = quantized_sd(16, (1, 64))
     with torch.inference_mode():
         dense = tensor.dense(torch.float32)
-        for weight in (tensor, tensor.standing_for(torch.float32)):
+        for weight in (tensor, tensor.replace(dtype=torch.float32)):
             assert torch.equal(weight[2], dense[2])
             assert torch.equal(weight.view(-1), dense.view(-1))
             assert torch.equal(weight.chunk(2)[1], dense.chunk(2)[1])
@@ -146,4 +150,4 @@ def test_views_of_codes_in_inference_mode(where):
 def test_codes_are_not_written_into():
     """A write would go to a decoded copy and be lost; it is refused instead."""
     with pytest.raises(HijackError, match="cannot write into a quantized weight"):
-        coded(16, (1, 64))[:4] = 0.0
+        quantized_sd(16, (1, 64))[:4] = 0.0

@@ -16,7 +16,7 @@ QUANTIZED = 0.01
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("way", WAYS)
 def test_a_saved_model_is_the_file_it_came_from(case, scheme, way):
-    """Keys, codes and scales bit for bit; it loads again; metadata is kept."""
+    """Keys, data and scales bit for bit; it loads again; metadata is kept."""
     assert case[scheme][way]
     assert case[scheme][f"{way} reloaded"] == 0.0
     assert case[scheme][f"{way} metadata"]
@@ -24,10 +24,10 @@ def test_a_saved_model_is_the_file_it_came_from(case, scheme, way):
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_lora_is_saved_with_scales_of_its_own(case, scheme):
-    """Codes and scales fit each other, whatever part of the model was loaded."""
+    """Data and scales fit each other, whatever part of the model was loaded."""
     found = case[scheme]
     assert found["lora effect"] > 2 * QUANTIZED
     assert found["lora full"] < QUANTIZED
     assert found["lora low vram"] < QUANTIZED
     assert found["lora same file"]
-    assert found["codes untouched"]
+    assert found["weights untouched"]

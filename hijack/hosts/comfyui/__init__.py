@@ -2,7 +2,7 @@
 
 Diffusion models enter through ``comfy.model_detection.model_config_from_unet``: its
 signature is the same in all these releases, and every loader calls it. Text encoders,
-VAEs and ControlNets have doors of their own; where a release lacks one of those, what
+VAEs and ControlNets have loaders of their own; where a release lacks one of those, what
 would enter there stays ComfyUI's own, and the rest works.
 """
 
@@ -59,8 +59,8 @@ PROBES = (
     ),
 )
 
-#: What the other doors need besides.
-DOORS = (
+#: What the other loaders need besides.
+LOADERS = (
     Probe("comfy.sd.load_text_encoder_state_dicts", ("state_dicts",)),
     Probe("comfy.sd.CLIP.load_sd", ("self", "sd")),
     Probe("comfy.sd.VAE.__init__", ("self", "sd")),
@@ -96,18 +96,18 @@ def get_version() -> str:
 
 def patches() -> list[Patch]:
     """What to patch."""
-    from hijack.hosts.comfyui.loaders import make_door
+    from hijack.hosts.comfyui.loaders import make_model_config_from_unet
     from hijack.hosts.comfyui.lora import make_calculate_weight, make_copy_to_param
     from hijack.hosts.comfyui.saving import make_save_torch_file
 
     detection = sys.modules["comfy.model_detection"]
     return [
-        Patch(detection, "model_config_from_unet", make_door),
+        Patch(detection, "model_config_from_unet", make_model_config_from_unet),
         Patch(sys.modules["comfy.lora"], "calculate_weight", make_calculate_weight),
         Patch(sys.modules["comfy.utils"], "copy_to_param", make_copy_to_param),
         Patch(sys.modules["comfy.utils"], "save_torch_file", make_save_torch_file),
         *_patcher_methods(),
-        *_other_doors(),
+        *_other_loaders(),
     ]
 
 
@@ -127,11 +127,11 @@ def _patcher_methods() -> list[Patch]:
     return found
 
 
-def _other_doors() -> list[Patch]:
-    """The doors of other models and other spellings, as far as they are there."""
+def _other_loaders() -> list[Patch]:
+    """The loaders of other models and other spellings, as far as they are there."""
     from hijack.hosts.comfyui import text_encoders
     from hijack.hosts.comfyui.fused_rows import make_convert_diffusers_mmdit
-    from hijack.hosts.comfyui.loaders import make_diffusers_door
+    from hijack.hosts.comfyui.loaders import make_diffusers_unet
     from hijack.hosts.comfyui.tensor_metadata import make_load_torch_file
 
     makers = (
@@ -141,14 +141,14 @@ def _other_doors() -> list[Patch]:
         text_encoders.make_load_controlnet,
         text_encoders.make_weight_dtype,
         make_convert_diffusers_mmdit,
-        make_diffusers_door,
+        make_diffusers_unet,
         make_load_torch_file,
     )
     found = []
     with contextlib.suppress(Exception):  # the probe says what is missing
         # Part of a host that is imported already, though maybe not yet this part.
         importlib.import_module("comfy.controlnet")
-    for probe, make in zip(DOORS, makers, strict=True):
+    for probe, make in zip(LOADERS, makers, strict=True):
         problem = probe.problem()
         if problem is None:
             path, _, attribute = probe.path.rpartition(".")

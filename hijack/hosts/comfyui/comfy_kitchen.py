@@ -1,7 +1,7 @@
 """Quantized weights as comfy_kitchen's QuantizedTensor, from ComfyUI 0.8 on.
 
 Only what is a QuantizedTensor is streamed, pinned, and requantized by ComfyUI. Its
-layout is found by name alone, so every coding gets a name of its own; the class behind
+layout is found by name alone, so every config gets a name of its own; the class behind
 it does nothing but ask the scheme.
 """
 
@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hijack.hosts.comfyui.coded import Addition, Coded, Coding
+from hijack.quantized import (
+    Addition,
+    QuantizationConfig,
+    QuantizedTensor,
+    WeightView,
+)
 
 #: What comfy.quant_ops must offer, all of it used here.
 NEEDED = (
@@ -34,63 +39,63 @@ def quant_ops() -> Any | None:
     return module if all(hasattr(module, name) for name in NEEDED) else None
 
 
-class KitchenCarrier:
-    """Turns `Coded` into QuantizedTensor and back, sharing all tensors."""
+class KitchenTensors:
+    """Turns `QuantizedTensor` into comfy_kitchen's and back, sharing all tensors."""
 
     def __init__(self, host: Any) -> None:
         self.host = host
 
-    def wrap(self, coded: Coded, dtype: torch.dtype) -> Tensor:
-        """A QuantizedTensor that passes for a weight of ``dtype``."""
-        layout, name = self._layout(coded.coding)
-        params = layout.pack(coded, dtype)
-        tensor: Tensor = self.host.QuantizedTensor(coded.qdata, name, params)
+    def wrap(self, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor:
+        """comfy_kitchen's tensor, passing for a weight of ``dtype``."""
+        layout, name = _layout(self.host, weight.config)
+        params = layout.pack(weight, dtype)
+        tensor: Tensor = self.host.QuantizedTensor(weight.qdata, name, params)
         return tensor
 
-    def unwrap(self, tensor: Tensor | None) -> Coded | None:
-        """The `Coded` in a QuantizedTensor of ours; None for any other tensor."""
+    def unwrap(self, tensor: Tensor | None) -> QuantizedTensor | None:
+        """The weight in comfy_kitchen's tensor of ours; None for any other."""
         layout: Any = self._layout_of(tensor)
         if layout is None:
-            return tensor if isinstance(tensor, Coded) else None
-        weight: Any = tensor
-        coded: Coded = layout.unpack(weight._qdata, weight._params)
-        return coded
+            return tensor if isinstance(tensor, QuantizedTensor) else None
+        kept: Any = tensor
+        weight: QuantizedTensor = layout.unpack(kept._qdata, kept._params)
+        return weight
 
     def holds(self, tensor: Tensor | None) -> bool:
         """Whether a tensor is a quantized weight of ours."""
         return self._layout_of(tensor) is not None
 
-    def dense(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The weight a tensor stands for, patches left out; any other tensor as is."""
+    def view(self, tensor: Tensor) -> WeightView | None:
+        """What a bound forward gets of it; None for any other tensor."""
         layout: Any = self._layout_of(tensor)
         if layout is None:
-            return tensor
-        weight: Any = tensor
-        dense: Tensor = layout.coding.scheme.dequantize(
-            weight._qdata, weight._params.tensors(), dtype
-        )
-        return dense
+            return None
+        kept: Any = tensor
+        params = kept._params
+        shape, dtype = tuple(params.orig_shape), params.orig_dtype
+        return WeightView(kept._qdata, params.tensors(), layout.config, shape, dtype)
 
-    def patches(self, tensor: Tensor | None) -> tuple[Addition, ...]:
+    def additions(self, tensor: Tensor | None) -> tuple[Addition, ...]:
         """What is to be added to the weight that a tensor stands for."""
         if self._layout_of(tensor) is None:
             return ()
-        weight: Any = tensor
-        patches: tuple[Addition, ...] = weight._params.patches
-        return patches
+        kept: Any = tensor
+        additions: tuple[Addition, ...] = kept._params.additions
+        return additions
 
     def _layout_of(self, tensor: Any) -> Any | None:
         if not isinstance(tensor, self.host.QuantizedTensor):
             return None
         layout = self.host.get_layout_class(tensor._layout_cls)
-        return layout if hasattr(layout, "coding") else None
+        return (
+            layout
+            if isinstance(getattr(layout, "config", None), QuantizationConfig)
+            else None
+        )
 
-    def mark(self, module: Any, coded: Coded) -> None:
+    def mark(self, module: Any, weight: QuantizedTensor) -> None:
         """Tell ComfyUI by which layout it quantizes the module's weight again."""
-        module.layout_type = self._layout(coded.coding)[1]
-
-    def _layout(self, coding: Coding) -> tuple[Any, str]:
-        return _layout(self.host, coding)
+        module.layout_type = _layout(self.host, weight.config)[1]
 
 
 def saving_is_patched() -> bool:
@@ -101,42 +106,47 @@ def saving_is_patched() -> bool:
 
 
 @functools.cache
-def _layout(host: Any, coding: Coding) -> tuple[Any, str]:
-    """Make and register the layout of one coding."""
-    options = ",".join(f"{name}={value}" for name, value in coding.options)
-    name = (
-        f"hijack:{coding.scheme.name}:{coding.dialect}:{options}:{id(coding.scheme):x}"
-    )
+def _layout(host: Any, config: QuantizationConfig) -> tuple[Any, str]:
+    """Make and register the layout of one way to quantize."""
+    scheme = config.scheme
+    options = ",".join(f"{name}={value}" for name, value in config.options)
+    name = f"hijack:{scheme.name}:{config.dialect}:{options}:{id(scheme):x}"
     methods = {name: value for name, value in vars(_Layout).items() if name[0] != "_"}
     layout = type(
-        f"Hijack_{coding.scheme.name}",
+        f"Hijack_{scheme.name}",
         (host.QuantizedLayout,),
-        {**methods, "coding": coding},
+        {**methods, "config": config},
     )
     host.register_layout_class(name, layout)
     return layout, name
 
 
 class _Layout:
-    """The methods of a layout; ``coding`` is the only thing that differs."""
+    """The methods of a layout; ``config`` is the only thing that differs."""
 
-    coding: Coding
+    config: QuantizationConfig
 
     @classmethod
-    def pack(cls, coded: Coded, dtype: torch.dtype) -> Any:
+    def pack(cls, weight: QuantizedTensor, dtype: torch.dtype) -> Any:
         """The params of a QuantizedTensor: each scheme tensor is a field of its own."""
-        return params_class(len(coded.tensors))(
-            *coded.tensors.values(),
-            tuple(coded.tensors),
+        return params_class(len(weight.params))(
+            *weight.params.values(),
+            tuple(weight.params),
             dtype,
-            tuple(coded.shape),
-            coded.patches,
+            tuple(weight.shape),
+            weight.additions,
         )
 
     @classmethod
-    def unpack(cls, qdata: Tensor, params: Any) -> Coded:
-        shape, dtype = tuple(params.orig_shape), params.orig_dtype
-        return Coded(qdata, params.tensors(), cls.coding, shape, params.patches, dtype)
+    def unpack(cls, qdata: Tensor, params: Any) -> QuantizedTensor:
+        return QuantizedTensor(
+            qdata,
+            params.tensors(),
+            cls.config,
+            tuple(params.orig_shape),
+            params.orig_dtype,
+            params.additions,
+        )
 
     @classmethod
     def quantize(
@@ -147,15 +157,21 @@ class _Layout:
         inplace_ops: bool = False,
         **_: Any,
     ) -> tuple[Tensor, Any]:
-        qdata, tensors = cls.coding.quantize(tensor, int(stochastic_rounding or 0))
-        coded = Coded(qdata, tensors, cls.coding, tuple(tensor.shape))
-        return qdata, cls.pack(coded, tensor.dtype)
+        options = dict(cls.config.options)
+        seed = int(stochastic_rounding or 0)
+        meta = cls.config.scheme.create_params(
+            tuple(tensor.shape), tensor.dtype, "meta", **options
+        )
+        like = QuantizedTensor(*meta, cls.config, tuple(tensor.shape), tensor.dtype)
+        weight = like.requantized(tensor, seed)
+        return weight.qdata, cls.pack(weight, tensor.dtype)
 
     @classmethod
     def dequantize(cls, qdata: Tensor, params: Any) -> Tensor:
-        if params.patches:
-            return cls.unpack(qdata, params).dense(params.orig_dtype)
-        return cls.coding.scheme.dequantize(qdata, params.tensors(), params.orig_dtype)
+        if params.additions:
+            return cls.unpack(qdata, params).value()
+        shape, dtype = tuple(params.orig_shape), params.orig_dtype
+        return WeightView(qdata, params.tensors(), cls.config, shape, dtype).dense()
 
     @classmethod
     def get_plain_tensors(cls, qtensor: Any) -> tuple[Tensor, ...]:
@@ -163,10 +179,9 @@ class _Layout:
 
     @classmethod
     def state_dict_tensors(cls, qdata: Tensor, params: Any) -> dict[str, Tensor]:
-        # Keys are "X.weight" plus the suffix; the module adds the dialect's other keys.
-        codes = cls.unpack(qdata, params).file_tensors()["weight"]
-        if codes.is_floating_point() or not params.names or not saving_is_patched():
-            return {"": codes}
+        # Keys are "X.weight" plus the suffix; the module adds the others.
+        if qdata.is_floating_point() or not params.names or not saving_is_patched():
+            return {"": qdata}
         # ComfyUI would make parameters of integers, which torch denies it. Left out,
         # the weight is found again by the layer's other tensors.
         return {}
@@ -206,7 +221,7 @@ class _Params:
             getattr(self, field).copy_(
                 getattr(source, field), non_blocking=non_blocking
             )
-        for field in ("names", "orig_dtype", "orig_shape", "patches"):
+        for field in ("names", "orig_dtype", "orig_shape", "additions"):
             object.__setattr__(self, field, getattr(source, field))
 
 
@@ -221,7 +236,7 @@ def params_class(count: int) -> Any:
         ("names", tuple),
         ("orig_dtype", torch.dtype),
         ("orig_shape", tuple),
-        ("patches", tuple),
+        ("additions", tuple),
     ]
     return dataclasses.make_dataclass(
         f"HijackParams{count}", [*tensors, *rest], bases=(_Params,), frozen=True

@@ -1,29 +1,34 @@
-"""Which layers of a state dict a scheme reads, and those layers as `Coded` tensors."""
+"""Which layers of a state dict a scheme reads, and those layers as one tensor each."""
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Container, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
+from hijack.claim import Claim
+from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import HijackError, UnconsumedScaleError, UnknownSchemeError
-from hijack.formats.claim import Claim
+from hijack.formats import matching
+from hijack.formats.comfyui_markers import layer_marker
 from hijack.formats.detection import SCALE_NAMES, identify
 from hijack.formats.identification import Identification
-from hijack.formats.named_only import comfy_marker
-from hijack.formats.native_marker import METADATA_KEY, write_marker
+from hijack.formats.native_marker import (
+    METADATA_KEY,
+    marked_layers,
+    write_marker,
+)
 from hijack.hosts.comfyui import markers, tensor_metadata
-from hijack.hosts.comfyui.coded import PLAIN, Coded, Coding
-from hijack.hosts.comfyui.lazy_tensor import Lazy
-from hijack.registry import Registry, default_registry
+from hijack.hosts.comfyui.lazy_tensor import LazyTensor
+from hijack.quantized import QuantizedTensor
+from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, join
-from hijack.text import shown
+from hijack.text import excerpt
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +42,7 @@ def encode_claimed(
     metadata: Mapping[str, str] | None = None,
     registry: Registry | None = None,
 ) -> bool:
-    """Turn every claimed layer of a model into one `Coded` tensor, in place.
+    """Turn every claimed layer of a model into one `QuantizedTensor` tensor, in place.
 
     Args:
         state_dict: full key to tensor; changed only if a layer is claimed.
@@ -46,7 +51,7 @@ def encode_claimed(
         registry: whose schemes are asked.
 
     Returns:
-        Whether the model has coded layers now.
+        Whether the model has quantized layers now.
 
     Raises:
         HijackError: if claimed tensors do not fit each other, if two schemes claim a
@@ -91,17 +96,17 @@ def decode_claimed(
         HijackError: as `encode_claimed`.
     """
     encode_claimed(state_dict, "", metadata, registry)
-    coded = {key: t for key, t in state_dict.items() if isinstance(t, Coded)}
-    for key, tensor in coded.items():
-        state_dict[key] = tensor.dense(torch.float32)
-    if coded:
+    quantized = {k: t for k, t in state_dict.items() if isinstance(t, QuantizedTensor)}
+    for key, tensor in quantized.items():
+        state_dict[key] = tensor.value(torch.float32)
+    if quantized:
         log.info(
             "hijack: %d layers of the %s decoded, which ComfyUI builds without a way "
             "to keep them quantized",
-            len(coded),
+            len(quantized),
             what,
         )
-    return len(coded)
+    return len(quantized)
 
 
 def _encode_keys(
@@ -111,38 +116,39 @@ def _encode_keys(
     registry: Registry | None,
 ) -> bool:
     chosen = {key: state_dict[key] for key in keys}
-    if any(isinstance(tensor, Coded) for tensor in chosen.values()):
+    if any(isinstance(tensor, QuantizedTensor) for tensor in chosen.values()):
         return True  # the loader asks again, after renaming keys
-    if any(isinstance(tensor, Lazy) for tensor in chosen.values()):
-        return any(getattr(t, "code", None) for t in chosen.values())
-    unusual = _unusual(chosen)
+    if any(isinstance(tensor, LazyTensor) for tensor in chosen.values()):
+        return any(getattr(t, "quantize", None) for t in chosen.values())
+    metadata = {
+        **(_renamed(metadata, chosen) or {}),
+        **tensor_metadata.metadata_of(chosen),
+    }
+    unusual = _unusual(chosen, marked_layers(metadata))
     if not unusual:
         return False
-    registry = default_registry() if registry is None else registry
+    registry = current_registry(registry)
     tensors = markers.read_through(unusual)
     claims = _claims(tensors, metadata, registry)
-    coded = {
-        join(layer, "weight"): _encode(registry, claim, tensors)
+    used = {key for claim in claims.values() for key in claim.keys.values()}
+    dtype = _dense_dtype(t for key, t in chosen.items() if key not in used)
+    quantized = {
+        join(layer, "weight"): _quantized(registry, claim, tensors, dtype)
         for layer, claim in claims.items()
     }
-    used = {key for claim in claims.values() for key in claim.keys.values()}
     for key in unusual if claims else ():
         if key in used or key not in tensors:  # or ComfyUI renamed it or put it in
             del state_dict[key]
-    state_dict.update(coded)
+    state_dict.update(quantized)
     return bool(claims)
 
 
 def _claims(
     tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str] | None,
+    metadata: Mapping[str, str],
     registry: Registry,
 ) -> dict[str, Claim]:
     """The claim to each layer that is not ComfyUI's own."""
-    metadata = {
-        **(_renamed(metadata, tensors) or {}),
-        **tensor_metadata.metadata_of(tensors),
-    }
     given = tensor_metadata.claims_of(tensors)
     used = {key for claim in given.values() for key in claim.keys.values()}
     rest = {key: tensor for key, tensor in tensors.items() if key not in used}
@@ -158,8 +164,8 @@ def _claims(
     bare = [la for la in found.unscaled if not markers.native(header, la)]
     if claims and bare:
         log.warning(
-            "hijack: %d layers hold codes without a scale, such as %s, while others "
-            "have one; they are used as they are",
+            "hijack: %d layers hold quantized data without a scale, such as %s, while "
+            "others have one; they are used as they are",
             len(bare),
             bare[0],
         )
@@ -193,34 +199,39 @@ def _renamed(
     return metadata
 
 
-def _unusual(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _unusual(
+    tensors: Mapping[str, Tensor], marked: Container[str]
+) -> dict[str, Tensor]:
     """The tensors without those of ordinary layers.
 
-    A layer is ordinary if it has a weight of a dtype one computes in, and nothing
-    beside it but a bias. No scheme reads those, and most files have no others.
+    A layer is ordinary if it has a weight of a dtype one computes in, nothing beside it
+    but a bias, and no marker. No scheme reads those, and most files have no others.
     """
     count = Counter(key.rpartition(".")[0] for key in tensors)
     plain: set[str] = set()
     for key, tensor in tensors.items():
         layer, _, name = key.rpartition(".")
-        if name == "weight" and tensor.dtype in PLAIN:
+        dense = tensor.dtype in DENSE_DTYPES and layer not in marked
+        if name == "weight" and dense:
             bias = f"{layer}.bias"
             if count[layer] == 1 + (bias in tensors):
                 plain.update((key, bias))
     found = {key: tensor for key, tensor in tensors.items() if key not in plain}
-    coded = any(
-        tensor.dtype not in PLAIN or key.rpartition(".")[2] in SCALE_NAMES
+    quantized = any(
+        tensor.dtype not in DENSE_DTYPES
+        or key.rpartition(".")[2] in SCALE_NAMES
+        or key.rpartition(".")[0] in marked
         for key, tensor in found.items()
     )
-    return found if coded else {}
+    return found if quantized else {}
 
 
 def _check_unknown(found: Identification, header: Header, registry: Registry) -> None:
-    """Refuse layers of a scheme that is not there: their codes are no weights."""
+    """Refuse layers of a scheme that is not there: their data is no weight."""
     for layer, scheme in found.unknown.items():
         if not markers.native(header, layer):
             raise UnknownSchemeError(
-                f"{layer}: was written by scheme {shown(scheme)}, as "
+                f"{layer}: was written by scheme {excerpt(scheme)}, as "
                 f"{len(found.unknown)} layers were, which is not registered; expected "
                 f"one of {', '.join(sorted(registry.schemes()))}; install "
                 "the plugin that has it"
@@ -230,22 +241,23 @@ def _check_unknown(found: Identification, header: Header, registry: Registry) ->
 def _check_foreign(found: Identification, header: Header, *, alone: bool) -> None:
     """Refuse layers that neither a scheme nor this ComfyUI reads.
 
-    Where no layer is ours that is ComfyUI's business, unless it would take codes that
-    nothing marks for weights.
+    Where no layer is ours that is ComfyUI's business, unless it would take quantized
+    data that nothing marks for weights.
     """
-    for layer, other in found.foreign.items():
+    for layer, other in found.unsupported.items():
         if markers.reads_layers() and markers.native(header, layer):
             continue
         weight = header.tensors.get(join(layer, "weight"))
-        silent = weight is not None and weight.torch_dtype not in PLAIN
-        if alone and not (silent and comfy_marker(header, layer) is None):
+        silent = weight is not None and weight.torch_dtype not in DENSE_DTYPES
+        if alone and not (silent and layer_marker(header, layer) is None):
             continue
         what = "and others are read by a scheme; this ComfyUI cannot read both"
         if alone:
-            what = "which no scheme reads; this ComfyUI would use its codes as weights"
+            what = "which no scheme reads; this ComfyUI would use its data as weights"
         raise HijackError(
-            f"{layer}: is in the format {other.format}, as {len(found.foreign)} layers "
-            f"are, {what}; use a later one, or quantize the original with one scheme"
+            f"{layer}: is in the format {other.format}, as "
+            f"{len(found.unsupported)} layers are, {what}; use a later one, or "
+            "quantize the original with one scheme"
         )
 
 
@@ -256,7 +268,9 @@ def _check_orphans(
     for key in orphans:
         layer, _, name = key.rpartition(".")
         weight = tensors.get(join(layer, "weight"))
-        if alone and (weight is None or weight.dtype in PLAIN or name in _INPUTS):
+        if alone and (
+            weight is None or weight.dtype in DENSE_DTYPES or name in _INPUTS
+        ):
             continue
         others = f" and {len(orphans) - 1} others" if len(orphans) > 1 else ""
         raise UnconsumedScaleError(
@@ -278,27 +292,26 @@ def _orphans(found: Identification, header: Header) -> list[str]:
     """Scales that neither a scheme nor ComfyUI consumes."""
     return sorted(
         key
-        for key in found.orphans
+        for key in found.unconsumed
         if not markers.native(header, key.rpartition(".")[0])
     )
 
 
-def _encode(registry: Registry, claim: Claim, tensors: Mapping[str, Tensor]) -> Coded:
+def _quantized(
+    registry: Registry,
+    claim: Claim,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+) -> QuantizedTensor:
+    """A claimed layer as one tensor."""
     scheme = registry.get(claim.scheme)
     try:
-        qdata, params = scheme.decode(claim, tensors)
-        options: dict[str, Any] = {}
-        accepted = inspect.signature(scheme.quantize).parameters
-        if claim.block_size is not None:
-            options["block_size"] = claim.block_size
-        if "dtype" in accepted:  # what a weight with a LoRA in it is quantized to
-            options["dtype"] = qdata.dtype
-        scale = params.get("weight_scale")
-        if "scale_dtype" in accepted and scale is not None and scale.dtype in PLAIN:
-            options["scale_dtype"] = scale.dtype
-        dialect = scheme.written_as(claim.dialect, qdata, params, options)
-        coding = Coding(scheme, dialect.name, tuple(sorted(options.items())))
-        return Coded(qdata, params, coding)
+        weight = matching.read_weight(scheme, claim, tensors, dtype=dtype)
+        dialect = matching.encoding_dialect(
+            scheme, claim.dialect, weight.qdata, weight.params, weight.options
+        )
+        config = dataclasses.replace(weight.config, dialect=dialect.name)
+        return weight.replace(config=config)
     except HijackError:
         raise
     except Exception as error:
@@ -306,3 +319,12 @@ def _encode(registry: Registry, claim: Claim, tensors: Mapping[str, Tensor]) -> 
             f"{claim.layer}: scheme {claim.scheme} cannot read it; "
             f"{type(error).__name__}: {error}; is the file damaged?"
         ) from error
+
+
+def _dense_dtype(others: Iterable[Tensor]) -> torch.dtype:
+    """What the quantized weights of a model pass for: what most other tensors are."""
+    sizes: Counter[torch.dtype] = Counter()
+    for tensor in others:
+        if tensor.dtype in DENSE_DTYPES:
+            sizes[tensor.dtype] += tensor.numel()
+    return sizes.most_common(1)[0][0] if sizes else torch.float32

@@ -2,12 +2,13 @@
 
 ComfyUI reads diffusers' names by renaming tensors, writing several into one (q, k and
 v), and swapping halves of some. All that it does to rows of plain tensors. So it is
-given numbers for rows, and where they end up says how to do the same to codes.
+given numbers for rows, and where they end up says how to do the same to quantized data.
 """
 
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable
@@ -18,8 +19,9 @@ from torch import Tensor
 
 from hijack.errors import HijackError
 from hijack.formats.dialect import Dialect
-from hijack.hosts.comfyui.coded import Coded
-from hijack.hosts.comfyui.lazy_tensor import Lazy
+from hijack.hosts.comfyui.file_tensors import file_tensors
+from hijack.hosts.comfyui.lazy_tensor import LazyTensor
+from hijack.quantized import QuantizedTensor
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +61,9 @@ def make_convert_diffusers_mmdit(original: Callable[..., Any]) -> Callable[..., 
     def convert_diffusers_mmdit(
         state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
-        if not any(isinstance(t, Coded | Lazy) for t in state_dict.values()):
+        if not any(
+            isinstance(t, QuantizedTensor | LazyTensor) for t in state_dict.values()
+        ):
             return original(state_dict, *args, **kwargs)
         return convert_rows(state_dict, lambda sd: original(sd, *args, **kwargs))
 
@@ -69,7 +73,7 @@ def make_convert_diffusers_mmdit(original: Callable[..., Any]) -> Callable[..., 
 def convert_rows(
     state_dict: dict[str, Tensor], convert: Convert
 ) -> dict[str, Tensor] | None:
-    """Do to coded tensors what a function does to the rows of plain ones.
+    """Do to quantized tensors what a function does to the rows of plain ones.
 
     Args:
         state_dict: key to tensor; what ``convert`` removes is removed.
@@ -78,7 +82,7 @@ def convert_rows(
 
     Returns:
         What ``convert`` would give for the decoded tensors. A tensor with the rows of
-        coded ones is coded too, where their codes can be put together.
+        quantized ones is quantized too, where their data can be put together.
     """
     numbered: dict[str, Tensor] = {}
     starts, count = [], 0
@@ -123,7 +127,7 @@ class Joiner:
     """Makes tensors of rows of others."""
 
     def __init__(self) -> None:
-        #: Whether codes like these can be joined; their values do not matter.
+        #: Whether data like this can be joined; its values do not matter.
         self._joinable: dict[Any, bool] = {}
 
     def join(self, runs: list[Run], name: str) -> Tensor:
@@ -134,23 +138,26 @@ class Joiner:
             name: of the result, for the log.
 
         Returns:
-            The tensor itself if it is all of one; else coded if all are and their codes
-            can be joined, or lazy if any is; else dense, float32 if any was coded.
+            The tensor itself if it is all of one; else quantized if all are and their
+            data can be joined, or lazy if any is; else dense, float32 if any was
+            quantized.
         """
         if len(runs) == 1 and runs[0].whole():
             return runs[0].tensor
-        if any(isinstance(run.tensor, Lazy) for run in runs):
+        if any(isinstance(run.tensor, LazyTensor) for run in runs):
             return _lazy(runs)
-        if not any(isinstance(run.tensor, Coded) for run in runs):
+        if not any(isinstance(run.tensor, QuantizedTensor) for run in runs):
             return torch.cat([run.rows(run.tensor) for run in runs])
         joined = self._coded(runs)
         if joined is None:
-            log.info("hijack: %s is decoded: its parts have no common codes", name)
+            log.info(
+                "hijack: %s is decoded: its parts cannot be joined quantized", name
+            )
             return _dense(runs)
         return joined
 
-    def _coded(self, runs: list[Run]) -> Coded | None:
-        """The rows as codes, if joining what a scheme keeps joins what it stands for.
+    def _coded(self, runs: list[Run]) -> QuantizedTensor | None:
+        """The rows quantized, if joining what a scheme keeps joins what it stands for.
 
         What a scheme does with its tensors their shapes do not tell, so it is tried.
         """
@@ -168,23 +175,27 @@ class Joiner:
         return joined if self._joinable[known] else None
 
 
-def _lazy(runs: list[Run]) -> Lazy:
+def _lazy(runs: list[Run]) -> LazyTensor:
     """The rows, read when they are needed; quantized if all parts are to be."""
     first = runs[0].tensor
-    codes = [getattr(run.tensor, "code", None) for run in runs]
+    ways = [getattr(run.tensor, "quantize", None) for run in runs]
 
     def read() -> Tensor:
         parts = []
         for run in runs:
-            whole = run.tensor.read() if isinstance(run.tensor, Lazy) else run.tensor
+            whole = (
+                run.tensor.read() if isinstance(run.tensor, LazyTensor) else run.tensor
+            )
             parts.append(run.rows(whole))
         return torch.cat(parts)
 
     shape = (sum(run.stop - run.start for run in runs), *first.shape[1:])
-    return Lazy(shape, first.dtype, read, None if None in codes else codes[0])
+    quantize = None if None in ways else ways[0]
+    scheme = getattr(first, "scheme", None)
+    return LazyTensor(shape, first.dtype, read, quantize, scheme)
 
 
-def _join_codes(runs: list[Run]) -> Coded | None:
+def _join_codes(runs: list[Run]) -> QuantizedTensor | None:
     first: Any = runs[0].tensor
     parts: list[Any] = [run.tensor for run in runs]
     count = sum(run.stop - run.start for run in runs)
@@ -194,22 +205,24 @@ def _join_codes(runs: list[Run]) -> Coded | None:
 
     try:
         qdata = cat([part.qdata for part in parts])
-        names = first.tensors
-        tensors = {name: cat([part.tensors[name] for part in parts]) for name in names}
+        params = {
+            name: cat([part.params[name] for part in parts]) for name in first.params
+        }
     except (ValueError, RuntimeError):
         return None
-    for dialect in (first.coding.dialect, Dialect.name):
+    for dialect in (first.config.dialect, Dialect.name):
         try:  # one may be unable to spell it
-            coding = first.coding.spelled(dialect)
-            joined = Coded(qdata, tensors, coding, (count, *first.shape[1:]))
-            joined.file_names()
+            config = dataclasses.replace(first.config, dialect=dialect)
+            shape = (count, *first.shape[1:])
+            joined = QuantizedTensor(qdata, params, config, shape, first.dtype)
+            file_tensors(joined.map(lambda tensor: tensor.to("meta")))
         except (HijackError, ValueError, RuntimeError):
             continue
         return joined
     return None
 
 
-def _is_right(joined: Coded, runs: list[Run]) -> bool:
+def _is_right(joined: QuantizedTensor, runs: list[Run]) -> bool:
     try:
         return torch.equal(joined.dense(torch.float32), _dense(runs))
     except Exception:  # a scheme that cannot decode it says so in its own way
@@ -218,17 +231,23 @@ def _is_right(joined: Coded, runs: list[Run]) -> bool:
 
 def _kind(tensor: Tensor) -> Any | None:
     """What tensors must have in common to be joined, and all their shapes."""
-    if not isinstance(tensor, Coded) or tensor.patches:
+    if not isinstance(tensor, QuantizedTensor) or tensor.additions:
         return None
-    inner = {"": tensor.qdata, **tensor.tensors}
+    inner = tensor.plain_tensors()
     names = tuple((name, t.dtype, tuple(t.shape[1:])) for name, t in inner.items())
     lengths = tuple(_length(t) for t in inner.values())
-    return (tensor.coding, tuple(tensor.shape[1:]), names), lengths, tensor.shape[0]
+    return (tensor.config, tuple(tensor.shape[1:]), names), lengths, tensor.shape[0]
 
 
 def _dense(runs: list[Run]) -> Tensor:
-    decoded = {id(run.tensor): run.tensor.to(torch.float32) for run in runs}
+    decoded = {id(run.tensor): _float32(run.tensor) for run in runs}
     return torch.cat([run.rows(decoded[id(run.tensor)]) for run in runs])
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, QuantizedTensor):
+        return tensor.value(torch.float32)
+    return tensor.to(torch.float32)
 
 
 def _length(tensor: Tensor) -> int:

@@ -1,36 +1,53 @@
 """A Linear of ComfyUI's whose weight is quantized.
 
-ComfyUI moves the weight, which it does well; decoding it and adding LoRAs to it is done
-here, in the forward.
+ComfyUI moves the weight, which it does well. What the layer computes with it is the
+forward that the contract bound for it; LoRAs are added to the result, or where they are
+no low-rank pairs, as the difference they make to the decoded weight.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import copy
+import dataclasses
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hijack.hosts.comfyui.coded import Coded, PlainCarrier
-from hijack.hosts.comfyui.comfy_kitchen import KitchenCarrier
+from hijack.claim import Claim
+from hijack.errors import PluginError
+from hijack.formats import matching
+from hijack.hosts.comfyui.file_tensors import dialect_of, file_tensors
+from hijack.hosts.comfyui.host_tensors import HostTensors
+from hijack.hosts.comfyui.lazy_tensor import LazyTensor
 from hijack.hosts.comfyui.lora import Merge, Patches, merging, seed_of
+from hijack.modules import Forward, linear_forward
+from hijack.quantized import (
+    QuantizationConfig,
+    QuantizedTensor,
+    WeightView,
+    check_shape,
+)
+from hijack.registry import Registry, current_registry
+from hijack.safetensors_io.header import Header, join
+from hijack.scheme import Scheme
 
 #: Every quantized layer alive, so that unpatching can say how many there are.
 LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
-Carrier = KitchenCarrier | PlainCarrier
-
 
 class Source:
-    """Says on a tensor of a state dict which module gave it."""
+    """Says on a tensor of a state dict which module gave it, under which name."""
 
-    def __init__(self, module: nn.Module | None = None) -> None:
+    def __init__(self, module: nn.Module | None = None, name: str = "") -> None:
         self._module = None if module is None else weakref.ref(module)
+        self.name = name
 
     def module(self) -> nn.Module | None:
         """The module, unless it is gone or this is a copy from another process."""
@@ -40,25 +57,87 @@ class Source:
         return Source, ()
 
 
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A layer that is about to become quantized: all that can fail is done.
+
+    Attributes:
+        weight: its weight.
+        forward: what it computes; None for the default.
+        registry: whose plugins are told.
+        prefix: of the layer's keys.
+    """
+
+    weight: QuantizedTensor
+    forward: Forward | None
+    registry: Registry
+    prefix: str
+
+
 class QuantizedLinear:
     """What a Linear does differently once its weight is quantized."""
 
-    carrier: Carrier
+    host_tensors: HostTensors
     dense_class: Any
     compute_dtype: torch.dtype
     host_ops: Any
     low_vram_patch: type
     cast_options: dict[str, bool]
-    #: Suffixes of the layer's keys in a state dict.
-    file_names: tuple[str, ...]
+    #: This class, but for the functions on the weight.
+    class_to_cast: Any
+    #: Names of the scheme's tensors beside the weight, in a state dict.
+    param_names: tuple[str, ...]
+    #: The forward a plugin or the scheme chose; None for the default.
+    bound_forward: Forward | None = None
     #: What is to be added to the weight, as the parameter says.
     _weight_patches: tuple[Any, ...] = ()
     #: A LoRA that ComfyUI would merge into its resident copy of the weight.
-    _hidden: Any = None
+    _deferred_patch: Any = None
     #: One that it may merge.
-    _shown: Any = None
+    _visible_patch: Any = None
     #: The last function asked for its patches, and the answer.
     _known: tuple[Any, Patches] | None = None
+
+    # -- becoming quantized ------------------------------------------------------------
+
+    @classmethod
+    def prepare(cls, module: Any, weight: Any, prefix: str, state_dict: Any) -> Change:
+        """Decide all that the contract leaves to plugins, before a layer changes.
+
+        Args:
+            module: one of ComfyUI's Linear layers, as it was built.
+            weight: a `QuantizedTensor`, or a `LazyTensor` that is to be quantized.
+            prefix: of the layer's keys.
+            state_dict: that the layer is loaded from.
+
+        Raises:
+            HijackError: if the tensors do not fit, or quantizing is refused.
+        """
+        registry = current_registry()
+        with _naming(prefix):
+            if isinstance(weight, LazyTensor):
+                quantized = _quantize_lazy(registry, module, weight, prefix)
+            else:
+                quantized = _select(registry, module, weight, prefix)
+                quantized = _create(registry, module, quantized, prefix, state_dict)
+            forward = registry.bind_forward(module, quantized.scheme)
+        return Change(quantized, forward, registry, prefix)
+
+    def take(self: Any, change: Change) -> None:
+        """Become the layer that was prepared; nothing here is expected to fail."""
+        self._put(change.weight)
+        self.bound_forward = change.forward
+        LIVE.add(self)
+        with _naming(change.prefix):
+            change.registry.notify_init(self, change.weight.scheme)
+
+    def _put(self: Any, weight: QuantizedTensor) -> None:
+        tensor = self.host_tensors.wrap(weight, self.compute_dtype)
+        self.weight = nn.Parameter(tensor, requires_grad=False)
+        self.host_tensors.mark(self, weight)
+        self.param_names = tuple(weight.params)
+
+    # -- ComfyUI's life cycle ----------------------------------------------------------
 
     @property
     def weight_lowvram_function(self) -> Any:
@@ -67,26 +146,44 @@ class QuantizedLinear:
         With dynamic VRAM, ComfyUI quantizes the sum into the copy it keeps, so that
         later steps run on a merged weight. It stays beside the weight here instead.
         """
-        return self._shown
+        return self._visible_patch
 
     @weight_lowvram_function.setter
     def weight_lowvram_function(self, function: Any) -> None:
         entries = () if function is None else function.patches[function.key]
         show = merging() or all(isinstance(entry, Merge) for entry in entries)
-        self._shown, self._hidden = (function, None) if show else (None, function)
+        self._visible_patch = function if show else None
+        self._deferred_patch = None if show else function
         self._known = None  # a new function each time; the last one's copies can go
 
     def _load_from_state_dict(
         self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
     ) -> None:
+        """Load once more: a quantized weight, a dense one, or none."""
         key = f"{prefix}weight"
-        coded = state_dict.get(key)
-        if isinstance(coded, Coded):
-            self._take(coded)
-        elif coded is not None:  # loaded once more, with a dense weight
-            self._become_dense(coded)
+        weight = state_dict.get(key)
+        if keeps_quantized(self, weight):
+            self.take(self.prepare(self, weight, prefix, state_dict))
+        elif weight is not None:
+            if isinstance(weight, QuantizedTensor):
+                weight = state_dict[key] = weight.value(self.compute_dtype)
+            self._become_dense(weight)
             self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
             return
+        self.load_rest(state_dict, prefix, *args)
+
+    def load_rest(
+        self: Any,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Load everything but the weight, as ``_load_from_state_dict`` does."""
+        key = f"{prefix}weight"
         bias = state_dict.get(f"{prefix}bias")
         if self._parameters.get("bias") is None:  # ComfyUI left it for later, if any
             empty = None if bias is None else torch.empty_like(bias)
@@ -94,19 +191,11 @@ class QuantizedLinear:
             self.__dict__.pop("bias", None)  # None is there an ordinary attribute
             self.register_parameter("bias", made)
         rest = {name: tensor for name, tensor in state_dict.items() if name != key}
-        local_metadata, strict, missing, unexpected, errors = args
         nn.Module._load_from_state_dict(
             self, rest, prefix, local_metadata, strict, missing, unexpected, errors
         )
-        if coded is not None and key in missing:
+        if key in state_dict and key in missing:
             missing.remove(key)
-
-    def _take(self: Any, coded: Coded) -> None:
-        weight = self.carrier.wrap(coded, self.compute_dtype)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.carrier.mark(self, coded)
-        self.file_names = coded.file_names()
-        LIVE.add(self)
 
     def _become_dense(self: Any, weight: Tensor) -> None:
         LIVE.discard(self)
@@ -115,13 +204,17 @@ class QuantizedLinear:
         self.weight = nn.Parameter(dense, requires_grad=False)
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        coded = self.carrier.unwrap(self.weight)
-        if coded is not None:  # QuantizedTensor itself cannot be copied this way
-            weight = self.carrier.wrap(coded.apply(torch.clone), self.compute_dtype)
-            memo[id(self.weight)] = nn.Parameter(weight, requires_grad=False)
+        weight = self.host_tensors.unwrap(self.weight)
+        if weight is not None:  # comfy_kitchen's tensor cannot be copied this way
+            copied = self.host_tensors.wrap(weight.map(torch.clone), weight.dtype)
+            memo[id(self.weight)] = nn.Parameter(copied, requires_grad=False)
         new = memo[id(self)] = self.__class__.__new__(self.__class__)
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
         LIVE.add(new)
+        if weight is not None:
+            registry = current_registry()
+            new.bound_forward = registry.bind_forward(new, weight.scheme)
+            registry.notify_init(new, weight.scheme)
         return new
 
     # ComfyUI's mixed precision Linear replaces this method, which torch's does not.
@@ -130,15 +223,15 @@ class QuantizedLinear:
     def _save_to_state_dict(
         self: Any, destination: Any, prefix: str, keep_vars: bool
     ) -> None:
-        coded = self.carrier.unwrap(self.weight)
+        weight = self.host_tensors.unwrap(self.weight)
         for name, parameter in self._parameters.items():
-            if parameter is not None and (coded is None or name != "weight"):
+            if parameter is not None and (weight is None or name != "weight"):
                 tensor = parameter if keep_vars else parameter.detach()
                 destination[f"{prefix}{name}"] = tensor
-        if coded is not None:
-            for name, tensor in coded.file_tensors().items():
+        if weight is not None:
+            for name, tensor in weight.plain_tensors().items():
                 tagged = tensor.detach().contiguous()
-                tagged.hijack_source = Source(self)
+                tagged.hijack_source = Source(self, name)
                 destination[f"{prefix}{name}"] = tagged
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -154,20 +247,20 @@ class QuantizedLinear:
             self.host_ops.uncast_bias_weight(self, weight, bias, *stream)
         return output  # type: ignore[no-any-return]
 
-    def current(self: Any) -> Coded:
+    def current(self: Any) -> QuantizedTensor:
         """What the layer stands for now: as it is, or quantized with its LoRAs."""
-        coded: Coded = self.carrier.unwrap(self.weight)
+        weight: QuantizedTensor = self.host_tensors.unwrap(self.weight)
         patches, _ = self._additions()
-        if self._shown is not None:  # merged at most into a copy that ComfyUI keeps
-            patches.append(self._patches_of(self._shown))
+        if (
+            self._visible_patch is not None
+        ):  # merged at most into a copy that ComfyUI keeps
+            patches.append(self._patches_of(self._visible_patch))
         if not patches:
-            return coded
-        dense = coded.coding.scheme.dequantize(
-            coded.qdata, coded.tensors, torch.float32
-        )
+            return weight
+        dense = weight.dense(torch.float32)
         for patch in patches:
             dense = patch.apply(dense)
-        return coded.quantize_again(dense, seed_of(patches[-1].key))
+        return weight.requantized(dense, seed_of(patches[-1].key))
 
     def _additions(self: Any) -> tuple[list[Patches], list[Callable[..., Tensor]]]:
         """LoRAs, wherever ComfyUI has put them, and its other weight functions."""
@@ -178,34 +271,37 @@ class QuantizedLinear:
                 patches.append(self._patches_of(function))
             else:
                 functions.append(function)
-        if self._hidden is not None:
-            patches.append(self._patches_of(self._hidden))
+        if self._deferred_patch is not None:
+            patches.append(self._patches_of(self._deferred_patch))
         return patches, functions
 
     def _patches_of(self: Any, function: Any) -> Patches:
-        if self._known is None or self._known[0] is not function:
+        known = self._known  # once: another thread may put its own there
+        if known is None or known[0] is not function:
             entries = function.patches[function.key]
-            self._known = function, Patches(entries, function.key, dense_shape(self))
-        return self._known[1]  # type: ignore[no-any-return]
+            known = function, Patches(entries, function.key, dense_shape(self))
+            self._known = known
+        return known[1]  # type: ignore[no-any-return]
 
     def _cast(self: Any, input: Tensor) -> Any:
         """Weight and bias where the input is; ComfyUI moves them, and nothing else."""
-        weight, functions = self.weight, self.weight_function
-        dtype = weight.dtype if self.carrier.holds(weight) else input.dtype
-        if functions:  # they are not for codes
-            self.weight_function = []
-        try:
-            return self.host_ops.cast_bias_weight(
-                self,
-                None,
-                dtype=dtype,
-                device=input.device,
-                bias_dtype=input.dtype,
-                **self.cast_options,
-            )
-        finally:
-            if functions:
-                self.weight_function = functions
+        quantized, dtype = self.host_tensors.holds(self.weight), input.dtype
+        if quantized and hasattr(self, "_v") and input.device.type == "cpu":
+            # With dynamic VRAM it would be decoded there, where it is already.
+            bias = None if self.bias is None else self.bias.to(input)
+            return self.weight, bias
+        layer = self
+        if self.weight_function:  # shares everything else, so that nobody's is changed
+            layer = object.__new__(self.class_to_cast)
+            object.__setattr__(layer, "__dict__", self.__dict__)
+        return self.host_ops.cast_bias_weight(
+            layer,
+            None,
+            dtype=self.weight.dtype if quantized else dtype,
+            device=input.device,
+            bias_dtype=dtype,
+            **self.cast_options,
+        )
 
     def _linear(
         self: Any,
@@ -215,38 +311,59 @@ class QuantizedLinear:
         patches: list[Patches],
         functions: list[Callable[..., Tensor]],
     ) -> Tensor:
-        dtype = input.dtype
-        if not functions and not any(patch.dense_entries for patch in patches):
-            dense = self.carrier.dense(weight, dtype).to(dtype)
-            return add_low_rank(F.linear(input, dense, bias), input, patches)
-        dense = self.carrier.dense(weight, torch.float32)
-        dense = dense.to(torch.float32, copy=dense is weight)
-        for patch in patches:  # functions take the weight with all LoRAs in it
-            dense = patch.apply(dense) if functions else patch.apply_dense(dense)
-        dense = dense.to(dtype)
-        for function in functions:
-            dense = function(dense)
-        output = F.linear(input, dense, bias)
+        view = self.host_tensors.view(weight)
+        changed = functions or any(patch.dense_entries for patch in patches)
+        if view is None:  # ComfyUI has made it dense
+            output = F.linear(input, weight.to(input.dtype), bias)
+        elif not changed:
+            output = (self.bound_forward or linear_forward)(self, input, view, bias)
+        else:
+            output = self._changed_linear(input, view, bias, patches, functions)
         return output if functions else add_low_rank(output, input, patches)
 
+    def _changed_linear(
+        self: Any,
+        input: Tensor,
+        view: WeightView,
+        bias: Tensor | None,
+        patches: list[Patches],
+        functions: list[Callable[..., Tensor]],
+    ) -> Tensor:
+        """The product with a weight that something other than a low-rank pair changes.
+
+        A forward that was bound computes with the weight it knows, and the difference
+        is added.
+        """
+        dense = view.dense(torch.float32)
+        weight = dense.clone()  # a scheme may keep what it decodes
+        for patch in patches:  # functions take the weight with all LoRAs in it
+            weight = patch.apply(weight) if functions else patch.apply_dense(weight)
+        for function in functions:
+            weight = function(weight.to(input.dtype))
+        if self.bound_forward is None or weight.shape != dense.shape:
+            return F.linear(input, weight.to(input.dtype), bias)
+        output: Tensor = self.bound_forward(self, input, view, bias)
+        return output + F.linear(input, (weight - dense).to(input.dtype))
+
     def __getattr__(self: Any, name: str) -> Any:
-        if name != "weight" and name in self.__dict__.get("file_names", ()):
-            coded = self.carrier.unwrap(self.weight)
-            if coded is not None:  # ComfyUI takes every key of a state dict for one
-                return coded.file_tensors()[name]
+        if name in self.__dict__.get("param_names", ()):
+            weight = self.host_tensors.unwrap(self.weight)
+            if weight is not None:  # ComfyUI takes every key of a state dict for one
+                return weight.params[name]
         return super().__getattr__(name)  # type: ignore[misc]
 
     def __setattr__(self: Any, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "weight":  # also when ComfyUI puts its backup back
-            object.__setattr__(self, "_weight_patches", self.carrier.patches(value))
+            additions = self.host_tensors.additions(value)
+            object.__setattr__(self, "_weight_patches", additions)
 
     def convert_weight(
         self: Any, weight: Tensor, inplace: bool = False, **kwargs: Any
     ) -> Tensor:
-        """The weight to add a LoRA to; a `Coded` one takes it without decoding."""
-        coded = self.carrier.unwrap(weight)
-        return weight if coded is None else coded
+        """The weight to add a LoRA to; a quantized one takes it without decoding."""
+        quantized = self.host_tensors.unwrap(weight)
+        return weight if quantized is None else quantized
 
     def set_weight(
         self: Any,
@@ -256,34 +373,34 @@ class QuantizedLinear:
         return_weight: bool = False,
         **kwargs: Any,
     ) -> Tensor | None:
-        """Take a weight that something was added to, `Coded` or dense.
+        """Take a weight that something was added to, quantized or dense.
 
         Args:
             weight: as `convert_weight` and ComfyUI's ``calculate_weight`` made it.
-            inplace_update: ignored: the codes may be a read-only map of the file.
+            inplace_update: ignored: the weight may be a read-only map of the file.
             seed: to round stochastically with.
-            return_weight: return the weight and take nothing. A `Coded` one is
+            return_weight: return the weight and take nothing. A quantized one is
                 decoded, for it is to be computed with; saving is done elsewhere.
         """
-        coded = self.carrier.unwrap(self.weight)
-        if return_weight and isinstance(weight, Coded):
-            return weight.dense(torch.float32)
-        if isinstance(weight, Coded):
-            new = self.carrier.wrap(weight, self.compute_dtype)
-        elif coded is None or tuple(weight.shape) != tuple(coded.shape):
+        old = self.host_tensors.unwrap(self.weight)
+        if return_weight and isinstance(weight, QuantizedTensor):
+            return weight.value(torch.float32)
+        if isinstance(weight, QuantizedTensor):
+            new = self.host_tensors.wrap(weight, self.compute_dtype)
+        elif old is None or tuple(weight.shape) != tuple(old.shape):
             new = weight.to(self.compute_dtype)  # nothing says how to quantize it
         else:
-            again = coded.quantize_again(weight, seed or 0)
-            new = self.carrier.wrap(again, self.compute_dtype)
+            again = old.requantized(weight, seed or 0)
+            new = self.host_tensors.wrap(again, self.compute_dtype)
         if return_weight:
             return new  # type: ignore[no-any-return]
         self.weight = nn.Parameter(new, requires_grad=False)
         return None
 
     def take_weight(self: Any, weight: Tensor) -> None:
-        """Replace the weight by one of ComfyUI's backups or by a `Coded` one."""
-        if isinstance(weight, Coded):
-            weight = self.carrier.wrap(weight, self.compute_dtype)
+        """Replace the weight by one of ComfyUI's backups or by a quantized one."""
+        if isinstance(weight, QuantizedTensor):
+            weight = self.host_tensors.wrap(weight, self.compute_dtype)
         self.weight = nn.Parameter(weight, requires_grad=False)
 
     def drop_copies(self: Any) -> None:
@@ -297,11 +414,11 @@ class QuantizedLinear:
         for name, parameter in self._parameters.items():
             if parameter is None:
                 continue
-            coded = self.carrier.unwrap(parameter)
-            if coded is None:
+            weight = self.host_tensors.unwrap(parameter)
+            if weight is None:
                 moved = fn(parameter)
-            else:  # codes keep their dtype, whatever the model is cast to
-                moved = self.carrier.wrap(coded.apply(fn), self.compute_dtype)
+            else:  # quantized data keeps its dtype, whatever the model is cast to
+                moved = self.host_tensors.wrap(weight.map(fn), self.compute_dtype)
             self._parameters[name] = nn.Parameter(moved, requires_grad=False)
         for name, buffer in self._buffers.items():
             self._buffers[name] = None if buffer is None else fn(buffer)
@@ -328,8 +445,9 @@ def make_partially_unload(original: Callable[..., Any]) -> Callable[..., Any]:
 def make_model_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement of ``ModelPatcher.model_state_dict``.
 
-    ComfyUI computes with what it gives, and saves what other functions give. Codes
-    without their scales would be garbage, such as in a LoRA that is extracted.
+    ComfyUI computes with what it gives, and saves what other functions give. Quantized
+    data without its scales would be garbage, such as in a LoRA that is extracted; and
+    the scales are no weights, which models could be merged by.
     """
 
     @functools.wraps(original)
@@ -337,9 +455,11 @@ def make_model_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
         found = original(self, *args, **kwargs)
         for path, module in self.model.named_modules(remove_duplicate=False):
             key = f"{path}.weight"
-            if key in found and isinstance(module, QuantizedLinear):
-                coded = module.carrier.unwrap(module.weight)
-                found[key] = module.weight if coded is None else coded.for_state_dict()
+            if isinstance(module, QuantizedLinear) and key in found:
+                weight = module.host_tensors.unwrap(module.weight)
+                found[key] = module.weight if weight is None else weight
+                for name in () if weight is None else weight.params:
+                    found.pop(f"{path}.{name}", None)
         return found
 
     return model_state_dict
@@ -363,5 +483,90 @@ def add_low_rank(output: Tensor, input: Tensor, patches: list[Patches]) -> Tenso
     return output
 
 
+@contextlib.contextmanager
+def _naming(prefix: str) -> Iterator[None]:
+    """Put the layer's name in front of a plugin's failure that does not say it."""
+    try:
+        yield
+    except PluginError as error:
+        layer = prefix[:-1]
+        if layer in str(error):
+            raise
+        raise PluginError(f"{layer}: {error}") from error
+
+
+def _create(
+    registry: Registry,
+    module: Any,
+    weight: QuantizedTensor,
+    prefix: str,
+    state_dict: Mapping[str, Any],
+) -> QuantizedTensor:
+    """The weight as it was read, unless a plugin has other tensors for it."""
+    file = {prefix + name: tensor for name, tensor in file_tensors(weight).items()}
+    tensors: Any = collections.ChainMap(file, state_dict)  # type: ignore[arg-type]
+    answer = registry.create_params(module, weight.scheme, prefix, tensors)
+    if answer is None:
+        return weight
+    check_shape(weight.scheme, answer, tuple(weight.shape), prefix[:-1])
+    return weight.replace(qdata=answer[0], params=answer[1])
+
+
+def _select(
+    registry: Registry, module: Any, weight: QuantizedTensor, prefix: str
+) -> QuantizedTensor:
+    """The weight as it was read, unless a plugin says how to read it otherwise."""
+    tensors, layer = file_tensors(weight), prefix[:-1]
+    spelled = {layer: matching.encoded_layer(weight, tensors)}
+    marks = dialect_of(weight).finish(spelled, {})
+    file = {join(layer, name): tensor for name, tensor in tensors.items()}
+    header = Header.from_state_dict({**file, **marks.tensors}, marks.metadata)
+    claim = registry.select_scheme(module, prefix, header)
+    if not isinstance(claim, Claim):
+        return weight
+    scheme = registry.get(claim.scheme)
+    shape, dtype = tuple(weight.shape), weight.dtype
+    read = {**file, **marks.tensors}
+    return matching.read_weight(scheme, claim, read, shape, dtype)
+
+
+def _quantize_lazy(
+    registry: Registry, module: Any, weight: LazyTensor, prefix: str
+) -> QuantizedTensor:
+    """A dense weight of a file or model, quantized as the contract asks for."""
+    answer = registry.select_scheme(module, prefix, None)
+    scheme: Any = weight.scheme if answer is None else answer
+    if isinstance(answer, Claim):
+        scheme = registry.get(answer.scheme)
+    given = registry.create_params(module, scheme, prefix)
+    quantize: Any = weight.quantize
+    if given is None:
+        quantized: QuantizedTensor = quantize(scheme, weight.read())
+        return quantized
+    check_shape(scheme, given, tuple(weight.shape), prefix[:-1])
+    config = QuantizationConfig.of(scheme)
+    return QuantizedTensor(*given, config, tuple(weight.shape), weight.dtype)
+
+
 def dense_shape(module: Any) -> tuple[int, ...]:
     return (module.out_features, module.in_features)
+
+
+def for_linears(scheme: Scheme) -> bool:
+    """Whether a scheme quantizes Linears; some of ComfyUI's are none of torch's."""
+    return any(issubclass(nn.Linear, target) for target in scheme.targets)
+
+
+def keeps_quantized(module: Any, weight: Any) -> bool:
+    """Whether a Linear keeps a weight of a state dict quantized, or makes it so.
+
+    Any other quantized weight is decoded, such as one of a scheme that is not for
+    Linears, or of a shape that the layer has not.
+    """
+    scheme = getattr(weight, "scheme", None)
+    return (
+        isinstance(weight, QuantizedTensor | LazyTensor)
+        and isinstance(scheme, Scheme)  # none where a lazy tensor is to stay dense
+        and for_linears(scheme)
+        and tuple(weight.shape) == dense_shape(module)
+    )

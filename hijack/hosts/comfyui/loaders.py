@@ -1,8 +1,8 @@
 """The one place where diffusion models enter: ``model_config_from_unet``.
 
-Every loader of ComfyUI asks it what a state dict is. Here the layers that a scheme
-claims become `Coded` tensors in that state dict, and the answer, a config object of
-this model alone, gets operations that take them.
+Every loader of ComfyUI asks it what a state dict is. Here each layer that a scheme
+claims becomes one `QuantizedTensor` in that state dict, and the answer, a config object
+of this model alone, gets operations that take them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from hijack.errors import HijackError
-from hijack.hosts.comfyui.coded import Coded
 from hijack.hosts.comfyui.detection import encode_claimed, encode_others
+from hijack.hosts.comfyui.file_tensors import file_tensors
 from hijack.hosts.comfyui.operations import make_operations
+from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import join
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ ARGUMENTS = ("state_dict", "unet_key_prefix", "use_base_if_no_match", "metadata"
 SHADOWED = ("set_inference_dtype", "get_model", "process_unet_state_dict")
 
 
-def make_door(original: Callable[..., Any]) -> Callable[..., Any]:
+def make_model_config_from_unet(original: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement of ``model_config_from_unet``."""
     name_arguments = _name_arguments(original)
 
@@ -45,7 +46,7 @@ def make_door(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(*args, **kwargs)
         file = dict(state_dict)
         try:
-            coded = encode_claimed(state_dict, prefix, given.get("metadata"))
+            quantized = encode_claimed(state_dict, prefix, given.get("metadata"))
         except HijackError as error:
             config = original(*args, **kwargs)
             if not hasattr(config, "get_model"):
@@ -55,7 +56,7 @@ def make_door(original: Callable[..., Any]) -> Callable[..., Any]:
         if prefix:  # a whole checkpoint, whose other models are built from it next
             encode_others(state_dict, prefix, given.get("metadata"))
         config = original(*args, **kwargs)
-        if coded and config is not None:
+        if quantized and config is not None:
             _check(config)
             adopt(config, state_dict, prefix, file)
         return config
@@ -63,10 +64,10 @@ def make_door(original: Callable[..., Any]) -> Callable[..., Any]:
     return model_config_from_unet
 
 
-def make_diffusers_door(original: Callable[..., Any]) -> Callable[..., Any]:
+def make_diffusers_unet(original: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement of ``model_config_from_diffusers_unet``.
 
-    ComfyUI asks it for a UNet in diffusers' names, when the other door knew nothing.
+    ComfyUI asks it for a UNet in diffusers' names, when the other one knew nothing.
     """
 
     @functools.wraps(original)
@@ -74,9 +75,9 @@ def make_diffusers_door(original: Callable[..., Any]) -> Callable[..., Any]:
         state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
         file = dict(state_dict)
-        coded = encode_claimed(state_dict)
+        quantized = encode_claimed(state_dict)
         config = original(state_dict, *args, **kwargs)
-        if coded and config is not None:
+        if quantized and config is not None:
             _check(config)
             adopt(config, state_dict, "", file)
         return config
@@ -146,7 +147,7 @@ def adopt(
 
     Args:
         config: of one model.
-        state_dict: with coded layers.
+        state_dict: with quantized layers.
         prefix: of the model's keys.
         file: the state dict without them.
     """
@@ -176,8 +177,8 @@ def adopt(
         processed = process(state_dict)
         dtype = config.unet_config.get("dtype") or torch.float32
         for key, tensor in processed.items():
-            # Only a Linear carries codes, and this is none.
-            if isinstance(tensor, Coded) and tensor.ndim != 2:
+            # only a Linear keeps a quantized weight, and this is none
+            if isinstance(tensor, QuantizedTensor) and tensor.ndim != 2:
                 processed[key] = tensor.dense(dtype)
         return processed
 
@@ -187,32 +188,32 @@ def adopt(
 
 
 class _Undo:
-    """Takes coded layers out of a state dict again, and dtypes chosen for them.
+    """Takes quantized layers out of a state dict again, and dtypes chosen for them.
 
     Args:
         file: the state dict as it was.
-        coded: and as it is.
+        quantized: and as it is.
         prefix: only keys that start with it are looked at.
     """
 
     def __init__(
-        self, file: Mapping[str, Tensor], coded: Mapping[str, Tensor], prefix: str
+        self, file: Mapping[str, Tensor], quantized: Mapping[str, Tensor], prefix: str
     ) -> None:
         self.prefix = prefix
         self.file = {
             key: tensor
             for key, tensor in file.items()
-            if key.startswith(prefix) and coded.get(key) is not tensor
+            if key.startswith(prefix) and quantized.get(key) is not tensor
         }
         self.set_dtype: Callable[[], Any] = lambda: None
 
     def __call__(self, state_dict: dict[str, Tensor]) -> None:
         for key, tensor in list(state_dict.items()):
-            if isinstance(tensor, Coded) and key.startswith(self.prefix):
+            if isinstance(tensor, QuantizedTensor) and key.startswith(self.prefix):
                 del state_dict[key]
                 if key not in self.file:  # renamed since, and maybe joined with others
                     layer = key.rpartition(".")[0]
-                    for name, part in tensor.file_tensors().items():
+                    for name, part in file_tensors(tensor).items():
                         state_dict[join(layer, name)] = part
         state_dict.update(self.file)
         self.set_dtype()
@@ -235,7 +236,7 @@ class _Choice:
         plain = {
             k: t
             for k, t in self.state_dict.items()
-            if k.startswith(self.prefix) and not isinstance(t, Coded)
+            if k.startswith(self.prefix) and not isinstance(t, QuantizedTensor)
         }
         self.parameters = utils.calculate_parameters(self.state_dict, self.prefix)
         self.weight_dtype = utils.weight_dtype(plain, self.prefix)

@@ -4,8 +4,8 @@ ComfyUI adds a LoRA to the dense weight. Quantizing the sum again rounds every w
 anew, which loses a small LoRA and spoils a large one. Here a quantized weight keeps
 what is to be added to it: plain low-rank pairs become two small products in the
 forward, anything else (DoRA, LoHa, LoKr, full differences, ...) is computed by
-ComfyUI's own code on the decoded weight. The codes never change, so taking a LoRA away
-leaves them bit-identical.
+ComfyUI's own code on the decoded weight. The quantized data never changes, so taking a
+LoRA away leaves it bit-identical.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hijack.hosts.comfyui.coded import Coded
+from hijack.quantized import QuantizedTensor
 
 #: ``merge`` quantizes LoRAs into the weight; any other value keeps them beside it.
 POLICY = "HIJACK_LORA"
@@ -32,7 +32,7 @@ Entry = tuple[Any, ...]
 
 
 class Merge(tuple[Any, ...]):
-    """A patch that is to be merged into the codes, whatever the policy.
+    """A patch that is to be merged into the quantized data, whatever the policy.
 
     It is a tuple like ComfyUI's own, so that it goes wherever patches go.
     """
@@ -101,10 +101,6 @@ class Patches:
             up = torch.cat([up for _, up in pairs], 1).to(dtype)
             ready = self._ready[device, dtype] = (down, up)
         return ready
-
-    def devices(self) -> set[torch.device]:
-        """Where copies of its tensors are kept, ready for the next forward."""
-        return {*self._moved, *(device for device, _ in self._ready)}
 
     def drop_copies(self) -> None:
         """Forget those copies; the next forward makes them again."""
@@ -186,7 +182,7 @@ def _moved(entry: Entry, device: torch.device) -> Entry:
 def make_calculate_weight(original: Callable[..., Any]) -> Callable[..., Any]:
     """The replacement of ``comfy.lora.calculate_weight``.
 
-    Quantized layers convert their weight for it to a `Coded` tensor, which any other
+    Quantized layers convert their weight for it to a `QuantizedTensor`, which any other
     code may use as the dense weight.
     """
 
@@ -194,23 +190,24 @@ def make_calculate_weight(original: Callable[..., Any]) -> Callable[..., Any]:
     def calculate_weight(
         patches: Any, weight: Any, key: str, *args: Any, **kwargs: Any
     ) -> Any:
-        if not isinstance(weight, Coded) or not patches:
+        if not isinstance(weight, QuantizedTensor) or not patches:
             return original(patches, weight, key, *args, **kwargs)
         resized = _resizes(patches)
         merged = [p for p in patches if resized or isinstance(p, Merge) or merging()]
         kept = [p for p in patches if not any(p is other for other in merged)]
         if merged:
-            dense = original(merged, weight.dense(torch.float32), key, *args, **kwargs)
+            dense = original(merged, weight.value(torch.float32), key, *args, **kwargs)
             if resized:
                 return dense
-            weight = weight.quantize_again(dense, seed_of(key))
+            weight = weight.requantized(dense, seed_of(key))
         if not kept:
             return weight
         # ComfyUI takes each weight out of it once it has gone through here, but these
         # patches are applied in every forward.
         found = kwargs.get("original_weights") or {}
         extra = {"original_weights": {key: found[key]}} if key in found else {}
-        return weight.patched(Patches(kept, key, weight.shape, extra))
+        patches = Patches(kept, key, weight.shape, extra)
+        return weight.replace(additions=(*weight.additions, patches))
 
     return calculate_weight
 
@@ -235,7 +232,7 @@ def make_copy_to_param(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def merging() -> bool:
-    """Whether LoRAs are merged into the codes unless a node says otherwise."""
+    """Whether LoRAs are merged into the quantized data unless a node says otherwise."""
     return os.environ.get(POLICY, "").strip().lower() == "merge"
 
 

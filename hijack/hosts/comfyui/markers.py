@@ -8,20 +8,22 @@ on ComfyUI has by then rewritten all keys of such a file, which is undone here.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hijack.formats.named_only import comfy_marker
-from hijack.formats.named_only_table import LAYER_MARKER
+from hijack.formats.comfyui_markers import (
+    FILE_MARKER,
+    LAYER_MARKER,
+    file_marker,
+    file_marker_keys,
+    layer_marker,
+    read_marker,
+)
 from hijack.safetensors_io.header import Header, join
 
-#: The marker of a whole file, up to 0.3; from 0.4 on each layer has one.
-FILE_MARKER = "scaled_fp8"
 #: How files with the old marker spell scales, and what ComfyUI renames them to.
 RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
 FORMATS = {
@@ -51,12 +53,14 @@ def read_through(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
                 tensor = found.pop(join(layer, new), None)
                 if tensor is not None:
                     found[join(layer, old)] = tensor
-        for marker in _file_markers(found):  # 0.4 to 0.7 leave it, and read it no more
+        for marker in file_marker_keys(
+            found
+        ):  # 0.4 to 0.7 leave it, and read it no more
             if any(
                 name.startswith(marker.removesuffix(FILE_MARKER)) for name in layers
             ):
                 del found[marker]
-    for marker in _file_markers(found):
+    for marker in file_marker_keys(found):
         prefix = marker.removesuffix(FILE_MARKER)
         if any(_unread(found, key) for key in found if key.startswith(prefix)):
             del found[marker]
@@ -68,16 +72,12 @@ def native(header: Header, layer: str) -> bool:
 
     Other programs mark layers the same way, with formats no release knows.
     """
-    marker = comfy_marker(header, layer)
+    marker = layer_marker(header, layer)
     if marker is not None:
         apart = join(layer, LAYER_MARKER) in header.tensors
         readable = reads_layers() or not apart
         return readable and marker.get("format") in _formats()
-    parts = layer.split(".")
-    return any(
-        join(".".join(parts[:n]), FILE_MARKER) in header.tensors
-        for n in range(len(parts))
-    )
+    return file_marker(header, layer) is not None
 
 
 def reads_layers() -> bool:
@@ -93,10 +93,6 @@ def _formats() -> Collection[str]:
     quant_ops = sys.modules.get("comfy.quant_ops")
     known: Collection[str] = getattr(quant_ops, "QUANT_ALGOS", ())
     return known
-
-
-def _file_markers(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [key for key in tensors if key.rpartition(".")[2] == FILE_MARKER]
 
 
 def _contradicts(tensors: Mapping[str, Tensor], layer: str) -> bool:
@@ -122,8 +118,4 @@ def _unread(tensors: Mapping[str, Tensor], key: str) -> bool:
 
 
 def _format(marker: Tensor) -> str:
-    try:
-        entry: Any = json.loads(bytes(marker.flatten().tolist()))
-        return str(entry["format"])
-    except (ValueError, KeyError, TypeError):
-        return ""
+    return str(read_marker(marker).get("format", ""))

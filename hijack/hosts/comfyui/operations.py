@@ -2,7 +2,7 @@
 
 A layer does not know at construction whether the file has it quantized. So every layer
 is built by ComfyUI's own class, and its class is decided by the tensor it is given: a
-`Coded` weight makes it quantized, anything else makes it ComfyUI's own again.
+quantized weight makes it quantized, anything else makes it ComfyUI's own again.
 """
 
 from __future__ import annotations
@@ -14,10 +14,14 @@ from typing import Any
 
 import torch
 
-from hijack.hosts.comfyui.coded import Coded, PlainCarrier
-from hijack.hosts.comfyui.comfy_kitchen import KitchenCarrier, quant_ops
-from hijack.hosts.comfyui.lazy_tensor import Lazy
-from hijack.hosts.comfyui.linear import Carrier, QuantizedLinear, dense_shape
+from hijack.hosts.comfyui.comfy_kitchen import KitchenTensors, quant_ops
+from hijack.hosts.comfyui.host_tensors import HostTensors, PlainHostTensors
+from hijack.hosts.comfyui.linear import QuantizedLinear, keeps_quantized
+from hijack.quantized import QuantizedTensor
+
+#: Makes a layer quantized, given its weight, the key prefix and the state dict, and
+#: gives the function that loads the rest of it.
+Become = Callable[[Any, Any, str, Any], Callable[..., None]]
 
 
 def make_operations(base: Any, dtype: torch.dtype) -> Any:
@@ -31,42 +35,47 @@ def make_operations(base: Any, dtype: torch.dtype) -> Any:
         A class like ``base``, to be set as a model config's ``custom_operations``.
     """
     host = quant_ops()
-    carrier: Carrier = PlainCarrier() if host is None else KitchenCarrier(host)
-    quantized = type(
+    tensors: HostTensors = PlainHostTensors() if host is None else KitchenTensors(host)
+    quantized: Any = type(
         "QuantizedLinear",
         (QuantizedLinear, base.Linear),
         {
-            "carrier": carrier,
+            "host_tensors": tensors,
             "dense_class": base.Linear,
             "compute_dtype": dtype,
             "host_ops": sys.modules["comfy.ops"],
             "low_vram_patch": sys.modules["comfy.model_patcher"].LowVramPatch,
-            "cast_options": _offloadable(),
+            "cast_options": _cast_options(),
         },
     )
+    # ComfyUI applies the functions it sees to the decoded weight
+    without = {"weight_function": property(lambda layer: [])}
+    quantized.class_to_cast = type("QuantizedLinear", (quantized,), without)
 
-    def become_quantized(module: Any) -> Callable[..., None]:
+    def become_quantized(
+        module: Any, weight: Any, prefix: str, state_dict: Any
+    ) -> Callable[..., None]:
+        change = quantized.prepare(module, weight, prefix, state_dict)
         object.__setattr__(module, "__class__", quantized)
-        return module._load_from_state_dict  # type: ignore[no-any-return]
+        module.take(change)
+        return module.load_rest  # type: ignore[no-any-return]
 
     namespace = {
-        "Linear": _undecided(base.Linear, become_quantized),
-        "Embedding": _undecided(base.Embedding, None),
+        "Linear": _deferred(base.Linear, become_quantized),
+        "Embedding": _deferred(base.Embedding, None),
     }
     return type("HijackOperations", (base,), namespace)
 
 
-def _undecided(
-    dense_class: Any, become: Callable[[Any], Callable[..., None]] | None
-) -> Any:
-    """A class whose objects are ``dense_class`` until a coded weight arrives."""
+def _deferred(dense_class: Any, become: Become | None) -> Any:
+    """A class whose objects are ``dense_class`` until a quantized weight arrives."""
 
-    class Undecided(dense_class):  # type: ignore[misc]
+    class Deferred(dense_class):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # ComfyUI builds its own classes in ways it denies to subclasses.
             object.__setattr__(self, "__class__", dense_class)
             dense_class.__init__(self, *args, **kwargs)
-            object.__setattr__(self, "__class__", Undecided)
+            object.__setattr__(self, "__class__", Deferred)
 
         def _load_from_state_dict(
             self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
@@ -75,21 +84,14 @@ def _undecided(
             weight = state_dict.get(key)
             object.__setattr__(self, "__class__", dense_class)
             load = self._load_from_state_dict
-            coded = isinstance(weight, Coded) or getattr(weight, "code", None)
-            if (
-                coded
-                and become is not None
-                and tuple(weight.shape) == dense_shape(self)
-            ):
-                if isinstance(weight, Lazy):
-                    weight = state_dict[key] = weight.taken()
-                load = become(self)
-            elif isinstance(weight, Coded):
-                state_dict[key] = weight.dense(_dtype(self))
+            if become is not None and keeps_quantized(self, weight):
+                load = become(self, weight, prefix, state_dict)
+            elif isinstance(weight, QuantizedTensor):
+                state_dict[key] = weight.value(_dtype(self))
             load(state_dict, prefix, *args, **kwargs)
 
-    Undecided.__name__ = Undecided.__qualname__ = dense_class.__name__
-    return Undecided
+    Deferred.__name__ = Deferred.__qualname__ = dense_class.__name__
+    return Deferred
 
 
 def _dtype(module: Any) -> torch.dtype:
@@ -100,11 +102,12 @@ def _dtype(module: Any) -> torch.dtype:
     return torch.float32 if found is None else found
 
 
-def _offloadable() -> dict[str, bool]:
-    """The argument that keeps weights being offloaded while they are used.
+def _cast_options() -> dict[str, bool]:
+    """Arguments of ComfyUI's cast, as far as this release has them.
 
-    Without it, releases that have it return two values for some layers and three for
-    others.
+    ``offloadable`` keeps weights being offloaded while they are used; without it some
+    layers get two values back and others three. ``want_requant`` has a weight that a
+    LoRA was merged into quantized again at once, and not from the second step on.
     """
     accepts = inspect.signature(sys.modules["comfy.ops"].cast_bias_weight).parameters
-    return {"offloadable": True} if "offloadable" in accepts else {}
+    return {name: True for name in ("offloadable", "want_requant") if name in accepts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import weakref
 from collections.abc import Callable, Mapping
@@ -11,15 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hijack.errors import CheckpointError, HijackError
+from hijack import selection
+from hijack.dtypes import DENSE_DTYPES
+from hijack.errors import CheckpointError, HijackError, SchemeError
 from hijack.formats.detection import identify
-from hijack.hosts.comfyui import selection
-from hijack.hosts.comfyui.coded import PLAIN, Coded
-from hijack.hosts.comfyui.lazy_tensor import Lazy, Recipe
+from hijack.hosts.comfyui.lazy_tensor import LazyTensor, quantize_layer
+from hijack.hosts.comfyui.linear import for_linears
 from hijack.hosts.comfyui.loaders import SHADOWED, core_operations
 from hijack.hosts.comfyui.operations import make_operations
+from hijack.progress import Progress
+from hijack.quantized import QuantizationConfig, QuantizedTensor
 from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import open_tensors, read_header
+from hijack.scheme import Scheme
 
 #: Where ComfyUI keeps the network in its models.
 NETWORK = "diffusion_model"
@@ -27,8 +32,6 @@ NETWORK = "diffusion_model"
 BYPASS = "bypass_lora"
 #: Parameters of ComfyUI's own quantized layers that a decoded weight has no use for.
 NATIVE_SCALES = ("scale_weight", "scale_input", "input_scale")
-#: Called with the number of layers done and of all layers, after each.
-Progress = Callable[[int, int], None]
 
 #: What a ModelPatcher carries besides weights and their patches.
 _INTENTS = (
@@ -52,60 +55,71 @@ _INTENTS = (
 class Quantizer:
     """Makes the state dict a model is built from, and counts what is done of it."""
 
-    def __init__(
-        self, recipe: Recipe, chosen: selection.Choice, progress: Progress | None
-    ) -> None:
-        self.recipe, self.chosen, self.progress = recipe, chosen, progress
+    def __init__(self, config: QuantizationConfig, progress: Progress | None) -> None:
+        self.config, self.progress = config, progress
         self.total = self.done = 0
 
-    def lazy(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: torch.dtype,
-        read: Callable[[], Tensor],
-    ) -> Lazy:
-        """What stands for one tensor.
+    def mark(
+        self, tensors: Mapping[str, LazyTensor], where: str, include: str, exclude: str
+    ) -> dict[str, Tensor]:
+        """The tensors; those of chosen layers are quantized when a layer takes them.
 
         Args:
-            name: its key, without the model's prefix.
-            shape: dense shape.
-            dtype: dense dtype.
-            read: gives the dense tensor.
-        """
-        layer, _, kind = name.rpartition(".")
-        if kind != "weight" or len(shape) != 2 or dtype not in PLAIN:
-            return Lazy(shape, dtype, read)
-        if not self.chosen(layer):
-            return Lazy(shape, dtype, read)
-        self.total += 1
-
-        def code(weight: Tensor) -> Coded:
-            _check_interrupted()
-            coded = self.recipe.apply(weight, layer)
-            self.done += 1
-            if self.progress is not None:
-                self.progress(self.done, self.total)
-            return coded
-
-        return Lazy(shape, dtype, read, code)
-
-    def check(self, where: str) -> None:
-        """Refuse to go on if nothing was chosen.
+            tensors: key to dense tensor, of a whole model.
+            where: the model or file, for messages.
+            include: patterns on layer names, one a line; empty for the family's.
+            exclude: patterns of layers to leave dense; empty for the family's.
 
         Raises:
-            HijackError: saying so.
+            HijackError: if a pattern matches no layer, no layer is chosen, or the
+                scheme is not for Linears.
         """
-        if not self.total:
-            raise HijackError(
-                f"{where}: no layer is left to quantize; widen include or narrow "
-                "exclude"
+        scheme = self.config.scheme
+        if not for_linears(scheme):
+            names = ", ".join(target.__name__ for target in scheme.targets)
+            raise SchemeError(
+                f"{where}: scheme {scheme.name} is for {names}, and ComfyUI's layers "
+                "that can be quantized are Linear; choose another scheme"
             )
+        header = dataclasses.replace(Header.from_state_dict(tensors), source=where)
+        options = dict(self.config.options)
+        layers = selection.choose(
+            header,
+            (nn.Linear,),
+            include.split() or None,
+            exclude.split() or None,
+            declines=lambda shape, _: scheme.declines(shape, **options),
+        ).layers
+        self.total = len(layers)
+        marked: dict[str, Tensor] = dict(tensors)
+        for layer in layers:
+            key = join(layer, "weight")
+            dense = tensors[key]
+            marked[key] = LazyTensor(
+                tuple(dense.shape),
+                dense.dtype,
+                dense.read,
+                self._quantizer(layer),
+                scheme,
+            )
+        return marked
+
+    def _quantizer(self, layer: str) -> Callable[[Scheme, Tensor], QuantizedTensor]:
+        def quantize(scheme: Scheme, weight: Tensor) -> QuantizedTensor:
+            _check_interrupted()
+            config = QuantizationConfig.of(scheme, dict(self.config.options))
+            quantized = quantize_layer(config, weight, layer)
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done, self.total, layer)
+            return quantized
+
+        return quantize
 
 
 def quantize_model(
     patcher: Any,
-    recipe: Recipe,
+    config: QuantizationConfig,
     include: str = "",
     exclude: str = "",
     progress: Progress | None = None,
@@ -117,9 +131,9 @@ def quantize_model(
 
     Args:
         patcher: a ModelPatcher; left as it is.
-        recipe: how.
-        include: patterns on layer names, one a line; empty for the repeated blocks.
-        exclude: patterns of layers to leave dense; empty for the architecture's own.
+        config: how.
+        include: patterns on layer names, one a line; empty for the family's.
+        exclude: patterns of layers to leave dense; empty for the family's.
         progress: called after each layer.
         disable_dynamic: build a ModelPatcher without dynamic VRAM.
 
@@ -132,28 +146,30 @@ def quantize_model(
     """
     model = patcher.model
     _refuse_bypass(patcher)
-    chosen = selection.choose(type(model.model_config).__name__, include, exclude)
-    quantizer = Quantizer(recipe, chosen, progress)
-    state_dict: dict[str, Tensor] = {}
-    for name, tensor in _own_tensors(getattr(model, NETWORK)):
-        read = _reader(patcher, f"{NETWORK}.{name}", tensor)
-        dtype = _dense_dtype(tensor, model)
-        state_dict[name] = quantizer.lazy(name, tuple(tensor.shape), dtype, read)
-    quantizer.check(type(model).__name__)
+    tensors = {
+        name: LazyTensor(
+            tuple(tensor.shape),
+            _dense_dtype(tensor, model),
+            _reader(patcher, f"{NETWORK}.{name}", tensor),
+        )
+        for name, tensor in _own_tensors(getattr(model, NETWORK))
+    }
+    quantizer = Quantizer(config, progress)
+    state_dict = quantizer.mark(tensors, type(model).__name__, include, exclude)
     new = _rebuild(patcher, state_dict)
     result = _patcher_class(disable_dynamic)(
         new, load_device=patcher.load_device, offload_device=patcher.offload_device
     )
     _hand_on(patcher.clone(), result)
     if hasattr(result, "cached_patcher_init"):
-        arguments = (weakref.ref(patcher), recipe, include, exclude)
+        arguments = (weakref.ref(patcher), config, include, exclude)
         result.cached_patcher_init = (_quantize_again, arguments)
     return result
 
 
 def _quantize_again(
     original: Callable[[], Any],
-    recipe: Recipe,
+    config: QuantizationConfig,
     include: str,
     exclude: str,
     disable_dynamic: bool = False,
@@ -166,13 +182,13 @@ def _quantize_again(
             "copy; run the workflow again"
         )
     return quantize_model(
-        patcher, recipe, include, exclude, disable_dynamic=disable_dynamic
+        patcher, config, include, exclude, disable_dynamic=disable_dynamic
     )
 
 
 def load_quantized(
     path: str,
-    recipe: Recipe,
+    config: QuantizationConfig,
     include: str = "",
     exclude: str = "",
     progress: Progress | None = None,
@@ -183,9 +199,9 @@ def load_quantized(
 
     Args:
         path: a safetensors file, or the index of a sharded one.
-        recipe: how.
-        include: patterns on layer names, one a line; empty for the repeated blocks.
-        exclude: patterns of layers to leave dense; empty for the architecture's own.
+        config: how.
+        include: patterns on layer names, one a line; empty for the family's.
+        exclude: patterns of layers to leave dense; empty for the family's.
         progress: called after each layer.
         model_options: of ComfyUI's loader.
         disable_dynamic: build a ModelPatcher without dynamic VRAM.
@@ -206,14 +222,14 @@ def load_quantized(
     prefix = detection.unet_prefix_from_state_dict(plain)
     if not any(key.startswith(prefix) for key in plain):
         prefix = ""
-    config = detection.model_config_from_unet(dict(plain), prefix)
-    chosen = selection.choose(type(config).__name__, include, exclude)
-    quantizer = Quantizer(recipe, chosen, progress)
-    state_dict = {
-        key: quantizer.lazy(key.removeprefix(prefix), tuple(t.shape), t.dtype, t.read)
-        for key, t in plain.items()
+    network = {
+        key.removeprefix(prefix): tensor
+        for key, tensor in plain.items()
+        if key.startswith(prefix)
     }
-    quantizer.check(Path(path).name)
+    quantizer = Quantizer(config, progress)
+    marked = quantizer.mark(network, Path(path).name, include, exclude)
+    state_dict = plain | {f"{prefix}{key}": tensor for key, tensor in marked.items()}
     options = {"disable_dynamic": True} if disable_dynamic else {}
     result = sd.load_diffusion_model_state_dict(
         state_dict, model_options=dict(model_options or {}), **options
@@ -225,7 +241,7 @@ def load_quantized(
         )
     _settle(getattr(result.model, NETWORK))
     if hasattr(result, "cached_patcher_init"):
-        arguments = (path, recipe, include, exclude, None, model_options)
+        arguments = (path, config, include, exclude, None, model_options)
         result.cached_patcher_init = (load_quantized, arguments)
     return result
 
@@ -271,7 +287,9 @@ def _reader(patcher: Any, key: str, tensor: Tensor) -> Callable[[], Tensor]:
     calculate = sys.modules["comfy.lora"].calculate_weight
 
     def read() -> Tensor:
-        ordinary = type(weight) in (Tensor, nn.Parameter) and weight.dtype in PLAIN
+        ordinary = (
+            type(weight) in (Tensor, nn.Parameter) and weight.dtype in DENSE_DTYPES
+        )
         if ordinary and not patches:
             return weight.detach().to("cpu", copy=True)  # type: ignore[no-any-return]
         _, _, convert = get_key_weight(patcher.model, key)
@@ -280,34 +298,36 @@ def _reader(patcher: Any, key: str, tensor: Tensor) -> Callable[[], Tensor]:
             dense = convert(dense, inplace=True)
         if hasattr(dense, "dequantize") and type(dense) is not Tensor:
             dense = dense.dequantize()
-        if isinstance(dense, Coded):
-            dense = dense.dense(torch.float32)
+        if isinstance(dense, QuantizedTensor):
+            dense = dense.value(torch.float32)
         return calculate(patches, dense, key) if patches else dense  # type: ignore[no-any-return]
 
     return read
 
 
 def _dense_dtype(tensor: Tensor, model: Any) -> torch.dtype:
-    """The dtype of a tensor; of a coded one what the model computes in."""
-    if tensor.dtype in PLAIN or not tensor.is_floating_point():
+    """The dtype of a tensor; of a quantized one what the model computes in."""
+    if tensor.dtype in DENSE_DTYPES or not tensor.is_floating_point():
         return tensor.dtype
     found: torch.dtype | None = model.manual_cast_dtype
     return torch.bfloat16 if found is None else found
 
 
-def _file_tensor(header: Header, key: str) -> Lazy:
+def _file_tensor(header: Header, key: str) -> LazyTensor:
     info = header.tensors[key]
     if info.torch_dtype is None:
         raise CheckpointError(
             f"{key}: dtype {info.dtype} is not one of torch's; expected a dense file"
         )
     # Mapped anew each time, so that the pages read do not add up.
-    return Lazy(info.torch_shape, info.torch_dtype, lambda: open_tensors(header)[key])
+    return LazyTensor(
+        info.torch_shape, info.torch_dtype, lambda: open_tensors(header)[key]
+    )
 
 
 def _refuse_quantized(header: Header) -> None:
     found = identify(header)
-    if found.layers or found.foreign or found.orphans or found.unscaled:
+    if found.layers or found.unsupported or found.unconsumed or found.unscaled:
         raise CheckpointError(
             f"{header.source}: is quantized already; expected dense weights; load it "
             "with the Load Diffusion Model node, which hijack extends"
@@ -365,11 +385,11 @@ def _settle(network: nn.Module) -> None:
     """Read what was put into modules unread: they took it without looking."""
     for module in network.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(parameter, Lazy):
+            if isinstance(parameter, LazyTensor):
                 dense = nn.Parameter(parameter.read().clone(), requires_grad=False)
                 setattr(module, name, dense)
         for name, buffer in module.named_buffers(recurse=False):
-            if isinstance(buffer, Lazy):
+            if isinstance(buffer, LazyTensor):
                 setattr(module, name, buffer.read().clone())
 
 

@@ -3,8 +3,8 @@
 Every save node ends in ``comfy.utils.save_torch_file``. By then a quantized layer has
 become tensors under keys, or something that ComfyUI meant to merge LoRAs into when the
 file is written, and which it can do only for its own formats. Here each layer is found
-again and asked for what it stands for now, LoRAs included: codes and scales that go
-together.
+again and asked for what it stands for now, LoRAs included: quantized data and scales
+that go together.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from typing import Any
 from torch import Tensor
 
 from hijack.errors import HijackError
-from hijack.formats.dialect import Dialect, Spelled
+from hijack.formats import matching
+from hijack.hosts.comfyui.file_tensors import dialect_of
 from hijack.hosts.comfyui.linear import LIVE, Source
-from hijack.safetensors_io.header import TensorInfo, join
+from hijack.quantized import QuantizedTensor
+from hijack.safetensors_io.header import join
 from hijack.safetensors_io.writer import write_checkpoint
+from hijack.saving import spell as spell_weights
 
 #: What ComfyUI puts before the keys of a diffusion model it saves.
 PREFIX = "model.diffusion_model."
@@ -37,9 +40,17 @@ def make_save_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
         layers = find_layers(sd)
         if layers:
             sd, metadata = spell(sd, layers, metadata)
+        if any(isinstance(value, QuantizedTensor) for value in sd.values()):
+            # of no layer, such as a LoRA that was extracted: no weight to quantize
+            sd = {key: _plain(value) for key, value in sd.items()}
         return original(sd, ckpt, metadata, *args, **kwargs)
 
     return save_torch_file
+
+
+def _plain(value: Any) -> Any:
+    """A tensor that safetensors can write."""
+    return value.value() if isinstance(value, QuantizedTensor) else value
 
 
 def save_model(
@@ -93,9 +104,12 @@ def _state_dict(patcher: Any) -> dict[str, Any]:
 
 def find_layers(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """The quantized modules that a state dict to be saved was made of, by layer."""
-    found = {}
+    found: dict[str, Any] = {}
     for key, value in state_dict.items():
-        layer = key.rpartition(".")[0]
+        source = getattr(value, "hijack_source", None)
+        # a name may have dots in it; what ComfyUI makes is there for weights alone
+        name = source.name if isinstance(source, Source) else key.rpartition(".")[2]
+        layer = key.removesuffix(name).removesuffix(".")
         module = None if layer in found else _module_of(value)
         if module is not None:
             found[layer] = module
@@ -122,32 +136,21 @@ def spell(
     Raises:
         HijackError: if a scheme has no such dialect, or it cannot spell a layer.
     """
-    tensors = dict(state_dict)
-    spelled: dict[Dialect, dict[str, Spelled]] = {}
+    others = dict(state_dict)
+    weights: dict[str, QuantizedTensor] = {}
     for layer, module in layers.items():
-        coded = module.current()
-        for name in module.file_names:
-            tensors.pop(join(layer, name), None)
-        coding = coded.coding if dialect is None else coded.coding.spelled(dialect)
-        made = coding.encode(coded.qdata, coded.tensors)
-        for name, tensor in made.items():
-            tensors[join(layer, name)] = tensor.contiguous().to("cpu")
-        chosen = coding.scheme.dialect(coding.dialect)
-        spelled.setdefault(chosen, {})[layer] = Spelled(
-            coding.scheme.name,
-            tuple(coded.tensors),
-            tuple(coded.shape),
-            coding.scheme.block_size(coded.qdata, coded.tensors),
-            {name: TensorInfo.of(tensor) for name, tensor in made.items()},
-        )
-    said = dict(metadata or {})
-    for chosen, found in spelled.items():
-        mine = {join(la, name) for la, one in found.items() for name in one.tensors}
-        others = {k: TensorInfo.of(t) for k, t in tensors.items() if k not in mine}
-        marks = chosen.finish(found, others)
-        said |= marks.metadata
-        tensors |= marks.tensors
-    return tensors, said
+        weights[layer] = module.current()
+        for name in ("weight", *module.param_names):
+            others.pop(join(layer, name), None)
+    dialects = {
+        layer: dialect_of(weight)
+        if dialect is None
+        else matching.dialect_of(weight.scheme, dialect)
+        for layer, weight in weights.items()
+    }
+    spelled, said = spell_weights(weights, dialects, others, metadata)
+    written = {key: t.contiguous().to("cpu") for key, t in spelled.items()}
+    return {**others, **written}, said
 
 
 def _module_of(value: Any) -> Any | None:
@@ -159,12 +162,12 @@ def _module_of(value: Any) -> Any | None:
     if hasattr(caster, "model"):
         return _owner(caster.model.model, str(caster.key))
     # Before: the QuantizedTensor itself, which cannot be written.
-    codes = getattr(value, "_qdata", None)
-    if isinstance(codes, Tensor):
-        where = codes.data_ptr()
+    qdata = getattr(value, "_qdata", None)
+    if isinstance(qdata, Tensor):
+        where = qdata.data_ptr()
         for module in list(LIVE):
-            coded = module.carrier.unwrap(module.weight)  # type: ignore[operator,union-attr]
-            if coded is not None and coded.qdata.data_ptr() == where:
+            weight = module.host_tensors.unwrap(module.weight)  # type: ignore[operator,union-attr]
+            if weight is not None and weight.qdata.data_ptr() == where:
                 return module
     return None
 

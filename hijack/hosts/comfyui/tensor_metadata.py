@@ -1,6 +1,6 @@
 """What a file's header says of a layer, tied to the layer's weight.
 
-Packed codes are recognised by hijack's own entry in the header alone, and the blocks of
+Packed data is recognised by hijack's own entry in the header alone, and the blocks of
 other formats stand in a config. ComfyUI hands headers to some of its loaders and
 renames keys on the way, but the tensors it hands on are the ones it read.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from hijack.claim import Claim
 from hijack.errors import HijackError
-from hijack.formats.claim import Claim
 from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect
 from hijack.formats.native_marker import METADATA_KEY, marked_layers, write_marker
@@ -24,7 +24,7 @@ from hijack.safetensors_io.reader import read_header
 
 #: Attribute of a weight that holds the header's entry for its layer.
 MARKER = "hijack_marker"
-#: Attribute of codes that holds the claim a config founds.
+#: Attribute of quantized data that holds the claim a config founds.
 CLAIM = "hijack_claim"
 #: Metadata in which torchao lists the tensors of a file.
 TORCHAO = "tensor_names"

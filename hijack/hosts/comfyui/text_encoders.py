@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hijack.hosts.comfyui.coded import Coded
 from hijack.hosts.comfyui.detection import decode_claimed, encode_claimed
 from hijack.hosts.comfyui.linear import QuantizedLinear
 from hijack.hosts.comfyui.operations import make_operations
+from hijack.quantized import QuantizedTensor
 
 #: Keys of ControlNets that ComfyUI does arithmetic with instead of building layers.
 ARITHMETIC = ("lora_controlnet", "difference")
@@ -46,9 +46,9 @@ def make_load_sd(original: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(original)
     def load_sd(self: Any, sd: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if not any(isinstance(tensor, Coded) for tensor in sd.values()):
+        if not any(isinstance(tensor, QuantizedTensor) for tensor in sd.values()):
             return original(self, sd, *args, **kwargs)
-        with taking_codes(self.cond_stage_model):
+        with taking_quantized(self.cond_stage_model):
             return original(self, sd, *args, **kwargs)
 
     return load_sd
@@ -93,15 +93,15 @@ def make_load_controlnet(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_weight_dtype(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The replacement of ``comfy.utils.weight_dtype``: codes are no dtype to build in.
+    """The replacement of ``comfy.utils.weight_dtype``: it skips quantized weights.
 
     Loaders of ControlNets ask it which dtype a file's model is to have.
     """
 
     @functools.wraps(original)
     def weight_dtype(sd: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(tensor, Coded) for tensor in sd.values()):
-            sd = {key: t for key, t in sd.items() if not isinstance(t, Coded)}
+        if any(isinstance(tensor, QuantizedTensor) for tensor in sd.values()):
+            sd = {key: t for key, t in sd.items() if not isinstance(t, QuantizedTensor)}
         return original(sd, *args, **kwargs)
 
     return weight_dtype
@@ -113,8 +113,8 @@ def _own_operations(options: Any) -> bool:
 
 
 @contextlib.contextmanager
-def taking_codes(model: nn.Module) -> Iterator[None]:
-    """Let a model that is built already be loaded with `Coded` weights.
+def taking_quantized(model: nn.Module) -> Iterator[None]:
+    """Let a model that is built already be loaded with `QuantizedTensor` weights.
 
     ComfyUI's own Linear layers become quantized; any other layer is given the decoded
     weight. Layers that nothing is loaded into stay as they are.
@@ -128,15 +128,15 @@ def taking_codes(model: nn.Module) -> Iterator[None]:
             continue
         dtype = _dtype_of(module)
         if (kind, dtype) not in kinds:
-            kinds[kind, dtype] = _undecided(kind, dtype, linear)
+            kinds[kind, dtype] = _deferred(kind, dtype, linear)
         object.__setattr__(module, "__class__", kinds[kind, dtype])
         changed.append((module, kind, getattr(weight, "device", None)))
     try:
         yield
     finally:
-        undecided = set(kinds.values())
+        deferred = set(kinds.values())
         for module, kind, device in changed:
-            if type(module) in undecided:
+            if type(module) in deferred:
                 object.__setattr__(module, "__class__", kind)
             elif isinstance(module, QuantizedLinear) and device is not None:
                 module.to(device)  # ComfyUI may take it for loaded there
@@ -148,7 +148,7 @@ def _is_linear(module: nn.Module) -> bool:
     return kind.__name__ == "Linear" and kind.__module__ == "comfy.ops"
 
 
-def _undecided(kind: type, dtype: torch.dtype, linear: bool) -> Any:
+def _deferred(kind: type, dtype: torch.dtype, linear: bool) -> Any:
     operations = make_operations(
         type("Operations", (), {"Linear": kind, "Embedding": kind}), dtype
     )

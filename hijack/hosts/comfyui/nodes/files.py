@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from hijack.errors import HijackError
+from hijack.formats import matching
 from hijack.formats.detection import identify
 from hijack.hosts.comfyui import saving
 from hijack.hosts.comfyui.linear import LIVE
 from hijack.hosts.comfyui.nodes.models import AUTO
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.hosts.manager import status
-from hijack.registry import default_registry
+from hijack.registry import current_registry
 from hijack.safetensors_io.reader import read_header
 
 #: Folders of ComfyUI's that hold checkpoints.
@@ -24,8 +25,8 @@ FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "vae", "loras")
 
 def dialects() -> list[str]:
     """Every dialect a registered scheme can be written in."""
-    schemes = default_registry().schemes().values()
-    known = {dialect for scheme in schemes for dialect in scheme.all_dialects()}
+    schemes = current_registry().schemes().values()
+    known = {dialect for scheme in schemes for dialect in matching.dialects_of(scheme)}
     return [AUTO, *sorted({dialect.name for dialect in known if dialect.writes})]
 
 
@@ -76,7 +77,7 @@ def inspect_checkpoint(file: str) -> Result:
 def show_status() -> Result:
     """Run *hijack Status*."""
     hosts = "\n".join(str(host) for host in status().values())
-    schemes = ", ".join(sorted(default_registry().schemes()))
+    schemes = ", ".join(sorted(current_registry().schemes()))
     count = len(LIVE)
     text = f"{hosts}\n\nschemes: {schemes}\nquantized layers in memory: {count}"
     return Result((text,), text)

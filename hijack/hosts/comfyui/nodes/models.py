@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from typing import Any
 
 from hijack.errors import HijackError, SchemeError
 from hijack.hosts.comfyui import quantize
-from hijack.hosts.comfyui.lazy_tensor import Recipe
 from hijack.hosts.comfyui.lora import Merge
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
-from hijack.registry import default_registry
+from hijack.progress import Progress
+from hijack.quantized import QuantizationConfig
+from hijack.registry import current_registry
 from hijack.text import parse_block_size
 
 AUTO = "auto"
@@ -20,26 +20,26 @@ AUTO = "auto"
 def scheme_names() -> list[str]:
     """Registered schemes; the reference scheme first."""
     return sorted(
-        default_registry().schemes(), key=lambda name: (name != "blockwise_fp8", name)
+        current_registry().schemes(), key=lambda name: (name != "blockwise_fp8", name)
     )
 
 
-def make_recipe(scheme: str, block_size: str) -> Recipe:
+def make_config(scheme: str, block_size: str) -> QuantizationConfig:
     """What the inputs of both quantizing nodes say.
 
     Raises:
         HijackError: if the scheme is unknown, or the text is no block size.
     """
-    chosen = default_registry().get(scheme)
+    chosen = current_registry().get(scheme)
     options: dict[str, Any] = {}
     if block_size.strip() not in ("", AUTO):
-        if "block_size" not in inspect.signature(chosen.quantize).parameters:
+        if "block_size" not in {option.name for option in chosen.declared_options()}:
             raise HijackError(
                 f"block_size: scheme {scheme} has no blocks; got {block_size!r}, "
                 f"expected {AUTO}"
             )
         options["block_size"] = _parsed(block_size)
-    return Recipe(chosen, options)
+    return QuantizationConfig.of(chosen, options)
 
 
 def _parsed(block_size: str) -> tuple[int, int] | int | str:
@@ -49,12 +49,12 @@ def _parsed(block_size: str) -> tuple[int, int] | int | str:
         raise SchemeError(f"block_size: {error}; or write {AUTO}") from error
 
 
-def progress_bar() -> quantize.Progress:
+def progress_bar() -> Progress:
     """ComfyUI's progress bar, in the page and in the terminal."""
     utils = sys.modules["comfy.utils"]
     bars: list[Any] = []
 
-    def advance(done: int, total: int) -> None:
+    def advance(done: int, total: int, layer: str) -> None:
         if not bars:
             bars.append(utils.ProgressBar(total))
         bars[0].update_absolute(done, total)
@@ -66,8 +66,8 @@ def quantize_model(
     model: Any, scheme: str, block_size: str, include: str = "", exclude: str = ""
 ) -> Result:
     """Run *Quantize Model*."""
-    recipe = make_recipe(scheme, block_size)
-    result = quantize.quantize_model(model, recipe, include, exclude, progress_bar())
+    config = make_config(scheme, block_size)
+    result = quantize.quantize_model(model, config, include, exclude, progress_bar())
     return Result((result,))
 
 
@@ -77,8 +77,8 @@ def load_quantized(
     """Run *Load Diffusion Model (quantize)*."""
     folder_paths = sys.modules["folder_paths"]
     path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-    recipe = make_recipe(scheme, block_size)
-    result = quantize.load_quantized(path, recipe, include, exclude, progress_bar())
+    config = make_config(scheme, block_size)
+    result = quantize.load_quantized(path, config, include, exclude, progress_bar())
     return Result((result,))
 
 
@@ -98,7 +98,7 @@ def diffusion_models() -> list[str]:
     return files
 
 
-_RECIPE = (
+_HOW = (
     Input(
         "scheme",
         "COMBO",
@@ -118,7 +118,8 @@ _RECIPE = (
         "include",
         "STRING",
         "Layers to quantize, as patterns such as transformer_blocks.*.img_mlp.*, one "
-        "a line. Empty: every linear layer of the repeated blocks.",
+        "a line. Empty, or the word default: what is usual for this family of models, "
+        "or every linear layer of a model that is not known.",
         default="",
         multiline=True,
         optional=True,
@@ -127,7 +128,7 @@ _RECIPE = (
         "exclude",
         "STRING",
         "Layers to leave as they are, as patterns, one a line. Empty, or the word "
-        "default: what this architecture is sensitive in, such as norms.",
+        "default: what this family of models is sensitive in, such as norms.",
         default="",
         multiline=True,
         optional=True,
@@ -142,7 +143,7 @@ NODES = (
         "Quantizes a loaded model layer by layer, with its LoRAs merged in first at "
         "full precision. The result takes further LoRAs and can be saved.",
         (*_ALIASES, "online quantization", "convert to fp8"),
-        (Input("model", "MODEL", "The model, with any LoRAs on it."), *_RECIPE),
+        (Input("model", "MODEL", "The model, with any LoRAs on it."), *_HOW),
         (Output("MODEL", "model", "The quantized model."),),
         quantize_model,
     ),
@@ -160,7 +161,7 @@ NODES = (
                 "A full-precision file in models/diffusion_models.",
                 options=diffusion_models,
             ),
-            *_RECIPE,
+            *_HOW,
         ),
         (Output("MODEL", "model", "The quantized model."),),
         load_quantized,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import statistics
 import sys
 from typing import Any
@@ -15,6 +14,7 @@ from hijack.errors import HijackError
 from hijack.hosts.comfyui.linear import LIVE
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.hosts.comfyui.quantize import NETWORK, read_weight
+from hijack.metrics import quantization_error
 from hijack.text import table
 
 #: Layers named in the text and the plot.
@@ -79,12 +79,9 @@ def _weight(patcher: Any, key: str) -> Tensor:
 
 
 def _distance(layer: str, reference: Tensor, actual: Tensor) -> Distance:
-    difference = actual - reference
-    noise = float(difference.double().square().sum())
-    signal = float(reference.double().square().sum())
-    sqnr = 10 * math.log10(signal / noise) if noise and signal else math.inf
+    error = quantization_error(reference, actual)
     peak = float(reference.abs().max()) or 1.0
-    return Distance(layer, sqnr, float(difference.abs().max()) / peak)
+    return Distance(layer, error.sqnr, error.max_abs_error / peak)
 
 
 def describe(distances: list[Distance]) -> str:

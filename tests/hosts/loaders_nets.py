@@ -1,4 +1,4 @@
-"""Checks for `doors_case`: ControlNets, and ComfyUI's quantized layers beside ours."""
+"""Checks for `loaders_case`: ControlNets, and ComfyUI's own layers beside ours."""
 
 # ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
 from __future__ import annotations
@@ -6,7 +6,7 @@ from __future__ import annotations
 import comfy_case
 import torch
 from comfy_case import comfy, comfy_models, error, found
-from doors_files import (
+from loaders_files import (
     encode,
     is_linear,
     is_to_k,
@@ -54,9 +54,9 @@ def check_controlnet():
     )
     shapes = {key: tuple(t.shape) for key, t in made.state_dict().items()}
     dense = comfy_models.make_state_dict(shapes)
-    coded, meant = musubi(dense, is_linear, torch.bfloat16)
+    quantized_sd, meant = musubi(dense, is_linear, torch.bfloat16)
     load = comfy.controlnet.load_controlnet_state_dict
-    ours, exactly, core = load(dict(coded)), load(dict(meant)), load(dict(dense))
+    ours, exactly, core = load(dict(quantized_sd)), load(dict(meant)), load(dict(dense))
     found["controlnet"] = {
         "error": error(control(ours), control(exactly)),
         "quantized": quantized(ours.control_model),
@@ -104,14 +104,14 @@ def check_old_controlnet():
         hint_channels=3, device="meta", operations=comfy.ops.manual_cast, **unet
     )
     shapes = {key: tuple(t.shape) for key, t in made.state_dict().items()}
-    coded, meant = musubi(comfy_models.make_state_dict(shapes), is_linear)
+    quantized_sd, meant = musubi(comfy_models.make_state_dict(shapes), is_linear)
     result = found["old controlnet"] = {}
     for prefix in ("", "control_model."):
         nets = [
             comfy.controlnet.load_controlnet_state_dict(
                 {prefix + key: tensor for key, tensor in state_dict.items()}
             )
-            for state_dict in (coded, meant)
+            for state_dict in (quantized_sd, meant)
         ]
         result[prefix] = error(*[old_control(net) for net in nets])
         result[f"{prefix} quantized"] = quantized(nets[0].control_model)
@@ -130,9 +130,9 @@ def old_control(net):
 
 def check_control_lora():
     """ComfyUI does arithmetic with a control LoRA's weights, which are thus decoded."""
-    coded, meant = musubi({"a.weight": torch.randn(8, 128).bfloat16()})
-    coded["lora_controlnet"] = torch.zeros(1)
-    made = comfy.controlnet.load_controlnet_state_dict(coded)
+    quantized_sd, meant = musubi({"a.weight": torch.randn(8, 128).bfloat16()})
+    quantized_sd["lora_controlnet"] = torch.zeros(1)
+    made = comfy.controlnet.load_controlnet_state_dict(quantized_sd)
     weight = made.control_weights["a.weight"]
     found["control lora"] = torch.equal(weight, meant["a.weight"])
 
@@ -173,14 +173,14 @@ def check_mixed(bf16, dense_t5):
 
 def check_mixed_refused(bf16):
     """What neither an old ComfyUI nor hijack reads beside our layers is refused."""
-    coded, _ = comfy_models.musubi(bf16)
+    quantized_sd, _ = comfy_models.musubi(bf16)
     text = b'{"format": "int8_tensorwise"}'
     layer = "transformer_blocks.0.attn.to_k"
-    del coded[f"{layer}.scale_weight"]
-    coded[f"{layer}.weight"] = coded[f"{layer}.weight"].view(torch.int8)
-    coded[f"{layer}.weight_scale"] = torch.tensor(1.0)
-    coded[f"{layer}.comfy_quant"] = torch.tensor(list(text)).byte()
-    found["mixed refused"] = refusal(lambda: comfy_case.load(coded))
+    del quantized_sd[f"{layer}.scale_weight"]
+    quantized_sd[f"{layer}.weight"] = quantized_sd[f"{layer}.weight"].view(torch.int8)
+    quantized_sd[f"{layer}.weight_scale"] = torch.tensor(1.0)
+    quantized_sd[f"{layer}.comfy_quant"] = torch.tensor(list(text)).byte()
+    found["mixed refused"] = refusal(lambda: comfy_case.load(quantized_sd))
 
 
 def check_native_only(bf16):

@@ -1,4 +1,4 @@
-"""Files and tools for `doors_case`; ComfyUI is importable once this is imported."""
+"""Files and tools for `loaders_case`; ComfyUI is importable once this is imported."""
 
 # ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
 from __future__ import annotations
@@ -102,17 +102,17 @@ def is_to_k(key, tensor):
 
 def musubi(dense, chosen=is_layer, dtype=torch.float32):
     """The state dict as block-wise FP8, and what that means in float32."""
-    coded, meant = {}, {}
+    quantized_sd, meant = {}, {}
     for index, (key, tensor) in enumerate(dense.items()):
-        coded[key], meant[key] = tensor.to(dtype), tensor.float()
+        quantized_sd[key], meant[key] = tensor.to(dtype), tensor.float()
         if chosen(key, tensor):
             kind = ("block", "row", "tensor")[index % 3]
             kind = "row" if tensor.shape[1] % 64 else kind
             scale_key = key.replace(".weight", ".scale_weight")
-            coded[key], coded[scale_key], meant[key] = comfy_models.quantize(
-                tensor, kind
+            quantized_sd[key], quantized_sd[scale_key], meant[key] = (
+                comfy_models.quantize(tensor, kind)
             )
-    return coded, meant
+    return quantized_sd, meant
 
 
 def vae_weights():
@@ -126,15 +126,15 @@ def vae_weights():
 
 def coded_vae(dense):
     """A VAE's convolutions as FP8 with one scale each, and what that means."""
-    coded, meant = {}, {}
+    quantized_sd, meant = {}, {}
     for key, tensor in dense.items():
-        coded[key] = meant[key] = tensor.float()
+        quantized_sd[key] = meant[key] = tensor.float()
         if tensor.ndim == 4 and "decoder" in key:
-            codes, scale, exactly = comfy_models.quantize(tensor.flatten(1), "tensor")
-            coded[key] = codes.view(tensor.shape)
-            coded[key.replace(".weight", ".scale_weight")] = scale
+            qdata, scale, exactly = comfy_models.quantize(tensor.flatten(1), "tensor")
+            quantized_sd[key] = qdata.view(tensor.shape)
+            quantized_sd[key.replace(".weight", ".scale_weight")] = scale
             meant[key] = exactly.view(tensor.shape)
-    return coded, meant
+    return quantized_sd, meant
 
 
 def native(key, tensor, kind):

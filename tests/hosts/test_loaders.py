@@ -6,14 +6,17 @@ import pytest
 
 pytestmark = [pytest.mark.comfyui, pytest.mark.thorough]
 
-CASE = "doors_case.py"
+CASE = "loaders_case.py"
+#: Two ways to compute the same in float32: a scheme's own forward may form products in
+#: another order than the dense layer.
+ROUNDING = 1e-6
 
 
 @pytest.mark.parametrize("way", ["clip_l", "t5", "qwen", "dual"])
 def test_text_encoders_are_exact_and_stay_quantized(case, way):
-    """Text encoders give what the exactly dequantized files give, from codes."""
+    """Text encoders give what the exactly dequantized files give."""
     found = case["text encoders"][way]
-    assert found["error"] == 0.0
+    assert found["error"] < ROUNDING
     assert found["quantized"] == found["expected"] > 10
 
 
@@ -31,21 +34,21 @@ def test_other_layers_of_a_text_encoder_keep_their_dtypes(case):
 
 def test_a_wrong_marker_on_a_text_encoder_is_read_through(case):
     """ComfyUI's marker of one scale a layer, on block scales, changes nothing."""
-    assert case["wrong marker"] == 0.0
+    assert case["wrong marker"] < ROUNDING
 
 
 def test_a_lora_on_a_text_encoder_takes_effect(case):
     """The LoRA's effect is that on the dense model, and goes with it."""
     found = case["encoder lora"]
-    assert found["error"] < 1e-5 < found["effect"]
+    assert found["error"] < ROUNDING < 1e-3 < found["effect"]
     assert found["removed"]
 
 
-def test_a_text_encoder_is_saved_as_codes(case):
-    """A saved text encoder holds its codes and loads again, exactly."""
+def test_a_text_encoder_is_saved_quantized(case):
+    """A saved text encoder is quantized and loads again, exactly."""
     found = case["encoder saved"]
-    assert found["error"] == 0.0
-    assert found["codes"] == found["expected"] > 10
+    assert found["error"] < ROUNDING
+    assert found["quantized"] == found["expected"] > 10
 
 
 def test_a_vae_is_decoded_and_says_so(case):
@@ -59,14 +62,15 @@ def test_a_vae_is_decoded_and_says_so(case):
 @pytest.mark.parametrize("part", ["model", "t5", "clip_l", "vae"])
 def test_every_part_of_a_checkpoint_is_exact(case, part):
     """A whole checkpoint, quantized in every part, loads through the stock loader."""
-    assert case["checkpoint"][part] == 0.0
+    most = 0.0 if part == "vae" else ROUNDING  # it is decoded when it is loaded
+    assert case["checkpoint"][part] <= most
     assert case["checkpoint quantized"] > 20
 
 
 def test_a_controlnet_is_exact_and_stays_quantized(case):
-    """A ControlNet of a diffusion transformer runs from codes, the rest as ever."""
+    """A ControlNet of a diffusion transformer runs quantized, the rest as ever."""
     found = case["controlnet"]
-    assert found["error"] == 0.0
+    assert found["error"] < ROUNDING
     assert found["quantized"] == found["expected"] > 10
     assert found["dtypes"] == []
 
@@ -75,7 +79,7 @@ def test_a_controlnet_is_exact_and_stays_quantized(case):
 def test_an_older_controlnet_is_exact(case, prefix):
     """So does one of Stable Diffusion's kind, however its keys begin."""
     found = case["old controlnet"]
-    assert found[prefix] == 0.0
+    assert found[prefix] < ROUNDING
     assert found[f"{prefix} quantized"] == found["expected"] > 10
 
 
@@ -97,11 +101,11 @@ def test_native_layers_beside_ours_are_exact(case):
     assert list(case["mixed"]) == case["mixed kinds"]
     assert "float8_e4m3fn" in case["mixed kinds"]
     for kind, found in case["mixed"].items():
-        assert found["error"] == 0.0, kind
+        assert found["error"] < ROUNDING, kind
         assert found["native"] == f"Linear {kind}"
         assert found["quantized"] == found["expected"] > 5
     found = case["mixed text encoder"]
-    assert found["error"] == 0.0
+    assert found["error"] < ROUNDING
     assert found["quantized"] == found["expected"] > 5
 
 
@@ -114,7 +118,7 @@ def test_native_files_are_comfyuis_own(case):
 
 
 def test_damaged_files_are_refused_by_name(case):
-    """At each door the error names the layer, what it has, and what to do."""
+    """In each loader the error names the layer, what it has, and what to do."""
     refused = case["refused"]
     layer = "encoder.block.1.layer.1.DenseReluDense.wo"
     text = f"{layer}: no scheme reads {layer}.scale_weight, (7, 3, 1) beside a weight"
@@ -125,7 +129,7 @@ def test_damaged_files_are_refused_by_name(case):
 
 
 def test_operations_of_others_read_the_file_themselves(case):
-    """A loader that brings its own operations, as for GGUF, gets codes and scales."""
+    """A loader that brings its own operations, as for GGUF, gets data and scales."""
     found = case["own operations"]
     assert found["scales"] == found["expected"] > 10
     assert found["quantized"] == 0

@@ -1,4 +1,4 @@
-"""What happens to a state dict at the door, without ComfyUI."""
+"""What happens to a state dict as it is loaded, without ComfyUI."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ import torch
 
 import hijack
 from hijack.errors import (
-    DTypeError,
     HijackError,
     UnconsumedScaleError,
     UnknownSchemeError,
 )
 from hijack.formats.native_marker import write_marker
 from hijack.hosts.comfyui import markers
-from hijack.hosts.comfyui.coded import Coded, Coding
 from hijack.hosts.comfyui.detection import (
     decode_claimed,
     encode_claimed,
     encode_others,
 )
-from hijack.hosts.comfyui.loaders import make_door
+from hijack.hosts.comfyui.file_tensors import file_tensors
+from hijack.hosts.comfyui.host_tensors import PlainHostTensors
+from hijack.hosts.comfyui.loaders import make_model_config_from_unet
+from hijack.quantized import QuantizedTensor
 
 E4M3 = torch.float8_e4m3fn
 
@@ -31,30 +32,31 @@ E4M3 = torch.float8_e4m3fn
 class Int8(hijack.Scheme):
     """Symmetric int8, one scale per row: what an author writes, and no more."""
 
-    name = "door_int8"
+    name = "plain_int8"
+    claims_unmarked = True
 
     def quantize(self, weight):
         scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-        codes = (weight / scale).round().clamp(-127, 127).to(torch.int8)
-        return codes, {"weight_scale": scale}
+        qdata = (weight / scale).round().clamp(-127, 127).to(torch.int8)
+        return qdata, {"weight_scale": scale}
 
     def dequantize(self, qdata, params, dtype):
         return (qdata.float() * params["weight_scale"]).to(dtype)
 
 
 class Nibbles(hijack.Scheme):
-    """4-bit codes, two in a byte, so that the codes are narrower than the weight."""
+    """4 bits, two in a byte, so that the data is narrower than the weight."""
 
-    name = "door_nibbles"
+    name = "plain_nibbles"
 
     def quantize(self, weight):
         scale = weight.float().abs().amax().clamp_min(1e-12) / 7
-        codes = (weight / scale).round().clamp(-7, 7).to(torch.uint8) + 8
-        return codes[:, 0::2] | codes[:, 1::2] << 4, {"nibble_scale": scale}
+        qdata = (weight / scale).round().clamp(-7, 7).to(torch.uint8) + 8
+        return qdata[:, 0::2] | qdata[:, 1::2] << 4, {"nibble_scale": scale}
 
     def dequantize(self, qdata, params, dtype):
-        codes = torch.stack((qdata & 15, qdata >> 4), -1).flatten(1).float() - 8
-        return (codes * params["nibble_scale"]).to(dtype)
+        values = torch.stack((qdata & 15, qdata >> 4), -1).flatten(1).float() - 8
+        return (values * params["nibble_scale"]).to(dtype)
 
 
 @pytest.fixture
@@ -69,17 +71,17 @@ def registry():
 
 
 def musubi(n=8, k=128, blocks=2):
-    """Codes and block scales as musubi-tuner writes them."""
+    """Quantized data and block scales as musubi-tuner writes them."""
     torch.manual_seed(0)
-    codes = torch.randn(n, k).to(E4M3)
-    return codes, torch.rand(n, blocks, 1).to(torch.bfloat16)
+    qdata = torch.randn(n, k).to(E4M3)
+    return qdata, torch.rand(n, blocks, 1).to(torch.bfloat16)
 
 
 def block_file(prefix=""):
     """A state dict with one block FP8 layer and two ordinary ones."""
-    codes, scale = musubi()
+    qdata, scale = musubi()
     return {
-        f"{prefix}a.weight": codes,
+        f"{prefix}a.weight": qdata,
         f"{prefix}a.scale_weight": scale,
         f"{prefix}a.bias": torch.ones(8, dtype=torch.bfloat16),
         f"{prefix}norm.weight": torch.ones(8),
@@ -87,18 +89,18 @@ def block_file(prefix=""):
     }
 
 
-def decoded(codes, scale):
-    n, k = codes.shape
-    return (codes.float().view(n, -1, k // scale.shape[1]) * scale.float()).view(n, k)
+def decoded(qdata, scale):
+    n, k = qdata.shape
+    return (qdata.float().view(n, -1, k // scale.shape[1]) * scale.float()).view(n, k)
 
 
 @pytest.fixture
-def coded(registry):
-    """One coded weight, and what it decodes to."""
+def quantized(registry):
+    """One quantized weight that passes for float32, and what it decodes to."""
     state_dict = block_file()
     expected = decoded(state_dict["a.weight"], state_dict["a.scale_weight"])
     encode_claimed(state_dict, "", registry=registry)
-    return state_dict["a.weight"], expected
+    return state_dict["a.weight"].to(torch.float32), expected
 
 
 # -- the state dict --------------------------------------------------------------------
@@ -106,20 +108,20 @@ def coded(registry):
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_a_claimed_layer_becomes_one_tensor(registry, prefix):
-    """Codes and scale become one tensor under the weight's key; nothing else moves."""
+    """Data and scale become one tensor under the weight's key; nothing else moves."""
     state_dict = block_file(prefix)
     before = dict(state_dict)
-    codes, scale = (
+    qdata, scale = (
         state_dict[f"{prefix}a.weight"],
         state_dict[f"{prefix}a.scale_weight"],
     )
-    other = {"vae.c.weight": codes, "vae.c.scale_weight": scale} if prefix else {}
+    other = {"vae.c.weight": qdata, "vae.c.scale_weight": scale} if prefix else {}
     state_dict.update(other)
     assert encode_claimed(state_dict, prefix, registry=registry)
     weight = state_dict.pop(f"{prefix}a.weight")
-    assert isinstance(weight, Coded)
-    assert torch.equal(weight.dense(torch.float32), decoded(codes, scale))
-    assert weight.qdata is codes
+    assert isinstance(weight, QuantizedTensor)
+    assert torch.equal(weight.dense(torch.float32), decoded(qdata, scale))
+    assert weight.qdata is qdata
     rest = {
         k: t for k, t in before.items() if not k.endswith(("a.weight", "scale_weight"))
     }
@@ -127,7 +129,7 @@ def test_a_claimed_layer_becomes_one_tensor(registry, prefix):
 
 
 def test_asking_twice_changes_nothing(registry):
-    """A loader that asks again, after renaming keys, still gets its coded layers."""
+    """A loader that asks again, after renaming keys, gets its quantized layers."""
     state_dict = block_file()
     assert encode_claimed(state_dict, "", registry=registry)
     before = dict(state_dict)
@@ -139,7 +141,7 @@ def test_asking_twice_changes_nothing(registry):
 
 @pytest.mark.parametrize("scheme", [Int8(), Nibbles()])
 def test_a_scheme_of_two_methods_is_enough(registry, scheme):
-    """Any scheme's layers are taken, also if codes and weight differ in shape."""
+    """Any scheme's layers are taken, also if data and weight differ in shape."""
     dense = torch.randn(8, 16)
     qdata, params = scheme.quantize(dense)
     state_dict = {"x.weight": qdata, **{f"x.{name}": t for name, t in params.items()}}
@@ -199,7 +201,7 @@ def test_an_ordinary_file_asks_nobody(registry, monkeypatch):
     assert not encode_claimed(state_dict, "", registry=registry)
 
 
-def test_the_door_leaves_unclaimed_files_to_comfyui():
+def test_unclaimed_files_are_left_to_comfyui():
     """With nothing claimed the original's own answer comes back, with its arguments."""
     seen = []
     answer = types.SimpleNamespace()
@@ -208,9 +210,9 @@ def test_the_door_leaves_unclaimed_files_to_comfyui():
         seen.append((args, kwargs))
         return answer
 
-    door = make_door(model_config_from_unet)
+    patched = make_model_config_from_unet(model_config_from_unet)
     state_dict = {"a.weight": torch.ones(2, 2)}
-    assert door(state_dict, "", metadata={"x": "y"}) is answer
+    assert patched(state_dict, "", metadata={"x": "y"}) is answer
     assert seen == [((state_dict, ""), {"metadata": {"x": "y"}})]
     assert vars(answer) == {}
 
@@ -220,7 +222,7 @@ def test_the_door_leaves_unclaimed_files_to_comfyui():
 
 def test_a_marker_that_cannot_be_true_is_read_through(registry):
     """Block scales under ComfyUI's marker are block scales, before and after 0.4."""
-    codes, scale = musubi()
+    qdata, scale = musubi()
     old = {"scaled_fp8": torch.empty(0, dtype=E4M3), **block_file()}
     new = block_file()
     new["a.weight_scale"] = new.pop("a.scale_weight")
@@ -229,24 +231,24 @@ def test_a_marker_that_cannot_be_true_is_read_through(registry):
         assert encode_claimed(state_dict, "", registry=registry)
         assert set(state_dict) == {"a.weight", "a.bias", "norm.weight", "b.weight"}
         assert torch.equal(
-            state_dict["a.weight"].dense(torch.float32), decoded(codes, scale)
+            state_dict["a.weight"].dense(torch.float32), decoded(qdata, scale)
         )
 
 
 def test_the_old_marker_of_a_rewritten_file_is_void(registry):
     """0.4 to 0.7 leave it beside layers they mark as E4M3, whatever they are."""
-    codes = torch.randn(16, 64).to(torch.float8_e5m2)
+    qdata = torch.randn(16, 64).to(torch.float8_e5m2)
     state_dict = {
         "scaled_fp8": torch.empty(0, dtype=torch.float8_e5m2),
         "other.scaled_fp8": torch.empty(0, dtype=E4M3),
-        "a.weight": codes,
+        "a.weight": qdata,
         "a.weight_scale": torch.tensor(0.5),
         "a.comfy_quant": marker("float8_e4m3fn"),
     }
     read = markers.read_through(state_dict)
     assert set(read) == {"other.scaled_fp8", "a.weight", "a.scale_weight"}
     assert encode_claimed(state_dict, "", registry=registry)
-    assert torch.equal(state_dict["a.weight"].dense(torch.float32), codes.float() / 2)
+    assert torch.equal(state_dict["a.weight"].dense(torch.float32), qdata.float() / 2)
 
 
 def test_one_wrong_marker_makes_its_kind_doubtful(registry):
@@ -255,8 +257,8 @@ def test_one_wrong_marker_makes_its_kind_doubtful(registry):
     state_dict["a.weight_scale"] = state_dict.pop("a.scale_weight")
     state_dict["a.comfy_quant"] = marker("float8_e4m3fn")
     assert encode_claimed(state_dict, registry=registry)
-    assert isinstance(state_dict["a.weight"], Coded)
-    assert isinstance(state_dict["own.weight"], Coded)
+    assert isinstance(state_dict["a.weight"], QuantizedTensor)
+    assert isinstance(state_dict["own.weight"], QuantizedTensor)
     assert not any("comfy_quant" in key for key in state_dict)
 
 
@@ -270,13 +272,13 @@ def test_each_model_of_a_checkpoint_has_its_own_marker(registry):
     state_dict |= {f"model.{key}": t for key, t in block_file().items()}
     before = dict(state_dict)
     assert encode_others(state_dict, "model.", registry=registry)
-    assert isinstance(state_dict["t5.a.weight"], Coded)
+    assert isinstance(state_dict["t5.a.weight"], QuantizedTensor)
     assert "t5.scaled_fp8" not in state_dict
     kept = [key for key in before if key.startswith(("clip.", "model."))]
     assert all(state_dict[key] is before[key] for key in kept)
 
 
-def test_a_model_without_room_for_codes_gets_dense_weights(registry, caplog):
+def test_a_model_without_room_for_quantized_layers_gets_dense_weights(registry, caplog):
     """Decoded layers are float32, exact, counted, and named in one line of the log."""
     state_dict = block_file()
     expected = decoded(state_dict["a.weight"], state_dict["a.scale_weight"])
@@ -301,7 +303,7 @@ def test_comfyui_keeps_its_layers_beside_ours(registry):
     state_dict.update(block_file())
     own = {k: t for k, t in state_dict.items() if k.startswith("own.comfy")}
     assert encode_claimed(state_dict, "", registry=registry)
-    assert isinstance(state_dict["a.weight"], Coded)
+    assert isinstance(state_dict["a.weight"], QuantizedTensor)
     assert all(state_dict[key] is tensor for key, tensor in own.items())
 
 
@@ -329,7 +331,7 @@ def test_a_scale_nobody_consumed_is_an_error(registry):
 
 
 def test_a_scale_of_an_unknown_name_is_an_error_too(registry):
-    """Codes with a scale of any other name are not loaded as if they had none."""
+    """Data with a scale of any other name is not loaded as if they had none."""
     state_dict = {**block_file(), "c.weight": musubi()[0], "c.my_scale": torch.ones(3)}
     with pytest.raises(UnconsumedScaleError, match=r"c\.my_scale"):
         encode_claimed(state_dict, "", registry=registry)
@@ -344,7 +346,7 @@ def test_a_scheme_that_crashes_is_named(registry, monkeypatch):
     monkeypatch.setattr(Int8, "dequantize", crash)
     qdata, params = Int8().quantize(torch.randn(4, 4))
     with pytest.raises(
-        HijackError, match=r"x: scheme door_int8 cannot read it.*IndexErr"
+        HijackError, match=r"x: scheme plain_int8 cannot read it.*IndexErr"
     ):
         encode_claimed(
             {"x.weight": qdata, "x.weight_scale": params["weight_scale"]},
@@ -353,12 +355,12 @@ def test_a_scheme_that_crashes_is_named(registry, monkeypatch):
         )
 
 
-# -- the coded tensor ------------------------------------------------------------------
+# -- the quantized tensor --------------------------------------------------------------
 
 
-def test_whatever_a_host_computes_uses_the_decoded_weight(coded):
+def test_whatever_a_host_computes_uses_the_decoded_weight(quantized):
     """Joining, slicing, adding and multiplying give what dense weights would give."""
-    weight, dense = coded
+    weight, dense = quantized
     assert torch.equal(torch.cat([weight, weight]), torch.cat([dense, dense]))
     assert torch.equal(weight[2:4], dense[2:4])
     assert torch.equal(weight.t() + 1, dense.t() + 1)
@@ -367,9 +369,10 @@ def test_whatever_a_host_computes_uses_the_decoded_weight(coded):
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_moves_and_copies_keep_codes_and_scales_together(coded, mode):
-    """detach, clone, to(device) and Parameter stay coded; to(dtype) decodes."""
-    weight, dense = coded
+def test_moves_and_copies_keep_data_and_scales_together(quantized, mode):
+    """detach, clone, to and Parameter stay quantized, and decode to the same."""
+    weight, dense = quantized
+    moved = PlainHostTensors().wrap(weight, weight.dtype)
     with mode():
         for same in (
             weight.detach(),
@@ -377,36 +380,29 @@ def test_moves_and_copies_keep_codes_and_scales_together(coded, mode):
             weight.to("cpu", copy=True),
             weight.to(device="cpu"),
             torch.nn.Parameter(weight, requires_grad=False),
-            torch.empty_like(weight).copy_(weight),
+            torch.empty_like(moved).copy_(moved),
         ):
-            assert isinstance(same, Coded)
+            assert isinstance(same, QuantizedTensor)
             assert torch.equal(same.dense(torch.float32), dense)
         assert torch.equal(weight.to(torch.bfloat16), dense.to(torch.bfloat16))
         assert torch.equal(torch.empty_like(dense).copy_(weight), dense)
 
 
-def test_nothing_is_written_into_codes_by_accident(coded):
-    """In-place arithmetic on codes is refused; it could only be wrong."""
-    weight, _ = coded
-    with pytest.raises(DTypeError, match="cannot write into a quantized weight"):
+def test_nothing_is_written_by_accident(quantized):
+    """In-place arithmetic is refused; it could only be wrong."""
+    weight, _ = quantized
+    with pytest.raises(HijackError, match="cannot write into a quantized weight"):
         weight.add_(1)
-    with pytest.raises(DTypeError, match="quantize it first"):
+    with pytest.raises(HijackError, match="copy_ of a dense tensor: cannot write"):
         weight.copy_(torch.zeros(weight.shape))
 
 
-def test_a_coded_tensor_spells_itself_as_its_file_did(coded):
+def test_a_quantized_tensor_spells_itself_as_its_file_did(quantized):
     """The dialect's own keys and shapes come out again."""
-    weight, _ = coded
-    tensors = weight.file_tensors()
+    weight, _ = quantized
+    tensors = file_tensors(weight)
     assert tensors.keys() == {"weight", "scale_weight"}
     assert tensors["scale_weight"].shape == (8, 2, 1)
-
-
-def test_quantizing_again_takes_only_options_the_scheme_has():
-    """A scheme without options is not given any."""
-    coding = Coding(Int8(), "hijack", (("block_size", (1, 4)),))
-    qdata, _ = coding.quantize(torch.randn(4, 8), seed=3)
-    assert qdata.dtype == torch.int8
 
 
 @pytest.mark.parametrize(
@@ -420,7 +416,7 @@ def test_quantizing_again_takes_only_options_the_scheme_has():
     ],
 )
 def test_scales_nobody_reads_are_refused_where_no_layer_is_ours(registry, lone, words):
-    """Codes beside a scale are no weights, also if it is so in the whole file."""
+    """Data beside a scale is no weight, also if it is so in the whole file."""
     state_dict = {"a.weight": torch.ones(8, 128).to(E4M3), **lone}
     with pytest.raises(UnconsumedScaleError, match=words):
         encode_claimed(state_dict, "", registry=registry)
@@ -430,8 +426,8 @@ def test_scales_nobody_reads_are_refused_where_no_layer_is_ours(registry, lone, 
     assert not encode_claimed(cast, "", registry=registry)
 
 
-def test_codes_of_a_scheme_that_is_not_there_are_refused(registry):
-    """The header names a scheme that nobody registered; its codes are no weights."""
+def test_layers_of_a_scheme_that_is_not_there_are_refused(registry):
+    """The header names a scheme that nobody registered; its data is no weight."""
     marked = {"a": {"scheme": "int3_rows", "params": ["weight_scale"]}}
     state_dict = {
         "a.weight": torch.ones(8, 128, dtype=torch.int8),

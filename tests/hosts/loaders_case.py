@@ -1,6 +1,6 @@
 """Run by tests in a fresh process: text encoders, VAE, ControlNet, whole checkpoints.
 
-Usage: doors_case.py COMFYUI FOLDER
+Usage: loaders_case.py COMFYUI FOLDER
 
 Prints one JSON object: the name of each check, and what was found. Files go to FOLDER.
 """
@@ -12,7 +12,7 @@ import json
 import comfy_case
 import torch
 from comfy_case import FOLDER, FP8, PREFIX, comfy, comfy_models, error, exact, found
-from doors_files import (
+from loaders_files import (
     SIZES,
     Log,
     coded_vae,
@@ -27,7 +27,7 @@ from doors_files import (
     text_encoder,
     vae_weights,
 )
-from doors_nets import check_controlnets, check_mixed, check_native_only
+from loaders_nets import check_controlnets, check_mixed, check_native_only
 from safetensors.torch import save_file
 
 # -- text encoders ---------------------------------------------------------------------
@@ -44,7 +44,7 @@ def check_text_encoders(files):
     result = found["text encoders"] = {}
     for way, (names, kind) in loads.items():
         pairs = [musubi(files[name]) for name in names]
-        clip = load_clip(*[coded for coded, _ in pairs], kind=kind)
+        clip = load_clip(*[quantized_sd for quantized_sd, _ in pairs], kind=kind)
         reference = load_clip(*[meant for _, meant in pairs], kind=kind)
         expected = sum(
             is_linear(k, t) for name in names for k, t in files[name].items()
@@ -59,20 +59,20 @@ def check_text_encoders(files):
 
 def check_plugin(dense):
     """A scheme of two methods reads a text encoder."""
-    import test_door
+    import test_detection
 
     import hijack
 
-    scheme = test_door.Int8()
+    scheme = test_detection.Int8()
     hijack.register(scheme)
-    coded, meant = {}, {}
+    quantized_sd, meant = {}, {}
     for key, tensor in dense.items():
-        coded[key] = meant[key] = tensor.float()
+        quantized_sd[key] = meant[key] = tensor.float()
         if is_linear(key, tensor):
-            coded[key], params = scheme.quantize(tensor)
-            coded |= {f"{key[:-6]}{name}": t for name, t in params.items()}
-            meant[key] = scheme.dequantize(coded[key], params, torch.float32)
-    clips = [load_clip(file, kind="MOCHI") for file in (coded, meant)]
+            quantized_sd[key], params = scheme.quantize(tensor)
+            quantized_sd |= {f"{key[:-6]}{name}": t for name, t in params.items()}
+            meant[key] = scheme.dequantize(quantized_sd[key], params, torch.float32)
+    clips = [load_clip(file, kind="MOCHI") for file in (quantized_sd, meant)]
     found["plugin"] = {
         "error": error(*[encode(clip) for clip in clips]),
         "quantized": quantized(clips[0].cond_stage_model),
@@ -83,8 +83,8 @@ def check_plugin(dense):
 
 def check_encoder_dtypes(dense):
     """Layers that are not quantized get the dtypes they have in a dense file."""
-    coded, _ = musubi(dense, is_linear, torch.bfloat16)
-    ours = load_clip(coded, kind="MOCHI", dtype=None).cond_stage_model
+    quantized_sd, _ = musubi(dense, is_linear, torch.bfloat16)
+    ours = load_clip(quantized_sd, kind="MOCHI", dtype=None).cond_stage_model
     core = load_clip(dense, kind="MOCHI", dtype=None).cond_stage_model
     found["encoder dtypes"] = [
         key
@@ -97,9 +97,9 @@ def check_encoder_dtypes(dense):
 
 def check_wrong_markers(dense):
     """ComfyUI's marker of a whole file is read through where it cannot be true."""
-    coded, meant = musubi(dense)
-    coded["scaled_fp8"] = torch.zeros(2, dtype=FP8)
-    output = encode(load_clip(coded, kind="MOCHI"))
+    quantized_sd, meant = musubi(dense)
+    quantized_sd["scaled_fp8"] = torch.zeros(2, dtype=FP8)
+    output = encode(load_clip(quantized_sd, kind="MOCHI"))
     found["wrong marker"] = error(output, encode(load_clip(meant, kind="MOCHI")))
 
 
@@ -124,7 +124,7 @@ def check_encoder_lora(clip, reference):
 
 
 def check_encoder_saving(clip):
-    """The save node's file of a text encoder holds codes, and loads again."""
+    """The save node's file of a text encoder is quantized, and loads again."""
     tensors = {
         key.removeprefix("t5xxl.transformer."): tensor
         for key, tensor in clip.get_sd().items()
@@ -134,29 +134,31 @@ def check_encoder_saving(clip):
     comfy.utils.save_torch_file(tensors, path)
     saved = comfy.utils.load_torch_file(path)
     output = encode(load_clip(saved, kind="MOCHI"))
-    coded, meant = musubi(text_encoder("t5"))
+    quantized_sd, meant = musubi(text_encoder("t5"))
     found["encoder saved"] = {
         "error": error(output, encode(load_clip(meant, kind="MOCHI"))),
-        "codes": sum(t.dtype == FP8 for t in saved.values()),
-        "expected": sum(t.dtype == FP8 for k, t in coded.items() if "shared" not in k),
+        "quantized": sum(t.dtype == FP8 for t in saved.values()),
+        "expected": sum(
+            t.dtype == FP8 for k, t in quantized_sd.items() if "shared" not in k
+        ),
     }
 
 
 # -- whole checkpoints -----------------------------------------------------------------
 
 
-def check_vae(coded, meant):
+def check_vae(quantized_sd, meant):
     """A VAE is decoded when it is loaded, and the log says so."""
     with Log() as log:
-        vae = comfy.sd.VAE(sd=dict(coded))
+        vae = comfy.sd.VAE(sd=dict(quantized_sd))
     found["vae"] = {
         "error": error(decode(vae), decode(comfy.sd.VAE(sd=dict(meant)))),
         "log": [line for line in log.lines if "decoded" in line],
-        "layers": sum(t.dtype == FP8 for t in coded.values()),
+        "layers": sum(t.dtype == FP8 for t in quantized_sd.values()),
     }
 
 
-def check_checkpoint(files, bf16, coded, meant):
+def check_checkpoint(files, bf16, quantized_sd, meant):
     """CheckpointLoaderSimple: diffusion model, text encoders and VAE of one file."""
     clip_target = comfy.supported_models.Flux.clip_target
     comfy.supported_models.QwenImage.clip_target = clip_target  # its own is large
@@ -164,7 +166,7 @@ def check_checkpoint(files, bf16, coded, meant):
         PREFIX: comfy_models.musubi(bf16)[0],
         "text_encoders.clip_l.transformer.": musubi(files["clip_l"])[0],
         "text_encoders.t5xxl.transformer.": musubi(files["t5"])[0],
-        "vae.": coded,
+        "vae.": quantized_sd,
     }
     exactly = {
         PREFIX: exact(comfy_models.musubi(bf16)[0]),
@@ -192,7 +194,7 @@ def check_checkpoint(files, bf16, coded, meant):
 
 
 def check_errors(files, broken_vae):
-    """A damaged file is refused by name at each door."""
+    """A damaged file is refused by name by each loader."""
     damaged, _ = musubi(files["t5"])
     layer = "encoder.block.1.layer.1.DenseReluDense.wo"
     damaged[f"{layer}.scale_weight"] = torch.ones(7, 3, 1)
@@ -217,11 +219,11 @@ def check_own_operations(dense):
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     operations = type("Operations", (comfy.ops.manual_cast,), {"Linear": Linear})
-    coded, _ = musubi(dense, is_linear)
-    clip = load_clip(coded, kind="MOCHI", custom_operations=operations)
+    quantized_sd, _ = musubi(dense, is_linear)
+    clip = load_clip(quantized_sd, kind="MOCHI", custom_operations=operations)
     found["own operations"] = {
         "scales": sum(scale is not None for scale in seen.values()),
-        "expected": sum("scale_weight" in key for key in coded),
+        "expected": sum("scale_weight" in key for key in quantized_sd),
         "quantized": quantized(clip.cond_stage_model),
     }
 
