@@ -84,6 +84,22 @@ def plain(q: Tensor, params: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         return SCHEME.dequantize(q, params, dtype)
 
 
+def excess(got: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> float:
+    """How far ``got`` is from ``F.linear(x, weight, bias)``; up to 1 is rounding.
+
+    Processors cut a product into tiles of different sizes, so the bits of a sum differ
+    from one to the next. What all of them keep to is a bound: one rounding to the
+    result's dtype, and some of float32 on the way, over the largest sum of magnitudes.
+    """
+    x, weight = x.detach().double(), weight.detach().double()
+    bias = None if bias is None else bias.detach().double()
+    wanted = F.linear(x, weight, bias)
+    magnitude = F.linear(x.abs(), weight.abs()).max()
+    bound = torch.finfo(got.dtype).eps * wanted.abs().max()
+    bound += 8 * torch.finfo(torch.float32).eps * magnitude
+    return float((got.detach().double() - wanted).abs().max() / bound)
+
+
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
     integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
     assert a.dtype == b.dtype
@@ -109,24 +125,33 @@ def layer(
     return hijack.wrap_module(nn.Linear(k, n, **options), SCHEME, block_size=size)
 
 
+def dense_of(module: nn.Module, dtype: torch.dtype) -> Tensor:
+    """A wrapped module's weight, cast and multiplied."""
+    params = module.state_dict()
+    params.pop("bias", None)
+    return plain(params.pop("weight"), params, dtype)
+
+
 @pytest.mark.parametrize("dtype", DENSE)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 16, 200])
 def test_linear_multiplies_with_the_decoded_weight(threads, dtype, bias, rows):
-    """Pieces change the order of summation at most."""
+    """Pieces of any size change the order of summation at most."""
     module = layer(700, 1024, bias=bias, dtype=dtype)
     x = torch.randn(rows, 1024).to(dtype)
-    weight = plain(module.weight, {"weight_scale": module.weight_scale}, dtype)
-    with torch.no_grad(), mock.patch.object(decode, "TILE_BYTES", 1 << 18):
-        with mock.patch.object(decode, "PIECE_BYTES", 1 << 19):
-            got = module(x)
-        wanted = F.linear(x, weight, module.bias)
-    assert type(module).forward is linear_forward
+    weight = dense_of(module, dtype)
+    with (
+        torch.no_grad(),
+        mock.patch.multiple(decode, TILE_BYTES=1 << 18, PIECE_BYTES=1 << 19),
+    ):
+        got = module(x)
+    assert module._bound_forward is linear_forward
     assert got.is_contiguous()
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype]
-    assert (got - wanted).abs().max() <= tolerance * wanted.abs().max()
-    x = x.view(1, rows, 1, 1024)
-    assert torch.equal(module(x).detach(), got.view(1, rows, 1, 700))
+    assert got.dtype == dtype
+    assert excess(got, x, weight, module.bias) <= 1
+    got = module(x.view(1, rows, 1, 1024))
+    assert got.shape == (1, rows, 1, 700)
+    assert excess(got.view(rows, 700), x, weight, module.bias) <= 1
 
 
 @pytest.mark.parametrize("size", [(1, 64), (32, 48), (1, 512), (300, 512)])
@@ -134,33 +159,50 @@ def test_the_fast_path_is_taken_and_nothing_else(one_thread, size):
     """In a plain forward no weight is decoded whole."""
     module = layer(size=size)
     x = torch.randn(3, 512)
-    with torch.no_grad():
-        wanted = module(x)
-        with mock.patch.object(SCHEME, "dequantize", side_effect=AssertionError):
-            module(x)
-            with torch.inference_mode():
-                assert torch.equal(module(x), wanted)
+    weight = dense_of(module, torch.float32)
+    with mock.patch.object(SCHEME, "dequantize", side_effect=AssertionError):
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                assert excess(module(x), x, weight, module.bias) <= 1
 
 
-def test_temporaries_are_below_one_mebibyte(threads):
-    """Beside the input, the output and the buffer that is kept."""
-    module = layer(4096, 3072, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.bfloat16, (1, 64)), (torch.float32, (128, 128))]
+)
+def test_temporaries_are_the_scales_of_a_piece(threads, dtype, size):
+    """Beside input, output, the buffer that is kept, and what a product itself takes.
+
+    That last part is the processor's: products of Intel's AMX take more than a
+    mebibyte, others nothing.
+    """
+    module = layer(4096, 3072, size, dtype=dtype)
     for rows in (1, 16, 256):
-        x = torch.randn(rows, 3072).bfloat16()
+        x = torch.randn(rows, 3072).to(dtype)
         with torch.no_grad():
             out = module(x)
             with profile(
                 activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True
             ) as prof:
                 module(x)
-        events = prof.profiler.kineto_results.events()
-        memory = [e for e in events if e.name() == "[memory]"]
-        now = peak = 0
-        for event in sorted(memory, key=lambda e: e.start_ns()):
-            now += event.nbytes()
+        peak = peak_outside_products(prof.profiler.kineto_results.events())
+        scales = decode.GRAIN * torch.float32.itemsize
+        assert out.nbytes <= peak <= out.nbytes + 2 * scales
+
+
+def peak_outside_products(events: list) -> int:
+    """The most bytes allocated at any moment when no matrix product was running."""
+    products = [e for e in events if e.name() in ("aten::mm", "aten::addmm")]
+    assert products
+    now = peak = 0
+    memory = [e for e in events if e.name() == "[memory]"]
+    for event in sorted(memory, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        at = event.start_ns()
+        if not any(
+            p.start_ns() <= at <= p.start_ns() + p.duration_ns() for p in products
+        ):
             peak = max(peak, now)
-        assert memory
-        assert peak - out.nbytes <= 1 << 20
+    return peak
 
 
 # -- what takes the plain path, and must -----------------------------------------------
@@ -209,17 +251,17 @@ def test_flushing_subnormal_numbers():
 
 def test_new_weights_are_seen():
     """Nothing about a weight is remembered that could be out of date."""
-    module = layer()
+    module = layer(bias=False)
     x = torch.randn(2, 512)
     with torch.no_grad():
         old = module(x)
-        module.weight_scale *= 2
+        module.weight.params["weight_scale"] *= 2
         doubled = module(x)
-        module.load_state_dict(layer().state_dict())
+        module.load_state_dict(layer(bias=False).state_dict())
         new = module(x)
         other = {"weight": layer().weight}
         called = torch.func.functional_call(module, other, (x,))
-    assert torch.allclose(doubled - module.bias, (old - module.bias) * 2, atol=1.0)
+    torch.testing.assert_close(doubled, old * 2)
     assert not torch.allclose(new, doubled)
     assert not torch.allclose(called, new)
 
@@ -231,7 +273,7 @@ def test_gradients_flow_through_the_input(one_thread):
     out = module(x)
     other(x.detach())
     out.sum().backward()
-    weight = plain(module.weight, {"weight_scale": module.weight_scale}, torch.float32)
+    weight = dense_of(module, torch.float32)
     assert torch.allclose(x.grad, weight.sum(0).expand(3, -1), atol=1e-5)
     module.requires_grad_(False)
     assert not module(x.detach()).requires_grad
@@ -263,19 +305,21 @@ def test_other_shapes_of_input():
 
 def test_threads_do_not_share_buffers():
     """Many Python threads at once get what one gets."""
-    modules = [layer() for _ in range(4)]
     x = torch.randn(2, 512)
-    with torch.no_grad():
-        wanted = [module(x) for module in modules]
     wrong = []
 
-    def work(index: int) -> None:
+    def work(module: nn.Linear, weight: Tensor) -> None:
         with torch.no_grad():
             for _ in range(20):
-                if not torch.equal(modules[index](x), wanted[index]):
-                    wrong.append(index)
+                if not excess(module(x), x, weight, module.bias) <= 1:
+                    wrong.append(module)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    modules = [layer() for _ in range(4)]
+    weights = [dense_of(module, torch.float32) for module in modules]
+    workers = [
+        threading.Thread(target=work, args=pair)
+        for pair in zip(modules, weights, strict=True)
+    ]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -304,9 +348,10 @@ def test_it_compiles_inside_a_parent(size):
     wanted = model(index)
     torch._dynamo.reset()
     got = torch.compile(model, fullgraph=True)(index)
-    assert (got - wanted).abs().max() <= 1e-2 * wanted.abs().max()
+    rounding = 2 * torch.finfo(torch.bfloat16).eps * wanted.abs().max()
+    assert (got - wanted).abs().max() <= rounding
     exported = torch.export.export(model, (index,)).module()
-    assert torch.allclose(exported(index), wanted, atol=1e-2)
+    assert (exported(index) - wanted).abs().max() <= rounding
 
 
 @pytest.mark.parametrize("size", [(1, 64), (32, 40), "row", "tensor"])
@@ -314,7 +359,7 @@ def test_an_embedding_decodes_the_rows_asked_for(size):
     """The rows of the dense table, for any index shape."""
     dense = nn.Embedding(50, 128, padding_idx=3, dtype=torch.bfloat16)
     module = hijack.wrap_module(copy.deepcopy(dense), SCHEME, block_size=size)
-    assert type(module).forward is embedding_forward
+    assert module._bound_forward is embedding_forward
     table = hijack.unwrap(copy.deepcopy(module)).weight.detach()
     for index in (torch.tensor([[3, 0], [49, 7]]), torch.tensor(5), torch.tensor([])):
         index = index.long()
@@ -330,7 +375,7 @@ def test_a_forward_hijack_does_not_know_is_not_replaced():
             return super().forward(x) * 2
 
     module = hijack.wrap_module(Twice(64, 8), SCHEME)
-    assert type(module).forward is not linear_forward
+    assert module._bound_forward is not linear_forward
     limited = hijack.wrap_module(nn.Embedding(8, 64, max_norm=1.0), SCHEME)
-    assert type(limited).forward is not embedding_forward
+    assert limited._bound_forward is not embedding_forward
     assert SCHEME.bind_forward(nn.Linear(64, 8)) is linear_forward
