@@ -2,7 +2,8 @@
 
 # make_venv FOLDER "PIP ARGUMENTS": make it once, and again when what it holds changed.
 make_venv() {
-    local folder=$1 wanted=$2 python stamp
+    local folder=$1 wanted=$2 python stamp words
+    read -ra words <<<"$wanted" # not $wanted, which would be taken for patterns
     stamp=$(cat pyproject.toml constraints.txt <(echo "$wanted") | cksum)
     if [ -f "$folder/stamp" ] && [ "$(cat "$folder/stamp")" = "$stamp" ]; then
         return
@@ -22,7 +23,6 @@ make_venv() {
     "$folder/bin/pip" install --quiet --upgrade "pip>=25.1"
     # torch first and alone, so that nothing else chooses its version
     "$folder/bin/pip" install --quiet torch -c constraints.txt
-    # shellcheck disable=SC2086 - the arguments are several words
-    "$folder/bin/pip" install --quiet -c constraints.txt $wanted
+    "$folder/bin/pip" install --quiet -c constraints.txt "${words[@]}"
     echo "$stamp" >"$folder/stamp"
 }
