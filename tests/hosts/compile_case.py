@@ -97,6 +97,11 @@ def main():
     import hijack
     import schemes.blockwise_fp8  # noqa: F401
 
+    # ComfyUI's attention asks for it, and is compiled anew in a step where it changed
+    free = 1 << 34
+    comfy.model_management.get_free_memory = lambda dev=None, torch_free_too=False: (
+        (free, free) if torch_free_too else free
+    )
     found = {}
     dense = comfy_models.make_state_dict(comfy_models.small_qwen_shapes(layers=1))
     quantized_sd, _ = comfy_models.musubi(dense)
