@@ -1,6 +1,6 @@
 """What quantized weights and LoRAs cost in ComfyUI: one step of a Qwen-Image.
 
-Usage: python -m benchmarks.comfyui_step COMFYUI [--gpu] [--tokens N] [--layers N]
+Usage: python -m benchmarks.comfyui_step COMFYUI [--gpu] [--bfloat16] [--tokens N]
 
 Blocks of Qwen-Image at their real width (3072): dense, and quantized to blocks of
 1 x 64, without a LoRA and with one of rank 32 on every Linear of the blocks. All take
@@ -28,6 +28,7 @@ import launch
 PARSER = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 PARSER.add_argument("comfyui", metavar="COMFYUI")
 PARSER.add_argument("--gpu", action="store_true", help="not on the CPU")
+PARSER.add_argument("--bfloat16", action="store_true", help="also on the CPU")
 PARSER.add_argument("--tokens", type=int, default=1024)
 PARSER.add_argument("--layers", type=int, default=1)
 PARSER.add_argument("--rounds", type=int, default=9)
@@ -99,7 +100,10 @@ def models() -> dict[str, Any]:
     recipe = QuantizationConfig.of(scheme, {"block_size": (1, 64)})
 
     def dense() -> Any:
-        return comfy.sd.load_diffusion_model_state_dict(dict(weights))
+        options = {"dtype": torch.bfloat16} if ARGS.bfloat16 else {}
+        return comfy.sd.load_diffusion_model_state_dict(
+            dict(weights), model_options=options
+        )
 
     def quantized() -> Any:
         return online.quantize_model(dense(), recipe)
@@ -116,6 +120,8 @@ def main() -> None:
     device = comfy.model_management.get_torch_device()
     runs: Runs = {}
     for name, patcher in models().items():
+        if ARGS.bfloat16:  # which ComfyUI does not choose by itself there
+            patcher.set_model_compute_dtype(torch.bfloat16)
         patcher.patch_model(device)
         runs[name] = step(patcher, device)
         dtype = patcher.model.get_dtype_inference()

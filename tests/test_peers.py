@@ -23,12 +23,12 @@ PROGRAMS = {"accelerate": 52, "peft": 24, "diffusers": 8, "transformers": 5}
 def test_a_quantized_model_equals_the_dequantized_one(program):
     """Bit for bit, or the program is told that it cannot be."""
     needed = ("pluggy", "wrapt", "safetensors", program)
-    python, arguments, more = python_with_all(*needed), [program], 0
-    if python is None or VARIABLE not in os.environ:
+    python, arguments, more = python_with_all(*needed, ours=False), [program], 0
+    if python is None:
         pytest.skip(f"no {program}: set {VARIABLE} to a Python that has it")
     trained = ("peft", "accelerate")
-    if program == "transformers" and python_with_all(*needed, *trained):
-        python = python_with_all(*needed, *trained)
+    if program == "transformers" and python_with_all(*needed, *trained, ours=False):
+        python = python_with_all(*needed, *trained, ours=False)
         arguments, more = [program, "peft"], 1
     paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     done = subprocess.run(

@@ -27,9 +27,9 @@ def python_with(program):
     return python_with_all(program, *ALSO.get(program, ()))
 
 
-def python_with_all(*needed):
-    """A Python that can import all of some packages, or None."""
-    if all(importlib.util.find_spec(name) for name in needed):
+def python_with_all(*needed, ours=True):
+    """A Python that can import all of some packages, or None; the tests' own or not."""
+    if ours and all(importlib.util.find_spec(name) for name in needed):
         return sys.executable
     named = os.environ.get(VARIABLE)
     if named is None:

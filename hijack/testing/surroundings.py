@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hijack.modules import prepare
 from hijack.quantized import Quantized
 from hijack.scheme import Scheme
-from hijack.testing.checks import alone, expect, kind_of, same_bits
+from hijack.testing.checks import alone, expect, kind_of, same_numbers
 from hijack.testing.modules import ModuleConformance
 
 #: What a device without memory raises where values are asked for.
@@ -193,7 +193,7 @@ def _parts(made: Quantized) -> list[Tensor]:
 
 def _same(got: list[Tensor], expected: list[Tensor]) -> bool:
     return len(got) == len(expected) and all(
-        a.device == b.device and same_bits(a, b)
+        a.device == b.device and same_numbers(a, b)
         for a, b in zip(got, expected, strict=True)
     )
 
