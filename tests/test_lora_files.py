@@ -603,6 +603,10 @@ def test_a_config_of_peft_that_cannot_be_read_is_an_error(folder, text, message)
     [
         (torch.tensor(float("nan")), "a.alpha: alpha is nan, expected a finite number"),
         (torch.tensor(float("inf")), "a.alpha: alpha is inf, expected a finite number"),
+        (
+            torch.tensor(1e300, dtype=torch.float64),
+            "a.alpha: alpha is 1e.300, expected a finite",
+        ),
         (torch.ones(2), r"a.alpha: is F32 \[2\], expected one number"),
         (torch.tensor(1j), r"a.alpha: is C64 \[\], expected one number"),
     ],

@@ -7,6 +7,8 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from hijack.errors import CheckpointError, HeaderError
 from hijack.safetensors_io.files import read_json
 from hijack.safetensors_io.header import Header, parse_table
@@ -15,6 +17,8 @@ from hijack.safetensors_io.reader import open_tensors
 #: The metadata that diffusers writes, and the files that PEFT writes.
 _METADATA = "lora_adapter_metadata"
 _FILE, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+#: LoRAs are merged in float32, which has no larger number.
+_MOST_ALPHA = torch.finfo(torch.float32).max
 
 
 def alpha_scale(
@@ -37,7 +41,7 @@ def alpha_scale(
         peft_config: returns PEFT's config of the file; called if it is needed.
 
     Raises:
-        CheckpointError: if alpha is not a finite number.
+        CheckpointError: if alpha is not a finite number of float32.
     """
     if rank == 0:
         return 1.0
@@ -51,7 +55,7 @@ def alpha_scale(
             config, name = peft_config(), module.removeprefix("base_model.model.")
         alpha = _config_alpha(config, name, rank)
         divisor = math.sqrt(rank) if config.get("use_rslora") is True else float(rank)
-    if not math.isfinite(alpha):
+    if not abs(alpha) <= _MOST_ALPHA:  # NaN is not, either
         raise CheckpointError(
             f"{where}: alpha is {alpha}, expected a finite number; the file is damaged"
         )
