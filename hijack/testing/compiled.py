@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -131,8 +133,7 @@ def _inductor(
 
 
 def _tokens(count: int, module: nn.Module) -> Tensor:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight: Any = module.weight
     random = torch.Generator().manual_seed(count)
     x = torch.randn(count, weight.shape[-1], generator=random, device="cpu")
     return x.to(weight.device)

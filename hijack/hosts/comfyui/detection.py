@@ -11,6 +11,8 @@ from collections.abc import Container, Iterable, Mapping
 import torch
 from torch import Tensor
 
+import hijack.hosts.comfyui.markers as markers
+import hijack.hosts.comfyui.tensor_metadata as tensor_metadata
 from hijack.claim import Claim
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import HijackError, UnconsumedScaleError, UnknownSchemeError
@@ -23,7 +25,6 @@ from hijack.formats.native_marker import (
     marked_layers,
     write_marker,
 )
-from hijack.hosts.comfyui import markers, tensor_metadata
 from hijack.hosts.comfyui.lazy_tensor import LazyTensor
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry

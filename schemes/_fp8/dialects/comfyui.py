@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty, Claim
 from hijack.dtypes import DTYPE_NAMES
 from hijack.formats.comfyui_markers import (
@@ -40,7 +41,6 @@ from schemes._fp8.blocks import (
     matrix_shape,
     parse_block_size,
 )
-from schemes._fp8.dialects import mx
 from schemes._fp8.dialects.base import (
     Declared,
     FP8Dialect,

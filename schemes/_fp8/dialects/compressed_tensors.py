@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty
 from hijack.formats.comfyui_markers import is_marked
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
@@ -23,7 +24,6 @@ from schemes._fp8.blocks import (
     matrix_shape,
     parse_block_size,
 )
-from schemes._fp8.dialects import mx
 from schemes._fp8.dialects.base import Declared, QuantizedWeightInfo, is_power
 from schemes._fp8.dialects.configured import (
     BLOCK,

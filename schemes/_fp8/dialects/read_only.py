@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
+import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty, Claim
 from hijack.formats.comfyui_markers import is_marked, layer_marker
 from hijack.safetensors_io.header import Header
 from schemes._fp8.blocks import POWER_DTYPES, Pair
-from schemes._fp8.dialects import mx
 from schemes._fp8.dialects.base import Declared, FP8Dialect, QuantizedWeightInfo
 
 

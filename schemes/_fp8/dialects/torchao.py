@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import Header, TensorInfo, join, parse_table
@@ -23,7 +24,6 @@ from schemes._fp8.blocks import (
     matrix_shape,
     parse_block_size,
 )
-from schemes._fp8.dialects import mx
 from schemes._fp8.dialects.base import (
     Declared,
     FP8Dialect,
