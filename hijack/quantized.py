@@ -30,8 +30,7 @@ from hijack.errors import (
     ShapeError,
 )
 from hijack.registry import current_registry
-from hijack.scheme import Quantized as Quantized
-from hijack.scheme import Scheme, checked
+from hijack.scheme import Quantized, Scheme, checked
 
 aten = torch.ops.aten
 

@@ -18,12 +18,11 @@ from hijack.errors import CheckpointError, HijackError
 from hijack.formats.dialect import Dialect, EncodedLayer, layer_entry
 from hijack.quantized import (
     QuantizationConfig,
-    Quantized,
     QuantizedTensor,
     check_shape,
 )
 from hijack.safetensors_io.header import Header, TensorInfo
-from hijack.scheme import Scheme
+from hijack.scheme import Quantized, Scheme
 
 #: The dialect of schemes that have no native one of their own.
 NATIVE = Dialect()

@@ -11,8 +11,8 @@ from torch import Tensor
 from hijack.errors import HijackError
 from hijack.metrics import sqnr_db
 from hijack.options import Option
-from hijack.quantized import QuantizationConfig, Quantized, QuantizedTensor
-from hijack.scheme import Scheme
+from hijack.quantized import QuantizationConfig, QuantizedTensor
+from hijack.scheme import Quantized, Scheme
 from hijack.testing.checks import equal, expect
 from hijack.testing.subjects import realistic_weight
 

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from hijack.modules import Wrapped
-from hijack.quantized import Quantized, QuantizedTensor
+from hijack.quantized import QuantizedTensor
 from hijack.registry import (
     Registry,
     create_registry,
     current_registry,
     use_registry,
 )
-from hijack.scheme import Scheme
+from hijack.scheme import Quantized, Scheme
 
 
 def expect(condition: bool, message: str) -> None:

@@ -18,8 +18,8 @@ import hijack
 from hijack.errors import NonFiniteError
 from hijack.metrics import sqnr_db
 from hijack.modules import Wrapped, default_forward
-from hijack.quantized import Quantized, QuantizedTensor
-from hijack.scheme import Scheme
+from hijack.quantized import QuantizedTensor
+from hijack.scheme import Quantized, Scheme
 from hijack.testing.base import Conformance
 from hijack.testing.checks import (
     alone,

@@ -21,8 +21,7 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hijack.modules import prepare
-from hijack.quantized import Quantized
-from hijack.scheme import Scheme
+from hijack.scheme import Quantized, Scheme
 from hijack.testing.checks import alone, expect, kind_of, same_numbers
 from hijack.testing.modules import ModuleConformance
 

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from hijack.metrics import sqnr_db
-from hijack.quantized import Quantized
-from hijack.scheme import Scheme
+from hijack.scheme import Quantized, Scheme
 from hijack.testing.base import Conformance, Shape
 from hijack.testing.checks import (
     cloned,

@@ -251,9 +251,8 @@ class QuantizedLinear:
         """What the layer stands for now: as it is, or quantized with its LoRAs."""
         weight: QuantizedTensor = self.host_tensors.unwrap(self.weight)
         patches, _ = self._additions()
-        if (
-            self._visible_patch is not None
-        ):  # merged at most into a copy that ComfyUI keeps
+        # merged at most into a copy that ComfyUI keeps
+        if self._visible_patch is not None:
             patches.append(self._patches_of(self._visible_patch))
         if not patches:
             return weight
