@@ -7,14 +7,15 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hijack.claim import Claim
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, ModuleError, ShapeError, UnconsumedScaleError
 from hijack.formats import matching
-from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect
+from hijack.formats.identification import identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
 from hijack.modules import Change, Wrapped, apply_all, prepare
 from hijack.quantized import QuantizedTensor
@@ -153,6 +154,7 @@ class _Plan:
         used |= _marker_keys(header, self.claims, registry)
         self.dense = dict.fromkeys(key for key in header.tensors if key not in used)
         self.changes: dict[str, Change] = {}
+        self.devices: dict[str, torch.device] = {}
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
 
@@ -254,6 +256,7 @@ class _Plan:
             )
         for key in given & set(current):
             _check_dense(key, self.header, current[key], self.modules)
+            self.devices[key] = current[key].device
 
     def apply(self) -> None:
         """Change the model; nothing here is expected to fail."""
@@ -262,11 +265,8 @@ class _Plan:
         moved: dict[int, QuantizedTensor] = {}
         placed = (_placed(change, moved) for change in self.changes.values())
         apply_all(placed, keep=strict())
-        rest = {key: self.tensors[key] for key in self.dense}
-        here = self.model.state_dict()
         dense = {
-            key: tensor if (old := here.get(key)) is None else _place(tensor, old)
-            for key, tensor in rest.items()
+            key: _place(self.tensors[key], self.devices.get(key)) for key in self.dense
         }
         self.model.load_state_dict(dense, strict=False, assign=True)
         _tie(tied, self.dense, self.changes)
@@ -338,9 +338,9 @@ def _placed(change: Change, moved: dict[int, QuantizedTensor]) -> Change:
     return dataclasses.replace(change, weight=moved[id(weight)])
 
 
-def _place(tensor: Tensor, old: Tensor) -> Tensor:
-    """Move a tensor to where the old one is; meta stands for anywhere."""
-    return tensor if old.is_meta else tensor.to(old.device)
+def _place(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """Move a tensor to a device; meta stands for anywhere."""
+    return tensor if device is None or device.type == "meta" else tensor.to(device)
 
 
 @dataclasses.dataclass(frozen=True)
