@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hijack.errors import HeaderError, HijackError
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.safetensors_io import files
 from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.safetensors_io.writer import write_checkpoint

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import hijack
 from hijack.errors import AmbiguousError, CheckpointError
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.safetensors_io.header import Header, TensorInfo, join
 from schemes.blockwise_fp8 import BlockwiseFP8
 

@@ -14,9 +14,8 @@ from hijack.checkpoint.copying import SourceSnapshot, check_output, chunks
 from hijack.checkpoint.notes import format_notes
 from hijack.errors import CheckpointError, UnconsumedScaleError
 from hijack.formats import matching
-from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect, FormatMetadata
-from hijack.formats.identification import Identification
+from hijack.formats.identification import Identification, identify
 from hijack.metrics import QuantizationError
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry

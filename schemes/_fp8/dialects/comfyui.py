@@ -12,7 +12,6 @@ from torch import Tensor
 
 import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty, Claim
-from hijack.dtypes import DTYPE_NAMES
 from hijack.formats.comfyui_markers import (
     LAYER_MARKER,
     LAYER_TABLE,
@@ -23,6 +22,7 @@ from hijack.formats.comfyui_markers import (
 )
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import (
+    DTYPE_NAMES,
     Header,
     TensorInfo,
     join,
