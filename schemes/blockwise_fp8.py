@@ -58,7 +58,7 @@ from schemes._fp8.blocks import (
     reblock,
 )
 from schemes._fp8.dialects import DIALECTS, NATIVE
-from schemes._fp8.dialects.likeness import likeness
+from schemes._fp8.dialects.base import likeness
 
 # -- the scheme ----------------------------------------------------------------------
 

@@ -86,6 +86,9 @@ class Dialect:
     name = "hijack"
     #: whether hijack can write it; False if it can only be read
     writes = True
+    #: last parts of keys; a file without any of them has no layer of the dialect. With
+    #: none, the dialect is asked about every file
+    needs: tuple[str, ...] = ()
     #: suffixes of input scales, which do not affect the weight
     inputs: tuple[str, ...] = ()
     #: the suffix an input scale is written under; "" if the dialect cannot store one

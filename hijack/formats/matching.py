@@ -118,7 +118,11 @@ def claims_of(scheme: Scheme, header: Header) -> Iterator[Claim]:
     if claims is not None:
         yield from claims
         return
-    layers = {d: dict.fromkeys(d.layers(header)) for d in dialects_of(scheme)}
+    layers = {
+        dialect: dict.fromkeys(dialect.layers(header))
+        for dialect in dialects_of(scheme)
+        if not dialect.needs or any(name in header.owners for name in dialect.needs)
+    }
     cache: dict[Hashable, list[Callable[[str], Claim]]] = {}
     for layer in dict.fromkeys(itertools.chain.from_iterable(layers.values())):
         cache_key = scheme.likeness(header, layer)

@@ -10,15 +10,22 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from hijack.claim import Certainty, Claim
 from hijack.errors import CheckpointError
+from hijack.formats.comfyui_markers import (
+    FILE_MARKER,
+    LAYER_MARKER,
+    file_marker,
+    layer_marker,
+)
 from hijack.formats.dialect import Dialect
-from hijack.safetensors_io.header import Header, TensorInfo, join
+from hijack.formats.native_marker import native_marker
+from hijack.safetensors_io.header import Header, TensorInfo, join, signature
 from hijack.scheme import Scheme
 from hijack.text import block_text
 from schemes._fp8.blocks import (
@@ -35,6 +42,8 @@ from schemes._fp8.blocks import (
     possible_sizes,
 )
 
+#: What torchao calls the quantized data of a weight.
+TORCHAO_DATA = "_weight_qdata"
 #: Values of ``quant_method`` whose FP8 weights are quantized data times a scale.
 KNOWN_METHODS = frozenset(
     {
@@ -111,6 +120,9 @@ class FP8Dialect(Dialect, abc.ABC):
     inputs: tuple[str, ...] = ("input_scale",)
     ignored_keys: tuple[str, ...] = ()
     exact = False
+
+    def __init_subclass__(cls) -> None:
+        cls.needs = tuple(name.rpartition(".")[2] for name in cls.scales)
 
     # -- reading -----------------------------------------------------------------------
 
@@ -269,6 +281,26 @@ def _shape_and_grid(
     shape = matrix_shape(weight)
     empty = not weight or 0 in weight
     return shape, None if empty else dialect.grid(scale, shape)
+
+
+def likeness(header: Header, layer: str) -> Hashable | None:
+    """A layer's tensors and everything any marker declares about it, or None.
+
+    None where tensors of the layer are not beside its weight: musubi-tuner's odd keys,
+    and quanto's parts of a weight.
+    """
+    parts = header.parts.get(layer, {})
+    if ".weight" in layer or not ("weight" in parts or TORCHAO_DATA in parts):
+        return None
+    markers: list[object] = []
+    if FILE_MARKER in header.owners:
+        marker = file_marker(header, layer)
+        markers.append(None if marker is None else marker.dtype)
+    if header.metadata or LAYER_MARKER in parts:
+        entries = (layer_marker(header, layer), native_marker(header, layer))
+        markers += map(repr, entries)
+        markers.append(header.metadata.get(join(layer, "weight")))  # torchao's
+    return signature(parts), *markers
 
 
 def is_power(scale: Tensor) -> bool:
