@@ -363,3 +363,11 @@ def test_the_garbage_collector_is_left_as_it_was(tmp_path, enabled):
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
+
+
+def test_metadata_of_null_is_none(tmp_path):
+    """safetensors reads it so, and with it every program that uses it."""
+    text = json.dumps({"__metadata__": None, "a": entry()}).encode()
+    path = tmp_path / "null.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    assert read_header(path).metadata == {}

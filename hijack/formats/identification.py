@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hijack.claim import Certainty, Claim
-from hijack.errors import AmbiguousError, CheckpointError
+from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
 from hijack.formats import matching, report
 from hijack.formats.dialect import check_marker
 from hijack.formats.gguf import read_gguf
@@ -46,7 +46,7 @@ QUANTIZED_DTYPES = frozenset(
     {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
 )
 #: Words in the names of tensors that are needed to decode the weight beside them.
-_DECODING_WORDS = ("scale", "zero_point", "svd_")
+_DECODING_WORDS = ("scale", "scaling", "amax", "absmax", "zero_point", "svd_")
 #: Last parts of keys of scales of the outputs of a layer or its attention.
 _OUTPUT_SCALES = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
 
@@ -104,15 +104,47 @@ class Identification:
     @property
     def clear(self) -> bool:
         """True if the checkpoint can be loaded without errors."""
-        return not (
-            self.ambiguous
-            or self.unsupported
-            or self.unconsumed
-            or self.mismatches
-            or self.unknown
-            or self.container
-            or self.lacks_scales()
-        )
+        return next(self._problems(), None) is None
+
+    def check(self) -> None:
+        """Refuse a checkpoint that is not `clear`.
+
+        Raises:
+            AmbiguousError: naming an ambiguous layer and its interpretations.
+            UnconsumedScaleError: naming scales that no scheme reads.
+            CheckpointError: naming anything else that stands in the way.
+        """
+        for problem in self._problems():
+            raise problem
+
+    def _problems(self) -> Iterator[CheckpointError]:
+        """What stands in the way of loading the checkpoint, the gravest first."""
+        yield from self._unreadable()
+        for layer, other in self.unsupported.items():
+            yield CheckpointError(
+                f"{self.source}: {layer or 'weight'}: is in the format "
+                f"{other.format}, expected one that a registered scheme reads; install "
+                "a plugin for it, or see `hijack identify`"
+            )
+        for layer, name in self.unknown.items():
+            yield CheckpointError(
+                f"{self.source}: {layer or 'weight'}: was written by scheme "
+                f"{excerpt(name)}, expected one that is registered; install the plugin "
+                "that has it, or see `hijack schemes`"
+            )
+        if self.unconsumed:
+            yield UnconsumedScaleError(
+                f"{self.source}: no scheme reads {', '.join(self.unconsumed[:3])}"
+                f"{' ...' if len(self.unconsumed) > 3 else ''} "
+                f"({len(self.unconsumed)} keys); loading would ignore these scales; "
+                "install the scheme that wrote the file"
+            )
+        if self.lacks_scales():
+            yield CheckpointError(
+                f"{self.source}: {self.unscaled[0] or 'weight'}: holds quantized data "
+                "without a scale, expected one beside it, as others have, or plain FP8 "
+                "casts alone; install the scheme that wrote the file"
+            )
 
     def lacks_scales(self) -> bool:
         """Whether any unscaled data is not a plain cast.
@@ -134,18 +166,23 @@ class Identification:
             CheckpointError: naming a layer whose tensors do not match its metadata, or
                 what the file is if it is not safetensors.
         """
+        for problem in self._unreadable():
+            raise problem
+        return dict(self.layers)
+
+    def _unreadable(self) -> Iterator[CheckpointError]:
+        """What stands in the way of reading the claimed layers."""
         if self.container:
-            raise CheckpointError(
+            yield CheckpointError(
                 f"{self.source}: is {self.container}, expected safetensors"
             )
         for layer, reason in self.mismatches.items():
-            raise CheckpointError(
+            yield CheckpointError(
                 f"{self.source}: {layer}: metadata and tensors do not match; "
                 f"{excerpt(reason)}; get the file again, or quantize the original"
             )
         for layer, claims in self.ambiguous.items():
-            raise AmbiguousError(f"{self.source}: {layer}: {report.choice(claims)}")
-        return dict(self.layers)
+            yield AmbiguousError(f"{self.source}: {layer}: {report.choice(claims)}")
 
     def groups(self) -> list[tuple[str, str, str, int]]:
         """Scheme, dialect, block size and number of layers of each kind."""
@@ -346,6 +383,7 @@ def _unconsumed(
     used = {key for claim in claims for key in claim.keys.values()}
     used |= {key for layer in unsupported.values() for key in layer.keys}
     quantized = {claim.layer for claim in claims}.union(unscaled)
+    lone = set(unscaled)
     decoding = {n for n in header.owners if any(word in n for word in _DECODING_WORDS)}
     unconsumed = []
     for key in header.tensors:
@@ -354,6 +392,41 @@ def _unconsumed(
         layer, _, name = key.rpartition(".")
         if name in _OUTPUT_SCALES:
             continue
-        if name in SCALE_NAMES or (name in decoding and layer in quantized):
+        scales = name in SCALE_NAMES or (name in decoding and layer in quantized)
+        if scales or (lone and _may_scale_one_of(lone, header, key)):
             unconsumed.append(key)
     return tuple(unconsumed)
+
+
+def _may_scale_one_of(layers: Collection[str], header: Header, key: str) -> bool:
+    """Whether a tensor may be the scale of one of some layers without any.
+
+    Programs keep it one level down (``X.weight_quantizer.scale``), beside the layer
+    (``X_scale``), or in a table of its own (``scales.X``). Whatever its name is, a
+    matrix needs nothing beside it but a bias.
+    """
+    owner, _, name = key.rpartition(".")
+    if _is_part_of(layers, header, key):
+        return True
+    word = next((word for word in _DECODING_WORDS if word in name), None)
+    if word is not None and join(owner, name.partition(word)[0].rstrip("_")) in layers:
+        return True
+    table, _, layer = key.removesuffix(".weight").partition(".")
+    listed = any(word in table for word in _DECODING_WORDS)
+    return listed and "." in layer and layer in layers
+
+
+def _is_part_of(layers: Collection[str], header: Header, key: str) -> bool:
+    """Whether a tensor is of a layer whose matrix needs none beside it but a bias.
+
+    Whatever its name is, it may be the scale.
+    """
+    owner, _, name = key.rpartition(".")
+    if name in ("weight", "bias") or not header.tensors[key].real:
+        return False
+    if owner not in layers and "weight" in header.parts.get(owner, {}):
+        return False  # of a module within
+    modules = owner.split(".")
+    outer = (".".join(modules[:end]) for end in range(len(modules), 0, -1))
+    layer = next((name for name in outer if name in layers), None)
+    return layer is not None and len(header.parts[layer]["weight"].shape) > 1

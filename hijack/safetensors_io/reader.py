@@ -308,6 +308,8 @@ def _is_text(text: str) -> bool:
 
 
 def _metadata(path: Path, table: Any) -> dict[str, str]:
+    if table is None:  # safetensors reads null as no metadata
+        return {}
     if not isinstance(table, dict) or not all(
         isinstance(value, str) and _is_text(key + value) for key, value in table.items()
     ):
