@@ -44,6 +44,8 @@ from schemes._fp8.blocks import (
 
 #: What torchao calls the quantized data of a weight.
 TORCHAO_DATA = "_weight_qdata"
+#: The module beside a weight in which ModelOpt and Quark keep its scale.
+WEIGHT_QUANTIZER = "weight_quantizer"
 #: Values of ``quant_method`` whose FP8 weights are quantized data times a scale.
 KNOWN_METHODS = frozenset(
     {
@@ -128,7 +130,13 @@ class FP8Dialect(Dialect, abc.ABC):
 
     def layers(self, header: Header) -> Iterable[str]:
         """The layers that have a scale of a name the dialect uses."""
-        return [la for name in self.scales for la in header.owners.get(name, ())]
+        for scale in self.scales:
+            within, _, name = scale.rpartition(".")
+            for owner in header.owners.get(name, ()):
+                if not within:
+                    yield owner
+                elif f".{owner}".endswith(f".{within}"):
+                    yield owner.removesuffix(within).removesuffix(".")
 
     @abc.abstractmethod
     def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
@@ -300,7 +308,8 @@ def likeness(header: Header, layer: str) -> Hashable | None:
         entries = (layer_marker(header, layer), native_marker(header, layer))
         markers += map(repr, entries)
         markers.append(header.metadata.get(join(layer, "weight")))  # torchao's
-    return signature(parts), *markers
+    quantizer = header.parts.get(join(layer, WEIGHT_QUANTIZER), {})
+    return signature(parts), signature(quantizer), *markers
 
 
 def is_power(scale: Tensor) -> bool:
