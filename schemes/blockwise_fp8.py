@@ -58,7 +58,7 @@ from schemes._fp8.blocks import (
     reblock,
 )
 from schemes._fp8.dialects import DIALECTS, NATIVE
-from schemes._fp8.dialects.base import likeness
+from schemes._fp8.dialects.base import FULL_PRECISION, likeness
 
 # -- the scheme ----------------------------------------------------------------------
 
@@ -92,6 +92,13 @@ class BlockwiseFP8(hijack.Scheme):
         ),
         Option("stochastic", "bool", False, "round up or down at random"),
         Option("seed", "int", 0, "of the random numbers"),
+        Option(
+            FULL_PRECISION,
+            "bool",
+            False,
+            "never multiply the layer in FP8, where a program could",
+            forward=True,
+        ),
     )
 
     def quantize(  # type: ignore[override]
@@ -104,6 +111,7 @@ class BlockwiseFP8(hijack.Scheme):
         scale_search: int = 0,
         stochastic: bool = False,
         seed: int = 0,
+        full_precision_matrix_mult: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cut a weight into blocks and scale each to FP8.
 
@@ -120,6 +128,8 @@ class BlockwiseFP8(hijack.Scheme):
             stochastic: round up or down at random, without bias, not to nearest. Scales
                 are searched as if codes were rounded to nearest.
             seed: of the random numbers; the same seed gives the same codes.
+            full_precision_matrix_mult: of the layer that the weight is for; the weight
+                is the same.
 
         Returns:
             Codes of the weight's shape; ``weight_scale`` (ceil(N/R), ceil(K/C)), and

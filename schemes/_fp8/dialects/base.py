@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ from schemes._fp8.blocks import (
 
 #: What torchao calls the quantized data of a weight.
 TORCHAO_DATA = "_weight_qdata"
+#: The option of layers that are never multiplied in FP8, as ComfyUI calls it.
+FULL_PRECISION = "full_precision_matrix_mult"
 #: The module beside a weight in which ModelOpt and Quark keep its scale.
 WEIGHT_QUANTIZER = "weight_quantizer"
 #: Values of ``quant_method`` whose FP8 weights are quantized data times a scale.
@@ -92,6 +94,8 @@ class Declared:
         evidence: where it is declared.
         size: the declared block size.
         mismatch: what does not match the tensors, apart from the block size.
+        options: how the layer computes, as `Claim.options`.
+        unread: what else the marker says, as `Claim.unread`.
         alternatives: declared block sizes that all match the scales.
     """
 
@@ -100,6 +104,8 @@ class Declared:
     size: Pair | None = None
     mismatch: str = ""
     alternatives: tuple[Pair, ...] = ()
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 class FP8Dialect(Dialect, abc.ABC):
@@ -122,6 +128,8 @@ class FP8Dialect(Dialect, abc.ABC):
     inputs: tuple[str, ...] = ("input_scale",)
     ignored_keys: tuple[str, ...] = ()
     exact = False
+
+    stores: Collection[str] = ()
 
     def __init_subclass__(cls) -> None:
         cls.needs = tuple(name.rpartition(".")[2] for name in cls.scales)
@@ -206,6 +214,8 @@ class FP8Dialect(Dialect, abc.ABC):
                 (declared.evidence, evidence) if declared.evidence else (evidence,),
                 mismatch,
                 unused=tuple(info.keys)[2:],
+                options=declared.options,
+                unread=declared.unread,
             )
 
     def recognise(self, scheme: Scheme, header: Header, layer: str) -> Claim | None:
@@ -303,7 +313,7 @@ def likeness(header: Header, layer: str) -> Hashable | None:
     markers: list[object] = []
     if FILE_MARKER in header.owners:
         marker = file_marker(header, layer)
-        markers.append(None if marker is None else marker.dtype)
+        markers.append(None if marker is None else (marker.dtype, marker.shape))
     if header.metadata or LAYER_MARKER in parts:
         entries = (layer_marker(header, layer), native_marker(header, layer))
         markers += map(repr, entries)
