@@ -35,6 +35,7 @@ import hijack.hosts
 from hijack.errors import (
     CheckpointError,
     DTypeError,
+    NonFiniteError,
     SchemeError,
     ShapeError,
 )
@@ -291,7 +292,7 @@ class BlockwiseFP8(hijack.Scheme):
         return None
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
-        """Refuse dtypes the scheme has not, and scales that cannot be.
+        """Refuse dtypes the scheme has not, and numbers that cannot be.
 
         A scale must cover the weight and be positive and finite; zero is allowed where
         all codes of the block are.
@@ -312,8 +313,14 @@ class BlockwiseFP8(hijack.Scheme):
             size = block_size_of(qdata, params)
         except ShapeError as error:
             raise ShapeError(f"{where}: {error}") from error
-        if not scale.is_meta and not qdata.is_meta:
-            check_scales(qdata, scale, size, where)
+        if scale.is_meta or qdata.is_meta:
+            return
+        check_scales(qdata, scale, size, where)
+        if decode.are_plain(qdata) and not decode.is_finite(qdata):
+            raise NonFiniteError(
+                f"{where}: weight holds NaN or inf, expected finite numbers; the file "
+                "is damaged, get it again"
+            )
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
