@@ -104,6 +104,7 @@ def quantize_file(
     max_shard_size: int | str | None = None,
     write_config: bool = False,
     dry_run: bool = False,
+    overwrite: bool = False,
     registry: Registry | None = None,
     **options: Any,
 ) -> QuantizeReport:
@@ -114,8 +115,8 @@ def quantize_file(
 
     Args:
         src: a safetensors file, an index file, or a list of shards.
-        dst: the file to write; replaced only when the new one is complete. If it is a
-            link, the file it points to is replaced.
+        dst: the file to write; it appears when it is complete. If it is a link, the
+            file it points to is written.
         scheme: a registered name, or a scheme.
         block_size: the scheme's block size; None is the dialect's default.
         dialect: in which to store the quantized layers; None is the scheme's first, or
@@ -145,6 +146,7 @@ def quantize_file(
         write_config: write ``config.json`` beside ``dst``, with the
             ``quantization_config`` that readers of some dialects expect.
         dry_run: only report what would be done.
+        overwrite: whether files that exist are replaced; the sources never are.
         registry: whose schemes and plugins are asked; None for the one in force.
         **options: further options of ``scheme.quantize``.
 
@@ -155,7 +157,7 @@ def quantize_file(
         CheckpointError: if the source is quantized already, or is a LoRA and
             ``include`` is None; if nothing is left to quantize, a rule or a pattern
             matches no layer, a LoRA does not fit, the dialect cannot store a
-            layer, or writing fails.
+            layer, the destination exists, or writing fails.
         NonFiniteError: if a weight holds inf or NaN.
         HijackError: of other kinds, naming the file or the layer.
     """
@@ -164,7 +166,8 @@ def quantize_file(
     wanted = parse_loras(loras)
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     output = destination(dst, sharded=size is not None)
-    check_output(output, Path(dst), src, header, [path for path, _ in wanted])
+    lora_files = [path for path, _ in wanted]
+    check_output(output, Path(dst), src, header, lora_files)
     _refuse_source(header, include, registry)
     if block_size is not None:
         options["block_size"] = block_size
@@ -179,10 +182,13 @@ def quantize_file(
     run_options = RunOptions(_device(device), count_workers(workers), progress)
     config = None
     if write_config:
-        config = config_of(plan.format_metadata, plan.dialect.name, header, Path(dst))
+        replace = overwrite or dry_run
+        config = config_of(
+            plan.format_metadata, plan.dialect.name, header, Path(dst), replace
+        )
     report = _report(plan, output, size, _notes(plan, write_config), not dry_run)
     if not dry_run:
-        _write(plan, Path(dst), size, run_options, [path for path, _ in wanted])
+        _write(plan, Path(dst), size, run_options, lora_files, overwrite)
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
@@ -211,9 +217,12 @@ def _write(
     size: int | None,
     run_options: RunOptions,
     loras: Sequence[Path],
+    overwrite: bool,
 ) -> None:
     snapshot = SourceSnapshot(plan.header, loras)
-    with open_writer(dst, plan.tensors, plan.metadata, None, size) as writer:
+    with open_writer(
+        dst, plan.tensors, plan.metadata, None, size, overwrite=overwrite
+    ) as writer:
         run(plan, writer, run_options)
         snapshot.check_unchanged()
 

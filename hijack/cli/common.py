@@ -6,8 +6,7 @@ import argparse
 from collections.abc import Iterable
 from typing import Any
 
-from hijack.errors import CheckpointError, SchemeError, printable
-from hijack.safetensors_io.shards import destination
+from hijack.errors import SchemeError, printable
 from hijack.text import parse_block_size
 
 
@@ -42,14 +41,9 @@ def add_assume(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_existing(dst: str, max_shard_size: str | None) -> None:
-    """Refuse to replace existing files.
-
-    Raises:
-        CheckpointError: naming the first file that would be replaced.
-    """
-    for path in destination(dst, sharded=max_shard_size is not None).replaced():
-        raise CheckpointError(f"{path}: exists; pass --force to replace it")
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add ``--force``, which agrees to lose what is in the way."""
+    parser.add_argument("--force", action="store_true", help="replace existing files")
 
 
 def print_notes(notes: Iterable[str]) -> None:

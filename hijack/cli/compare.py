@@ -6,9 +6,12 @@ import argparse
 from pathlib import Path
 
 import hijack
-from hijack.cli.common import add_assume
+from hijack.checkpoint.copying import files_of
+from hijack.cli.common import add_assume, add_force
 from hijack.cli.progress import progress_bar
 from hijack.errors import CheckpointError
+from hijack.safetensors_io.atomic import new_file, refuse_replacing
+from hijack.safetensors_io.reader import read_header
 
 HELP = "compare the weights of two checkpoints"
 
@@ -29,17 +32,24 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="rows to print, default 20",
     )
     add_assume(parser)
+    add_force(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the comparison; 3 if weights are missing, broken or differ in shape."""
+    sources: set[Path] = set()
+    if args.plot:
+        for path in (args.reference, args.other):
+            sources |= files_of(path, read_header(path))
+        refuse_replacing([Path(args.plot)], sources, overwrite=args.force)
     with progress_bar("comparing") as progress:
         comparison = hijack.compare_files(
             args.reference, args.other, assume=args.assume, progress=progress
         )
     print(comparison.to_json() if args.json else comparison.as_table(args.worst))
     if args.plot:
-        _draw(comparison, Path(args.plot))
+        with new_file(Path(args.plot), sources, overwrite=args.force) as part:
+            _draw(comparison, part)
     unmatched = comparison.only_reference or comparison.only_other
     return 3 if unmatched or comparison.skipped or comparison.broken else 0
 

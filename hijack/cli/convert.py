@@ -9,11 +9,11 @@ from typing import Any
 import hijack
 from hijack.cli.common import (
     add_assume,
+    add_force,
     add_options,
     add_shard_size,
     block_size,
     print_notes,
-    refuse_existing,
 )
 from hijack.cli.progress import progress_bar
 from hijack.errors import printable
@@ -51,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="write config.json beside the file, where the dialect's readers expect it",
     )
     add_shard_size(parser)
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    add_force(parser)
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="list layers that changed"
     )
@@ -59,8 +59,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was done."""
-    if not args.force:
-        refuse_existing(args.dst, args.max_shard_size)
     source = args.src if len(args.src) > 1 else args.src[0]
     options = _options(source, args.assume, args.option)
     if args.block_size is not None:
@@ -76,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             write_config=args.write_config,
             progress=progress,
+            overwrite=args.force,
             **options,
         )
     if args.verbose:

@@ -10,11 +10,11 @@ import torch
 
 import hijack
 from hijack.cli.common import (
+    add_force,
     add_options,
     add_shard_size,
     block_size,
     print_notes,
-    refuse_existing,
 )
 from hijack.cli.progress import progress_bar
 from hijack.errors import printable
@@ -44,7 +44,6 @@ _FLAGS = {
     "a quantization_config",
     "--show-defaults": "print which layers are quantized by default: of SRC, or of "
     "every known model",
-    "--force": "replace existing files",
 }
 
 
@@ -63,6 +62,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="threads, default one for each core"
     )
     add_shard_size(parser)
+    add_force(parser)
     for flag, text in _FLAGS.items():
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument(
@@ -130,8 +130,6 @@ def run(args: argparse.Namespace) -> int:
     if len(args.paths) < 2:
         _refuse(args, "expected SRC and DST")
     *src, dst = args.paths
-    if not args.dry_run and not args.force:
-        refuse_existing(dst, args.max_shard_size)
     with progress_bar("quantizing") as progress:
         report = hijack.quantize_file(
             src if len(src) > 1 else src[0],
@@ -149,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             write_config=args.write_config,
             dry_run=args.dry_run,
+            overwrite=args.force,
             **_options(args),
         )
     print(_text(report, verbose=args.verbose))
