@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
-import logging
 import os
 import re
 import threading
@@ -30,11 +29,12 @@ from hijack.errors import (
 )
 from hijack.hooks import PROJECT, HookSpecs
 from hijack.scheme import Quantized, Scheme, checked, may_be_cut
+from hijack.text import logger
 
 if TYPE_CHECKING:
     from hijack.safetensors_io.header import Header
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _T = TypeVar("_T")
 

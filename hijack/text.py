@@ -1,7 +1,8 @@
-"""Human-readable text: tables, block sizes, excerpts."""
+"""Human-readable text: tables, block sizes, excerpts, lines of logs."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from hijack.errors import SchemeError, printable
@@ -35,6 +36,23 @@ def excerpt(value: object, max_length: int = 300) -> str:
     """Text from a file for a message: truncated, and printable characters only."""
     text = str(value)
     return printable(text if len(text) <= max_length else f"{text[:max_length]}...")
+
+
+def logger(name: str) -> logging.Logger:
+    """A logger whose messages are one line of letters that can be printed.
+
+    Names in files and errors of plugins come into messages; raw, they could move a
+    terminal's cursor or pass for other lines of the log.
+    """
+    log = logging.getLogger(name)
+    if _escape not in log.filters:
+        log.addFilter(_escape)
+    return log
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

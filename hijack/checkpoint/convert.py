@@ -12,7 +12,7 @@ from hijack.checkpoint.config_json import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
 from hijack.checkpoint.copying import SourceSnapshot, check_output, chunks
 from hijack.checkpoint.notes import format_notes
-from hijack.errors import CheckpointError, UnconsumedScaleError
+from hijack.errors import CheckpointError, UnconsumedScaleError, printable
 from hijack.formats import matching
 from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect, FormatMetadata
@@ -70,7 +70,8 @@ class ConvertReport:
             )
         if self.unsupported:
             text += f", {len(self.unsupported)} of other formats copied"
-        return f"{text}, {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors"
+        text += f", {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors"
+        return printable(text)
 
 
 def convert_file(

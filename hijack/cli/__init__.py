@@ -15,7 +15,7 @@ import torch
 
 import hijack
 from hijack.cli import compare, convert, identify, quantize
-from hijack.errors import HijackError
+from hijack.errors import HijackError, printable
 from hijack.formats import matching
 from hijack.registry import disabled
 from hijack.text import table
@@ -144,11 +144,11 @@ def _doctor(args: argparse.Namespace) -> int:
         print(f"{variable}={os.environ.get(variable, '')}")
     print(f"schemes: {', '.join(sorted(registry.schemes())) or 'none'}")
     for status in hijack.status().values():
-        print(status)
+        print("\n".join(map(printable, str(status).splitlines())))
     for plugin, seconds in registry.slow_imports.items():
         print(f"plugin {plugin}: took {seconds:.1f} s to import")
     for problem in registry.problems:
-        print(problem)
+        print(printable(str(problem)))
     return 1 if registry.problems else 0
 
 

@@ -144,7 +144,7 @@ class Identification:
         Args:
             verbose: whether to list every layer, with the evidence.
         """
-        lines = [f"{self.source}: {self.tensors} tensors"]
+        lines = [printable(f"{self.source}: {self.tensors} tensors")]
         rows = [[s, d, b, str(n)] for s, d, b, n in self._kinds(self._block)]
         formats = Counter(layer.format for layer in self.unsupported.values())
         rows += [["-", name, "-", str(n)] for name, n in sorted(formats.items())]

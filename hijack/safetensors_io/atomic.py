@@ -9,7 +9,6 @@ left by a killed process, and removes it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
@@ -22,8 +21,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hijack.errors import CheckpointError
+from hijack.text import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def refuse_replacing(
