@@ -29,7 +29,7 @@ from hijack.errors import (
 )
 from hijack.hooks import PROJECT, HookSpecs
 from hijack.scheme import Quantized, Scheme, checked, may_be_cut
-from hijack.text import logger
+from hijack.text import did_you_mean, logger
 
 if TYPE_CHECKING:
     from hijack.safetensors_io.header import Header
@@ -287,6 +287,7 @@ class Registry:
             raise UnknownSchemeError(
                 f"unknown scheme {scheme!r}; registered are: {known}; import the "
                 "module that registers it, or install the plugin"
+                f"{did_you_mean(str(scheme), self._schemes)}"
             ) from None
 
     def schemes(self) -> dict[str, Scheme]:

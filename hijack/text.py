@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hijack.errors import SchemeError, printable
 
@@ -36,6 +37,17 @@ def excerpt(value: object, max_length: int = 300) -> str:
     """Text from a file for a message: truncated, and printable characters only."""
     text = str(value)
     return printable(text if len(text) <= max_length else f"{text[:max_length]}...")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A question to end an error about an unknown word with, or nothing.
+
+    Args:
+        word: what somebody typed.
+        choices: what would have been right.
+    """
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def logger(name: str) -> logging.Logger:

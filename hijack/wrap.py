@@ -125,7 +125,8 @@ def wrap_model(
         **options: passed to ``scheme.quantize``.
 
     Raises:
-        ModuleError: if a pattern matches no target module.
+        ModuleError: if a pattern of ``include`` matches no target module, or one of
+            ``exclude`` no module.
         HijackError: as for `wrap_module`, naming the layer.
     """
     registry = current_registry(registry)
@@ -135,7 +136,8 @@ def wrap_model(
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
     fused = _read_by_fast_path(model)
     where = f"those {chosen.name} can wrap"
-    vain = selection.unmatched(targets, where, noun="module")
+    everything = [name for name, _ in model.named_modules()]
+    vain = selection.unmatched(targets, where, noun="module", others=everything)
     if vain is not None:
         raise ModuleError(vain)
     skipped: dict[str, str] = {}
@@ -229,6 +231,7 @@ def building(
         **options: passed to ``scheme.quantize``.
 
     Raises:
+        ModuleError: at the end, if modules were constructed and a pattern matches none.
         HijackError: whatever the scheme refuses.
     """
     registry = current_registry(registry)
@@ -312,10 +315,20 @@ class _DeferredModules:
     def _materialize(self) -> None:
         alive = [module for ref in self.modules if (module := ref()) is not None]
         children = {id(c) for m in alive for c in m.children()}
-        for root in (m for m in alive if id(m) not in children):
-            for name, module in root.named_modules():
-                if module in self.calls:
-                    self._materialize_one(name, module)
+        roots = [m for m in alive if id(m) not in children]
+        named = [pair for root in roots for pair in root.named_modules()]
+        targets = [name for name, module in named if module in self.calls]
+        vain = self.selection.unmatched(
+            targets,
+            f"those {self.scheme.name} can wrap",
+            noun="module",
+            others=[name for name, _ in named],
+        )
+        if targets and vain is not None:
+            raise ModuleError(vain)
+        for name, module in named:
+            if module in self.calls:
+                self._materialize_one(name, module)
 
     def _materialize_one(self, name: str, module: nn.Module) -> None:
         args, kwargs, device = self.calls.pop(module)

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hijack
+from hijack.errors import ModuleError
 from hijack.modules import Wrapped
 
 
@@ -65,6 +66,15 @@ class Largest(TorchDispatchMode):
             if type(t) is torch.Tensor and not t.is_meta:
                 self.bytes = max(self.bytes, t.numel() * t.element_size())
         return out
+
+
+@pytest.fixture
+def constructors():
+    """Checks at the end that every constructor is the original object."""
+    owners = (nn.Module, nn.Linear, nn.Embedding)
+    before = [vars(owner)["__init__"] for owner in owners]
+    yield
+    assert [vars(owner)["__init__"] for owner in owners] == before
 
 
 @pytest.fixture
@@ -232,16 +242,24 @@ def test_contexts_nest(scheme):
     assert [m.weight.scheme.name for m in (outer, linear)] == ["bytes_test"] * 2
 
 
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_in_vain_is_an_error_at_the_end(scheme, option, constructors):
+    """If anything was constructed that it could be meant for."""
+    words = rf"{option}: pattern 'block\.\*' .* did you mean 'blocks\.\*'"
+    with (
+        pytest.raises(ModuleError, match=words),
+        hijack.building(scheme, **{option: "block.*"}),
+    ):
+        kept = Net()
+    assert kept.embed.weight.is_meta
+    with hijack.building(scheme, exclude="norm"):
+        net = Net()
+    assert isinstance(net.embed, Wrapped)
+    with hijack.building(scheme, exclude="block.*"):
+        nn.LayerNorm(2)
+
+
 # -- contexts that overlap -------------------------------------------------------------
-
-
-@pytest.fixture
-def constructors():
-    """Checks at the end that every constructor is the original object."""
-    owners = (nn.Module, nn.Linear, nn.Embedding)
-    before = [vars(owner)["__init__"] for owner in owners]
-    yield
-    assert [vars(owner)["__init__"] for owner in owners] == before
 
 
 def is_dense(module):
