@@ -33,6 +33,23 @@ def parse_block_size(text: str) -> tuple[int, int] | int | str:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
+def bytes_text(count: int) -> str:
+    """A number of bytes such as ``20.4 GB``, in powers of 1000 as shard sizes are."""
+    return _scaled(count, ("bytes", "kB", "MB", "GB", "TB"))
+
+
+def count_text(count: int) -> str:
+    """A number such as ``12.1 billion``."""
+    return _scaled(count, ("", "thousand", "million", "billion", "trillion")).strip()
+
+
+def _scaled(count: int, units: Sequence[str]) -> str:
+    number, unit = float(count), 0
+    while number >= 999.95 and unit + 1 < len(units):
+        number, unit = number / 1000, unit + 1
+    return f"{number:.{1 if unit else 0}f} {units[unit]}"
+
+
 def excerpt(value: object, max_length: int = 300) -> str:
     """Text from a file for a message: truncated, and printable characters only."""
     text = str(value)

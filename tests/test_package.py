@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import hijack
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -81,6 +83,11 @@ def test_import_stays_light():
     run = [sys.executable, "-c", code]
     out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_version_is_the_same_everywhere():
+    """Registries read it in pyproject.toml, programs in the package."""
+    assert hijack.__version__ == PROJECT["project"]["version"]
 
 
 def test_changelog_has_this_version():

@@ -106,7 +106,7 @@ def test_an_order_is_kept_in_each_shard(tmp_path):
     ("text", "size"),
     [
         (7, 7),
-        ("7", 7),
+        ("7B", 7),
         ("5GB", 5 * 10**9),
         ("1.5 gb", 15 * 10**8),
         ("500MB", 5 * 10**8),

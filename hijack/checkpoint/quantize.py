@@ -24,7 +24,7 @@ from hijack.lora.delta import SUFFIXES
 from hijack.lora.files import Loras, Spec, parse_loras
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry
-from hijack.safetensors_io.header import Header, join
+from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.safetensors_io.layout import plan_files
 from hijack.safetensors_io.reader import Paths, read_header
 from hijack.safetensors_io.shards import Destination, destination, parse_size
@@ -268,7 +268,7 @@ def _notes(plan: QuantizePlan, write_config: bool) -> tuple[str, ...]:
 
 def _refuse_source(header: Header, include: Patterns, registry: Registry) -> None:
     """Refuse a source that is not a dense checkpoint."""
-    if include is None and _is_lora(header):
+    if include is None and is_lora(header.tensors):
         raise CheckpointError(
             f"{header.source}: is a LoRA; expected a checkpoint; merge it into one "
             "with loras (--lora), or name its layers with include (--include)"
@@ -288,12 +288,16 @@ def _refuse_source(header: Header, include: Patterns, registry: Registry) -> Non
         )
 
 
-def _is_lora(header: Header) -> bool:
-    """Whether all layers of a file are parts of LoRAs."""
-    parts = [key for key in header.tensors if key.endswith(_LORA_PARTS)]
-    layers = (join(layer, "weight") for layer in header.layers())
-    matrices = {key for key in layers if len(header.tensors[key].shape) > 1}
-    return bool(parts) and matrices <= set(parts)
+def is_lora(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether all layers of a file are parts of LoRAs.
+
+    Args:
+        tensors: key to dtype and shape of each tensor of the file.
+    """
+    parts = {key for key in tensors if key.endswith(_LORA_PARTS)}
+    layers = [key for key in tensors if key.rpartition(".")[2] == "weight"]
+    matrices = {key for key in layers if len(tensors[key].shape) > 1}
+    return bool(parts) and matrices <= parts
 
 
 def _device(device: str | torch.device) -> torch.device:
