@@ -397,6 +397,7 @@ def test_bad_input_gives_one_readable_line(run, tmp_path):
         ["nonsense"],
         ["quantize", "a", "b", "--block-size", "0x3"],
         ["quantize", "a", "b", "--block-size", "1x2x3"],
+        ["quantize", "a", "b", "--block-size", "1xfoo"],
         ["quantize", "a", "b", "--dtype", "int4"],
         ["quantize"],
         ["quantize", "a"],
