@@ -1,8 +1,13 @@
-"""hijack as a ComfyUI node pack: clone this repository into ``custom_nodes``."""
+"""hijack as a ComfyUI node pack: clone this repository into ``custom_nodes``.
+
+A clone whose folder is called ``hijack`` looks like the package from the folder above
+it. There this file gives way to the package.
+"""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 import os
 import sys
@@ -57,9 +62,28 @@ def _give_up(log: logging.Logger, error: Exception) -> None:
     log.warning("hijack: not loaded: %s: %s", type(error).__name__, error)
 
 
+def _give_way() -> None:
+    """Put the package in this module's place, and let it find ``schemes``."""
+    root = Path(__file__).resolve().parent
+    for name, file in (
+        (__name__, root / "hijack" / "__init__.py"),
+        ("hijack_prestartup_script", root / "prestartup_script.py"),
+    ):
+        folder = [str(file.parent)] if file.name == "__init__.py" else None
+        spec = importlib.util.spec_from_file_location(
+            name, file, submodule_search_locations=folder
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+
 _NOTHING: dict[str, Any] = {"NODE_CLASS_MAPPINGS": {}}
 
-if "comfy" in sys.modules:  # not when a test runner or an editor imports this file
+if __name__ == "hijack":
+    _give_way()
+elif "comfy" in sys.modules:  # not when a test runner or an editor imports this file
     globals().update(_start())
 else:
     NODE_CLASS_MAPPINGS: dict[str, Any] = {}

@@ -49,14 +49,17 @@ def install(root: Path = ROOT) -> None:
         (f.hijack_root for f in sys.meta_path if hasattr(f, "hijack_root")), None
     )
     other = Path(loaded).resolve().parents[1] if loaded else served
-    if other is not None:
-        if other != root:
-            log.warning("hijack: using the copy in %s, not the one in %s", other, root)
+    if other not in (None, root):
+        log.warning("hijack: using the copy in %s, not the one in %s", other, root)
+        return
+    if served is not None:
         return
     spec = importlib.machinery.PathFinder.find_spec("hijack")
     if spec is not None and spec.origin is not None:
-        installed = Path(spec.origin).resolve().parents[1]
-        if installed != root:
+        origin = Path(spec.origin).resolve()
+        installed = origin.parents[1]
+        # a clone called hijack is found itself from the folder above it
+        if installed != root and origin != root / "__init__.py":
             log.warning("hijack: using the clone in %s, not %s", root, installed)
     sys.meta_path.insert(0, CloneFinder(root))  # type: ignore[arg-type]
 

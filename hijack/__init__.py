@@ -1,69 +1,30 @@
-"""Give any torch module a weight format its host never heard of."""
+"""Give any torch module a weight format its host never heard of.
 
-from hijack.checkpoint.compare import Comparison, compare_files
-from hijack.checkpoint.convert import ConvertReport, convert_file
-from hijack.checkpoint.quantize import QuantizeReport, quantize_file
-from hijack.claim import Certainty, Claim
-from hijack.errors import HijackError
-from hijack.formats.dialect import Dialect
-from hijack.formats.identification import Identification, identify
-from hijack.hooks import hookimpl
-from hijack.hosts import HostStatus, patch, status, unpatch
-from hijack.loading import LoadReport, load
-from hijack.options import Option
-from hijack.quantized import QuantizedTensor
-from hijack.registry import (
-    Registry,
-    create_registry,
-    current_registry,
-    default_registry,
-    register,
-    schemes,
-    unregister,
-    use_registry,
-)
-from hijack.safetensors_io.header import Header, TensorInfo
-from hijack.saving import save
-from hijack.scheme import Scheme
-from hijack.wrap import WrapReport, building, unwrap, wrap_model, wrap_module
+Importing the package is cheap: its names, which need torch, are imported when the first
+of them is used, so that the command line can show its help at once.
+"""
 
-__all__ = [
-    "Certainty",
-    "Claim",
-    "Comparison",
-    "ConvertReport",
-    "Dialect",
-    "Header",
-    "HijackError",
-    "HostStatus",
-    "Identification",
-    "LoadReport",
-    "Option",
-    "QuantizeReport",
-    "QuantizedTensor",
-    "Registry",
-    "Scheme",
-    "TensorInfo",
-    "WrapReport",
-    "building",
-    "compare_files",
-    "convert_file",
-    "create_registry",
-    "current_registry",
-    "default_registry",
-    "hookimpl",
-    "identify",
-    "load",
-    "patch",
-    "quantize_file",
-    "register",
-    "save",
-    "schemes",
-    "status",
-    "unpatch",
-    "unregister",
-    "unwrap",
-    "use_registry",
-    "wrap_model",
-    "wrap_module",
-]
+import importlib as _importlib
+import typing as _typing
+
+if _typing.TYPE_CHECKING:
+    from hijack.public import *  # noqa: F403
+    from hijack.public import __all__ as __all__
+
+__version__ = "0.1.0"
+
+if not _typing.TYPE_CHECKING:
+
+    def __getattr__(name):
+        """Import every public name, and give one of them, or a module of ours."""
+        if name != "public":  # which the import itself asks for
+            public = _importlib.import_module("hijack.public")
+            names = globals()
+            names.update({each: getattr(public, each) for each in public.__all__})
+            names["__all__"] = public.__all__
+            if name in names:
+                return names[name]
+        raise AttributeError(f"module 'hijack' has no attribute {name!r}")
+
+    def __dir__():
+        return [*globals(), *_importlib.import_module("hijack.public").__all__]

@@ -286,7 +286,8 @@ def _check_names(
     """Refuse tensors that would take the place of what the module has in files."""
     own = (module.__dict__, module._parameters, module._buffers, module._modules)
     for name in weight.params:
-        if hasattr(base, name) or any(name in names for names in own):
+        ours = hasattr(Wrapped, name) or name.startswith("_hijack")
+        if ours or hasattr(base, name) or any(name in names for names in own):
             raise SchemeError(
                 f"scheme {weight.scheme.name} has a tensor named {name}, which "
                 f"{base.__name__} has already; expected another name"

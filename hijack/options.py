@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hijack.errors import SchemeError
-from hijack.text import parse_block_size
+from hijack.text import did_you_mean, parse_block_size
 
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -177,7 +177,7 @@ def parse_options(
         if name not in known:
             raise SchemeError(
                 f"{where}: has no option {name!r}; expected options among "
-                f"{', '.join(known) or 'none'}"
+                f"{', '.join(known) or 'none'}{did_you_mean(name, known)}"
             )
         values[name] = known[name].parse(value)
     return values

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import logging
 import sys
 import threading
 import types
@@ -19,8 +18,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from hijack.errors import PatchError
-
-log = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
 

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import importlib.metadata
 import inspect
-import logging
 import os
 import re
 import threading
@@ -30,11 +29,12 @@ from hijack.errors import (
 )
 from hijack.hooks import PROJECT, HookSpecs
 from hijack.scheme import Quantized, Scheme, checked, may_be_cut
+from hijack.text import did_you_mean, logger
 
 if TYPE_CHECKING:
     from hijack.safetensors_io.header import Header
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _T = TypeVar("_T")
 
@@ -287,6 +287,7 @@ class Registry:
             raise UnknownSchemeError(
                 f"unknown scheme {scheme!r}; registered are: {known}; import the "
                 "module that registers it, or install the plugin"
+                f"{did_you_mean(str(scheme), self._schemes)}"
             ) from None
 
     def schemes(self) -> dict[str, Scheme]:

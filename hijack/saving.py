@@ -17,7 +17,11 @@ from hijack.scheme import Scheme
 
 
 def save(
-    model: nn.Module, path: str | os.PathLike[str], dialect: str | None = None
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    dialect: str | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a model with its quantized layers to a safetensors file.
 
@@ -26,10 +30,12 @@ def save(
         path: the file; written whole or not at all.
         dialect: how to spell the quantized layers; default is the dialect each came
             from, else the first of the scheme's that can spell all its layers.
+        overwrite: whether a file that exists is replaced.
 
     Raises:
-        CheckpointError: if the dialect is unknown to a scheme or cannot spell a layer,
-            or if a weight is sharded over processes.
+        CheckpointError: if the file exists and must not be replaced, if the dialect is
+            unknown to a scheme or cannot spell a layer, or if a weight is sharded over
+            processes.
     """
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
@@ -47,7 +53,7 @@ def save(
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
     spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
-    write_checkpoint(path, tensors | spelled, metadata)
+    write_checkpoint(path, tensors | spelled, metadata, overwrite=overwrite)
 
 
 def spell(

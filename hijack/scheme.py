@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hijack.errors import HijackError, SchemeError, ShapeError
 from hijack.options import Option
+from hijack.text import did_you_mean
 
 if TYPE_CHECKING:
     from hijack.claim import Claim
@@ -106,7 +107,7 @@ class Scheme(abc.ABC):
                 known = ", ".join(declared) or "none"
                 raise SchemeError(
                     f"{self.name}: has no option {name!r}; expected options among "
-                    f"{known}"
+                    f"{known}{did_you_mean(name, declared)}"
                 )
 
     def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:

@@ -8,7 +8,9 @@ whose like do so in others.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -148,6 +150,7 @@ class Selection:
         where: str,
         examples: Sequence[str] = (),
         noun: str = "layer",
+        others: Iterable[str] = (),
     ) -> str | None:
         """What is wrong with a pattern that was given in vain, or None.
 
@@ -156,16 +159,41 @@ class Selection:
             where: the model or file, for the message.
             examples: names to show; default is the first of ``names``.
             noun: what has these names, for the message.
+            others: names that ``exclude`` may match too, of what is never chosen.
         """
         names = list(names)
-        for option, patterns in (("include", self.named), ("exclude", self._unwanted)):
+        known = {"include": names, "exclude": [*names, *others]}
+        given = {"include": self.named, "exclude": self._unwanted}
+        for option, patterns in given.items():
             for pattern in patterns:
-                if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                if not any(matches(name, [pattern]) for name in known[option]):
                     return (
                         f"{option}: pattern {pattern!r} matches no {noun} of {where}; "
                         f"{noun}s are such as {some(examples or names)}"
+                        f"{nearest_pattern(pattern, known[option])}"
                     )
         return None
+
+
+def nearest_pattern(pattern: str, names: Sequence[str]) -> str:
+    """A question to end an error about a pattern in vain with, or nothing.
+
+    Args:
+        pattern: the fnmatch pattern that matches none of the names.
+        names: of layers or modules.
+    """
+    words = {word for name in names for word in name.split(".")}
+    literals = re.split(r"([.*?]|\[[^]]*\])", pattern)
+    corrected = "".join(
+        next(iter(difflib.get_close_matches(part, words, n=1)), part)
+        for part in literals
+    )
+    guesses = [f"{pattern}.*", pattern.removesuffix(".weight"), f"*.{pattern}"]
+    guesses += [corrected, *difflib.get_close_matches(pattern, names, n=1)]
+    for guess in guesses:
+        if any(matches(name, [guess]) for name in names):
+            return f"; did you mean {guess!r}?"
+    return ""
 
 
 def some(names: Sequence[str]) -> str:
@@ -338,7 +366,10 @@ class _Chooser:
         for rule in self.rules:
             if rule not in self.applied:
                 matched = [layer for layer in names if rule.matches(layer)]
-                what = f"matches no layer; layers are such as {some(examples)}"
+                what = (
+                    f"matches no layer; layers are such as {some(examples)}"
+                    f"{nearest_pattern(rule.pattern, names)}"
+                )
                 if matched:
                     what = (
                         f"applies to none of the {len(matched)} layers it matches, "

@@ -1,8 +1,10 @@
-"""Human-readable text: tables, block sizes, excerpts."""
+"""Human-readable text: tables, block sizes, excerpts, lines of logs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import logging
+from collections.abc import Iterable, Sequence
 
 from hijack.errors import SchemeError, printable
 
@@ -31,10 +33,55 @@ def parse_block_size(text: str) -> tuple[int, int] | int | str:
     return (numbers[0], numbers[1]) if len(numbers) == 2 else numbers[0]
 
 
+def bytes_text(count: int) -> str:
+    """A number of bytes such as ``20.4 GB``, in powers of 1000 as shard sizes are."""
+    return _scaled(count, ("bytes", "kB", "MB", "GB", "TB"))
+
+
+def count_text(count: int) -> str:
+    """A number such as ``12.1 billion``."""
+    return _scaled(count, ("", "thousand", "million", "billion", "trillion")).strip()
+
+
+def _scaled(count: int, units: Sequence[str]) -> str:
+    number, unit = float(count), 0
+    while number >= 999.95 and unit + 1 < len(units):
+        number, unit = number / 1000, unit + 1
+    return f"{number:.{1 if unit else 0}f} {units[unit]}"
+
+
 def excerpt(value: object, max_length: int = 300) -> str:
     """Text from a file for a message: truncated, and printable characters only."""
     text = str(value)
     return printable(text if len(text) <= max_length else f"{text[:max_length]}...")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """A question to end an error about an unknown word with, or nothing.
+
+    Args:
+        word: what somebody typed.
+        choices: what would have been right.
+    """
+    near = difflib.get_close_matches(word, list(choices), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def logger(name: str) -> logging.Logger:
+    """A logger whose messages are one line of letters that can be printed.
+
+    Names in files and errors of plugins come into messages; raw, they could move a
+    terminal's cursor or pass for other lines of the log.
+    """
+    log = logging.getLogger(name)
+    if _escape not in log.filters:
+        log.addFilter(_escape)
+    return log
+
+
+def _escape(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), None
+    return True
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

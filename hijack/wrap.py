@@ -125,7 +125,8 @@ def wrap_model(
         **options: passed to ``scheme.quantize``.
 
     Raises:
-        ModuleError: if a pattern matches no target module.
+        ModuleError: if a pattern of ``include`` matches no target module, or one of
+            ``exclude`` no module.
         HijackError: as for `wrap_module`, naming the layer.
     """
     registry = current_registry(registry)
@@ -135,7 +136,8 @@ def wrap_model(
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
     fused = _read_by_fast_path(model)
     where = f"those {chosen.name} can wrap"
-    vain = selection.unmatched(targets, where, noun="module")
+    everything = [name for name, _ in model.named_modules()]
+    vain = selection.unmatched(targets, where, noun="module", others=everything)
     if vain is not None:
         raise ModuleError(vain)
     skipped: dict[str, str] = {}
@@ -229,6 +231,7 @@ def building(
         **options: passed to ``scheme.quantize``.
 
     Raises:
+        ModuleError: at the end, if modules were constructed and a pattern matches none.
         HijackError: whatever the scheme refuses.
     """
     registry = current_registry(registry)
@@ -260,6 +263,7 @@ class _DeferredModules:
         self.scheme, self.registry = scheme, registry
         self.selection, self.options = selection, options
         self.owners = {_owner(target, "__init__") for target in scheme.targets}
+        self.collects = False
         self.modules: list[weakref.ref[nn.Module]] = []
         self.calls: weakref.WeakKeyDictionary[nn.Module, _Call] = (
             weakref.WeakKeyDictionary()
@@ -267,13 +271,20 @@ class _DeferredModules:
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
-        """Collect what is constructed inside, in this thread or task alone."""
+        """Collect what is constructed inside, in this thread or task alone.
+
+        Tasks that are started inside inherit the context and may outlive it, and two
+        contexts need not end in the order in which they began: what counts is
+        ``collects``, and that each context takes out itself alone.
+        """
         with _patched_constructors(self.owners | {nn.Module}):
-            token = _BUILDING.set((self, *_BUILDING.get()))
+            _BUILDING.set((self, *_active()))
+            self.collects = True
             try:
                 yield
             finally:
-                _BUILDING.reset(token)
+                self.collects = False
+                _BUILDING.set(_active())
 
     def applies(self, module: nn.Module) -> bool:
         """Whether a module is to be constructed on meta."""
@@ -295,12 +306,29 @@ class _DeferredModules:
 
     def materialize(self) -> None:
         """Give every collected module its parameters, by its name in its model."""
+        outer = _BUILDING.set(())  # what is constructed here is for no other context
+        try:
+            self._materialize()
+        finally:
+            _BUILDING.reset(outer)
+
+    def _materialize(self) -> None:
         alive = [module for ref in self.modules if (module := ref()) is not None]
         children = {id(c) for m in alive for c in m.children()}
-        for root in (m for m in alive if id(m) not in children):
-            for name, module in root.named_modules():
-                if module in self.calls:
-                    self._materialize_one(name, module)
+        roots = [m for m in alive if id(m) not in children]
+        named = [pair for root in roots for pair in root.named_modules()]
+        targets = [name for name, module in named if module in self.calls]
+        vain = self.selection.unmatched(
+            targets,
+            f"those {self.scheme.name} can wrap",
+            noun="module",
+            others=[name for name, _ in named],
+        )
+        if targets and vain is not None:
+            raise ModuleError(vain)
+        for name, module in named:
+            if module in self.calls:
+                self._materialize_one(name, module)
 
     def _materialize_one(self, name: str, module: nn.Module) -> None:
         args, kwargs, device = self.calls.pop(module)
@@ -335,9 +363,23 @@ class _DeferredModules:
 _BUILDING: contextvars.ContextVar[tuple[_DeferredModules, ...]] = (
     contextvars.ContextVar("hijack_building", default=())
 )
-#: Constructors that are patched, and for how many contexts of any thread.
-_PATCHED: dict[type, tuple[Callable[..., None], int]] = {}
+#: Constructors that are patched: the original, and for how many contexts of any thread.
+_PATCHED: dict[type, _Patch] = {}
 _PATCHING = threading.Lock()
+
+
+@dataclasses.dataclass
+class _Patch:
+    """One class's constructor."""
+
+    original: Callable[..., None]
+    replacement: Callable[..., None]
+    users: int = 0
+
+
+def _active() -> tuple[_DeferredModules, ...]:
+    """The contexts of this thread or task that have not ended."""
+    return tuple(builder for builder in _BUILDING.get() if builder.collects)
 
 
 @contextlib.contextmanager
@@ -345,27 +387,30 @@ def _patched_constructors(owners: Collection[type]) -> Iterator[None]:
     """Have constructors ask the contexts of `building` that they are called in."""
     with _PATCHING:
         for owner in owners:
-            original, users = _PATCHED.get(owner, (vars(owner)["__init__"], 0))
-            if not users:
-                setattr(owner, "__init__", _asking(owner, original))  # noqa: B010
-            _PATCHED[owner] = original, users + 1
+            found, patch = vars(owner)["__init__"], _PATCHED.get(owner)
+            if patch is None or not (patch.users or patch.replacement is found):
+                patch = _PATCHED[owner] = _Patch(found, _asking(owner, found))
+                setattr(owner, "__init__", patch.replacement)  # noqa: B010
+            patch.users += 1
     try:
         yield
     finally:
         with _PATCHING:
             for owner in owners:
-                original, users = _PATCHED.pop(owner)
-                if users > 1:
-                    _PATCHED[owner] = original, users - 1
-                else:
-                    setattr(owner, "__init__", original)  # noqa: B010
+                patch = _PATCHED[owner]
+                patch.users -= 1
+                # Another program may have patched it meanwhile, and take its patch out
+                # later: ours stays below it, does nothing, and goes the next time.
+                if not patch.users and vars(owner)["__init__"] is patch.replacement:
+                    setattr(owner, "__init__", patch.original)  # noqa: B010
+                    del _PATCHED[owner]
 
 
 def _asking(owner: type, original: Callable[..., None]) -> Callable[..., None]:
     """What a class's ``__init__`` becomes while models are being built."""
 
     def builder_of(module: nn.Module) -> _DeferredModules | None:
-        fitting = (b for b in _BUILDING.get() if owner in b.owners)
+        fitting = (b for b in _active() if owner in b.owners)
         return next((b for b in fitting if b.applies(module)), None)
 
     def born(module: nn.Module, *call: Any) -> None:
@@ -378,7 +423,7 @@ def _asking(owner: type, original: Callable[..., None]) -> Callable[..., None]:
         return init
 
     def record(module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        for builder in _BUILDING.get():
+        for builder in _active():
             builder.modules.append(weakref.ref(module))
         init(module, *args, **kwargs)
 

@@ -20,7 +20,7 @@ UNFINISHED = (
     "from hijack.safetensors_io.header import TensorInfo\n"
     "from hijack.safetensors_io.writer import open_writer\n"
     "plan = {'a': TensorInfo('F32', (2,)), 'b': TensorInfo('F32', (1,))}\n"
-    "with open_writer(sys.argv[1], plan) as writer:\n"
+    "with open_writer(sys.argv[1], plan, overwrite=True) as writer:\n"
     "    writer.write('a', torch.tensor([1., 2.]))\n"
     "    print('written', flush=True)\n"
     "    sys.stdin.read()\n"

@@ -1,7 +1,10 @@
 """Modules constructed quantized."""
 
+import asyncio
 import contextlib
+import contextvars
 import gc
+import random
 import threading
 
 import pytest
@@ -10,6 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hijack
+from hijack.errors import ModuleError
 from hijack.modules import Wrapped
 
 
@@ -62,6 +66,15 @@ class Largest(TorchDispatchMode):
             if type(t) is torch.Tensor and not t.is_meta:
                 self.bytes = max(self.bytes, t.numel() * t.element_size())
         return out
+
+
+@pytest.fixture
+def constructors():
+    """Checks at the end that every constructor is the original object."""
+    owners = (nn.Module, nn.Linear, nn.Embedding)
+    before = [vars(owner)["__init__"] for owner in owners]
+    yield
+    assert [vars(owner)["__init__"] for owner in owners] == before
 
 
 @pytest.fixture
@@ -227,3 +240,144 @@ def test_contexts_nest(scheme):
             embed, linear = nn.Embedding(3, 2), nn.Linear(2, 2)
         assert embed.weight.scheme.name == "rows_test"
     assert [m.weight.scheme.name for m in (outer, linear)] == ["bytes_test"] * 2
+
+
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_pattern_in_vain_is_an_error_at_the_end(scheme, option, constructors):
+    """If anything was constructed that it could be meant for."""
+    words = rf"{option}: pattern 'block\.\*' .* did you mean 'blocks\.\*'"
+    with (
+        pytest.raises(ModuleError, match=words),
+        hijack.building(scheme, **{option: "block.*"}),
+    ):
+        kept = Net()
+    assert kept.embed.weight.is_meta
+    with hijack.building(scheme, exclude="norm"):
+        net = Net()
+    assert isinstance(net.embed, Wrapped)
+    with hijack.building(scheme, exclude="block.*"):
+        nn.LayerNorm(2)
+
+
+# -- contexts that overlap -------------------------------------------------------------
+
+
+def is_dense(module):
+    """Whether a module is as its class makes it, with values."""
+    return not isinstance(module, Wrapped) and not module.weight.is_meta
+
+
+def test_contexts_end_in_any_order(scheme, constructors):
+    """The first to begin ends first; each builds what was constructed in it."""
+    first, second = hijack.building(scheme), hijack.building(scheme, exclude="*")
+    first.__enter__()
+    early = nn.Linear(2, 2)
+    second.__enter__()
+    between = nn.Linear(2, 2)
+    first.__exit__(None, None, None)
+    late = nn.Linear(2, 2)
+    second.__exit__(None, None, None)
+    assert isinstance(early, Wrapped)
+    assert is_dense(between)
+    assert is_dense(late)
+
+
+def test_a_context_may_end_in_another_context(scheme, constructors):
+    """As in a generator that is closed elsewhere; its modules get their weights."""
+    building, inside = hijack.building(scheme), contextvars.copy_context()
+
+    def begin():
+        building.__enter__()
+        return nn.Linear(2, 2)
+
+    layer = inside.run(begin)
+    building.__exit__(None, None, None)
+    assert isinstance(layer, Wrapped)
+    with hijack.building(scheme):
+        assert is_dense(inside.run(nn.Linear, 2, 2))
+
+
+def test_a_task_that_outlives_its_context_builds_as_usual(scheme, constructors):
+    """It inherits a context that has ended, while another keeps the patch in place."""
+
+    async def main():
+        ended = asyncio.Event()
+
+        async def child():
+            await ended.wait()
+            return nn.Linear(2, 2)
+
+        with hijack.building(scheme):
+            task = asyncio.create_task(child())
+            await asyncio.sleep(0)
+        with hijack.building(scheme):
+            ended.set()
+            return await task
+
+    assert is_dense(asyncio.run(main()))
+
+
+def test_what_an_inner_context_leaves_out_is_no_other_s(scheme, constructors):
+    """It is initialised by its own class, with values."""
+    with hijack.building(scheme), hijack.building(scheme, exclude="*"):
+        layer = nn.Linear(2, 2)
+    assert is_dense(layer)
+
+
+def test_another_program_s_patch_is_left_alone(scheme, constructors):
+    """It came while a context was open, and goes after it; ours goes then too."""
+    original = vars(nn.Linear)["__init__"]
+    with hijack.building(scheme):
+        ours = nn.Linear.__init__
+
+        def theirs(self, *args, **kwargs):
+            ours(self, *args, **kwargs)
+
+        nn.Linear.__init__ = theirs
+    assert vars(nn.Linear)["__init__"] is theirs
+    assert is_dense(nn.Linear(2, 2))
+    nn.Linear.__init__ = ours
+    assert is_dense(nn.Linear(2, 2))
+    with hijack.building(scheme):
+        layer = nn.Linear(2, 2)
+    assert isinstance(layer, Wrapped)
+    assert vars(nn.Linear)["__init__"] is original
+
+
+def test_threads_and_tasks_at_once(scheme, constructors):
+    """Each gets what it asked for, in hundreds of contexts that overlap at random."""
+    failures = []
+
+    async def build(seed):
+        rng = random.Random(seed)
+        for _ in range(12):
+            wanted = rng.random() < 0.6
+            context = hijack.building(scheme) if wanted else contextlib.nullcontext()
+            with context:
+                await asyncio.sleep(rng.random() / 2000)
+                net = Net()
+                await asyncio.sleep(rng.random() / 2000)
+                if rng.random() < 0.3:
+                    with hijack.building(scheme, exclude="*"):
+                        await asyncio.sleep(0)
+                        inner = nn.Linear(2, 2)
+                    assert is_dense(inner)
+            assert isinstance(net.embed, Wrapped) == wanted
+            assert net(torch.tensor([[1, 2]])).shape == (1, 2, 8)
+            assert is_dense(nn.Linear(2, 2))
+
+    async def many(seed):
+        await asyncio.gather(*(build(seed * 10 + n) for n in range(4)))
+
+    def work(seed):
+        try:
+            asyncio.run(many(seed))
+        except BaseException as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert failures == []

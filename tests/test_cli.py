@@ -1,15 +1,19 @@
 """The command line: what users type, and what they read when it is wrong."""
 
 import json
+import os
+import re
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import hijack
-from hijack import cli, selection
+from hijack import cli, model_families, selection
 from hijack.model_families import ModelFamily
 from hijack.safetensors_io.writer import CheckpointWriter
 from hijack.testing import registered
@@ -219,7 +223,7 @@ def test_defaults_are_shown(run, dense, tmp_path, monkeypatch):
     """Those of a checkpoint's model, and those of every model known."""
     assert "the model is unknown" in run("quantize", "--show-defaults", dense)[1]
     toy = ModelFamily("Toy", ("a*",), ("*.mod", "*.b"), "its makers", ())
-    for module in (cli.quantize, selection):
+    for module in (model_families, selection):
         monkeypatch.setattr(module, "detect_family", lambda keys: toy)
     path, target = tmp_path / "toy.safetensors", tmp_path / "q.safetensors"
     layers = ("a.0", "a.mod", "a.1")
@@ -380,7 +384,9 @@ def bad_inputs(folder):
     text.write_text("hello, this is not a checkpoint")
     yield ("identify", folder / "none.safetensors"), "No such file"
     yield ("identify", text), "not a safetensors file"
-    yield ("identify", folder), "is a folder"
+    yield ("identify", folder), "not a safetensors file"
+    (folder / "empty").mkdir()
+    yield ("identify", folder / "empty"), "is a folder without checkpoints"
     yield ("quantize", text, folder / "q"), "not a safetensors file"
     yield ("demo", "--out", text), "t.safetensors: File exists"
 
@@ -403,11 +409,14 @@ def test_bad_input_gives_one_readable_line(run, tmp_path):
         ["nonsense"],
         ["quantize", "a", "b", "--block-size", "0x3"],
         ["quantize", "a", "b", "--block-size", "1x2x3"],
+        ["quantize", "a", "b", "--block-size", "1xfoo"],
         ["quantize", "a", "b", "--dtype", "int4"],
         ["quantize"],
         ["quantize", "a"],
         ["quantize", "a", "b", "--workers", "many"],
         ["quantize", "a", "b", "--scale-dtype", "int4"],
+        ["quantise"],
+        ["quantize", "a", "b", "--blok-size=1x64"],
     ],
 )
 def test_wrong_words_end_with_status_2(words, capsys):
@@ -419,7 +428,7 @@ def test_wrong_words_end_with_status_2(words, capsys):
     assert err.count("\n") == 1
     assert err.startswith("hijack")
     assert "--help" in err
-    said = ("expected", "choose from", "required", "invalid int value")
+    said = ("expected", "choose from", "required", "invalid int value", "did you mean")
     assert any(text in err for text in said)
 
 
@@ -485,3 +494,222 @@ def test_names_in_a_file_print_nothing_but_letters(run, tmp_path):
     assert r"a\x1b[2J\nerror: \u202eb" in text
     assert text.replace("\n", "").isprintable()
     assert "\nerror" not in text
+
+
+# -- before torch is there -------------------------------------------------------------
+
+
+def fresh(*words, code="", **environ):
+    """Run a command in a process of its own; give what came back and its seconds."""
+    start = time.perf_counter()
+    script = (
+        f"{code}\nimport sys\nfrom hijack.cli import main\nstatus = main()\n"
+        "print('torch' in sys.modules, file=sys.stderr)\nsys.exit(status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environ},
+    )
+    return done, time.perf_counter() - start
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["quantize", "--help"]])
+def test_help_and_version_come_at_once(words):
+    """In a fraction of the time that importing torch takes, which nobody does."""
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr))\n"
+    )
+    runs = [fresh(*words, code=code) for _ in range(3)]
+    for done, _ in runs:
+        assert done.returncode == 0
+        assert done.stderr == "False\n"
+    if words == ["--version"]:
+        assert runs[0][0].stdout == f"hijack {hijack.__version__}\n"
+    assert min(seconds for _, seconds in runs) < 0.5  # 0.15 s where nothing else runs
+
+
+#: Makes a package look as if it were not installed.
+WITHOUT = (
+    "import sys\n"
+    "class Without:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name == {name!r}:\n"
+    "            raise ModuleNotFoundError(f'No module named {{name}}', name=name)\n"
+    "sys.meta_path.insert(0, Without())\n"
+)
+
+
+@pytest.mark.parametrize("name", ["torch", "safetensors", "pluggy", "wrapt"])
+def test_a_package_that_is_missing_is_one_sentence(name):
+    """With the command that installs it."""
+    done, _ = fresh("schemes", code=WITHOUT.format(name=name))
+    assert done.returncode == 1
+    first, *rest = done.stderr.splitlines()
+    assert first == (
+        f"hijack: {name} is not installed; run: {sys.executable} -m pip install {name}"
+    )
+    assert rest in (["True"], ["False"])
+
+
+def test_nothing_is_said_of_a_missing_numpy(dense):
+    """It is optional; torch warns of it when it is first used."""
+    done, _ = fresh("identify", dense, code=WITHOUT.format(name="numpy"))
+    assert done.returncode == 0
+    assert done.stderr == "True\n"
+
+
+def test_any_name_can_be_printed_in_any_encoding(tmp_path):
+    """Letters that a terminal lacks are escaped."""
+    path, broken = (
+        tmp_path / "\u6a21\u578b.safetensors",
+        tmp_path / "\u00e9.safetensors",
+    )
+    save_file({"\u5c42.weight": torch.randn(8, 64)}, path)
+    broken.write_text("no checkpoint")
+    for words, status in (
+        (("quantize", path, tmp_path / "\u51fa.safetensors", "-v"), 0),
+        (("compare", path, tmp_path / "\u51fa.safetensors"), 0),
+        (("identify", broken), 1),
+    ):
+        done, _ = fresh(*words, PYTHONIOENCODING="ascii")
+        assert (done.returncode, "Traceback" in done.stderr) == (status, False)
+        assert r"\u" in done.stdout or r"\xe9" in done.stderr
+
+
+# -- what summaries say ----------------------------------------------------------------
+
+
+def test_every_summary_says_where_and_how_long(run, dense, tmp_path):
+    """The path, the size of all files, and the time."""
+    path, other = tmp_path / "q.safetensors", tmp_path / "c.safetensors"
+    time = r"\d+\.\d s"
+    out = run("quantize", dense, path)[1]
+    assert re.search(
+        rf"^wrote {re.escape(str(path))}, \d+\.\d kB, in {time}$", out, re.M
+    )
+    out = run("convert", path, other, "--dialect", "hijack")[1]
+    assert re.search(rf"^wrote {re.escape(str(other))}, .* in {time}$", out, re.M)
+    out = run("quantize", dense, tmp_path / "s", "--max-shard-size", "8KB")[1]
+    index = re.escape(str(tmp_path / "s.safetensors.index.json"))
+    assert re.search(rf"^wrote {index} and 2 shards, .* in {time}$", out, re.M)
+    assert re.search(rf"^compared in {time}$", run("compare", dense, path)[1], re.M)
+    assert "wrote" not in run("quantize", dense, path, "--dry-run")[1]
+
+
+def test_every_command_speaks_json(run, dense, tmp_path):
+    """One value on stdout, and nothing else."""
+    path, other = tmp_path / "q.safetensors", tmp_path / "c.safetensors"
+
+    def told(*words):
+        status, out, _ = run(*words, "--json")
+        assert status == 0
+        return json.loads(out)
+
+    report = told("quantize", dense, path)
+    assert report["layers"] == ["a"]
+    assert report["paths"] == [str(path)]
+    assert report["seconds"] >= 0
+    assert told("quantize", dense, path, "--dry-run")["paths"] == []
+    assert told("convert", path, other, "--dialect", "hijack")["layers"] == {
+        "a": [1, 64]
+    }
+    assert told("compare", dense, path)["layers"]["a.weight"]["sqnr_db"] > 20
+    assert told("identify", path)["kind"] == "quantized checkpoint"
+    assert told("schemes")["blockwise_fp8"]["options"]["scale_search"]
+    assert told("doctor")["hijack"] == hijack.__version__
+    assert told("quantize", "--show-defaults")[0]["include"]
+
+
+def test_a_size_of_shards_needs_a_unit(run, dense, tmp_path):
+    """5 would be 5 bytes, and a file for every tensor."""
+    for size in ("5", "5000000000"):
+        status, _, err = run(
+            "quantize", dense, tmp_path / "s", "--max-shard-size", size
+        )
+        assert status == 1
+        assert (
+            f"max_shard_size: got '{size}', expected bytes as an int, or text with a"
+            in err
+        )
+    assert sorted(tmp_path.iterdir()) == [dense]
+
+
+def test_unknown_words_are_guessed(run, dense, tmp_path, capsys):
+    """Commands, options, choices, schemes and dialects."""
+    path = tmp_path / "q.safetensors"
+    for words, meant in (
+        (["quantise"], "quantize"),
+        (["quantize", dense, path, "--blok-size", "row"], "--block-size"),
+        (["quantize", dense, path, "--dtype", "e4m4"], "e4m3"),
+    ):
+        with pytest.raises(SystemExit):
+            cli.main([str(word) for word in words])
+        assert f"; did you mean '{meant}'? see `hijack" in capsys.readouterr().err
+    for words, meant in (
+        (["--scheme", "blokwise_fp8"], "blockwise_fp8"),
+        (["--dialect", "deepsek"], "deepseek"),
+        (["--option", "scale_serch=3"], "scale_search"),
+        (["--exclude", "aa"], "a"),
+    ):
+        err = run("quantize", dense, path, *words)[2]
+        assert err.endswith(f"; did you mean {meant!r}?\n")
+
+
+# -- many files ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(dense, tmp_path):
+    """A folder of models: dense, quantized, shards, a LoRA and a broken file."""
+    folder = tmp_path / "models"
+    (folder / "loras").mkdir(parents=True)
+    hijack.quantize_file(dense, folder / "coded.safetensors")
+    hijack.quantize_file(dense, folder / "parts", max_shard_size="8KB")
+    parts = {"lora_A": torch.ones(1, 128), "lora_B": torch.ones(64, 1)}
+    lora = {f"a.{name}.weight": part for name, part in parts.items()}
+    save_file(lora, folder / "loras" / "style.safetensors")
+    (folder / "readme.txt").write_text("no model")
+    return folder
+
+
+def test_a_folder_is_listed_with_a_row_for_each_checkpoint(run, folder):
+    """Shards are one; a LoRA is called a LoRA; numbers are for people."""
+    status, out, err = run("identify", folder)
+    assert (status, err) == (0, "")
+    rows = [line for line in out.splitlines() if str(folder) in line]
+    assert len(rows) == 3
+    texts = {Path(row.split()[0]).name: " ".join(row.split()[1:]) for row in rows}
+    assert texts["coded.safetensors"].startswith(
+        "quantized checkpoint - musubi 1x64 8.2 thousand "
+    )
+    assert texts["style.safetensors"] == "LoRA - F32 192 768 bytes"
+    assert texts["parts.safetensors.index.json"].startswith("quantized checkpoint")
+    assert (
+        "LoRA, 192 parameters, 768 bytes"
+        in run("identify", folder / "loras" / "style.safetensors")[1]
+    )
+    assert run("identify", folder, "-v")[1].count("F8_E4M3 with scale_weight") == 2
+    assert [each["kind"] for each in json.loads(run("identify", folder, "--json")[1])]
+
+
+def test_several_files_are_several_checkpoints(run, folder, dense):
+    """But for shards of one name; a broken one does not hide the others."""
+    broken = folder / "broken.safetensors"
+    broken.write_text("no checkpoint")
+    shards = sorted(folder.glob("parts-*"))
+    assert len(shards) == 2
+    status, out, err = run("identify", dense, broken, *shards)
+    assert status == 1
+    assert err.startswith(f"hijack: {broken}: ")
+    assert err.count("\n") == 1
+    rows = out.splitlines()[2:]
+    assert len(rows) == 2
+    assert rows[0].startswith(str(dense))
+    assert "musubi 1x64" in rows[1]
+    save_file({"a.weight_scale": torch.ones(1)}, broken)
+    status, out, _ = run("identify", dense, broken)
+    assert status == 3
+    assert out.splitlines()[-1].endswith("cannot be loaded as it is; see -v")

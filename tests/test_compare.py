@@ -192,3 +192,41 @@ def test_the_picture_is_a_png(files, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
     nowhere = tmp_path / "none" / "p.png"
     assert cli.main(["compare", *map(str, files), "--plot", str(nowhere)]) == 1
+
+
+def test_names_are_drawn_as_they_are(tmp_path, monkeypatch):
+    """Dollars are no formulas; letters that no font has are escaped, not boxes."""
+    plot = pytest.importorskip("hijack.cli.plot")
+    axes = pytest.importorskip("matplotlib.axes")
+    names = [
+        r"a_{b}^$\frac$",
+        "x.$y$.z",
+        "\u5c42.\u6743\u91cd",
+        "a\x1b\n\uffff",
+        "\u00e9",
+    ]
+    paths = [tmp_path / "one.safetensors", tmp_path / "$t\\wo$\u6a21.safetensors"]
+    for path in paths:
+        save_file({f"{n}.weight": torch.randn(8, 8) for n in names}, path)
+    texts = []
+    for name, place in (("scatter", "label"), ("set_title", 0)):
+        original = getattr(axes.Axes, name)
+
+        def noted(self, *words, original=original, place=place, **options):
+            given = options.get(place) if place == "label" else words[place]
+            texts.append(given)
+            return original(self, *words, **options)
+
+        monkeypatch.setattr(axes.Axes, name, noted)
+    for letters, shown in (
+        (plot._letters(), plot.drawable("\u5c42.\u6743\u91cd")),
+        (frozenset(range(32, 127)), r"\u5c42.\u6743\u91cd"),
+    ):
+        monkeypatch.setattr(plot, "_letters", lambda letters=letters: letters)
+        texts.clear()
+        picture = tmp_path / f"{len(letters)}.png"
+        assert cli.main(["compare", *map(str, paths), "--plot", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        labels = " ".join(filter(None, texts))
+        for name in (r"a_{b}^$\frac$", "x.$y$.z", shown, r"a\x1b\n\uffff", "$t\\wo$"):
+            assert f"{name}" in labels

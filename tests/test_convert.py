@@ -130,7 +130,7 @@ def test_everything_else_is_kept_byte_for_byte(musubi, tmp_path):
     config = json.loads(metadata["quantization_config"])
     assert config["quant_method"] == "compressed-tensors"
     assert "norm" in config["ignore"]
-    hijack.convert_file(there, musubi, "musubi")
+    hijack.convert_file(there, musubi, "musubi", overwrite=True)
     with safe_open(musubi, "pt") as file:
         assert file.metadata() == {"format": "pt", "title": "ein Käse"}
 
@@ -142,7 +142,9 @@ def test_the_config_is_written_beside_the_file_only_if_asked_for(musubi, tmp_pat
     folder.mkdir()
     hijack.convert_file(musubi, folder / "a.safetensors", "deepseek")
     assert [path.name for path in folder.iterdir()] == ["a.safetensors"]
-    hijack.convert_file(musubi, folder / "a.safetensors", "deepseek", write_config=True)
+    hijack.convert_file(
+        musubi, folder / "a.safetensors", "deepseek", write_config=True, overwrite=True
+    )
     config = json.loads((folder / "config.json").read_text())
     assert (config["model_type"], config["n"]) == ("qwen", [1, 2])
     assert config["quantization_config"]["weight_block_size"] == [1, 64]
@@ -177,10 +179,10 @@ def test_ragged_blocks_stay_what_they_are(tmp_path):
     assert load_file(one)["a.weight_scale_inv"].shape == (5, 3)
     assert hijack.identify(one).claims()["a"].block_size == (128, 128)
     for dialect in ("compressed_tensors", "hijack"):
-        hijack.convert_file(one, two, dialect)
+        hijack.convert_file(one, two, dialect, overwrite=True)
         assert same_weights(one, two)
         assert hijack.identify(two).claims()["a"].block_size == (128, 128)
-    hijack.convert_file(one, two, "torchao")  # which must divide
+    hijack.convert_file(one, two, "torchao", overwrite=True)  # which must divide
     assert hijack.identify(two).claims()["a"].block_size == (64, 64)
     assert same_weights(one, two)
 
@@ -221,7 +223,7 @@ def test_the_blocks_asked_for_are_those_written(tmp_path, target, size, blocks):
     report = hijack.convert_file(source, result, target, block_size=size)
     assert set(report.layers.values()) == {blocks}
     assert same_weights(source, result)
-    hijack.quantize_file(dense, source, block_size=size)
+    hijack.quantize_file(dense, source, block_size=size, overwrite=True)
     with pytest.raises(CheckpointError, match=r"z: its blocks of .* do not give"):
         hijack.convert_file(source, result, target, block_size="tensor")
 
@@ -327,7 +329,9 @@ def test_scales_of_inputs_are_not_lost_silently(tmp_path):
         CheckpointError, match=r"a\.scale_input: is an activation scale"
     ):
         hijack.convert_file(one, two, "musubi")
-    report = hijack.convert_file(one, two, "musubi", drop_input_scales=True)
+    report = hijack.convert_file(
+        one, two, "musubi", drop_input_scales=True, overwrite=True
+    )
     assert report.dropped == ("a.scale_input",)
     assert set(load_file(two)) == {"a.weight", "a.scale_weight"}
 

@@ -3,7 +3,7 @@
 import torch
 
 import hijack
-from hijack.cli import demo
+from hijack.cli import demo_steps as demo
 
 
 def test_the_demo_shows_every_format_and_draws_it(tmp_path, capsys, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 #: The rooms of hijack/, low to high; a module imports from its own room and those
-#: before it. "hijack" is the package itself, which gathers the public names.
+#: before it. "public" gathers the public names, "hijack" is the package itself.
 ROOMS = (
     "errors",
     "dtypes",
@@ -38,6 +38,7 @@ ROOMS = (
     "lora",
     "checkpoint",
     "hosts",
+    "public",
     "hijack",
     "testing",
     "schemes",

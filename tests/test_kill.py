@@ -31,6 +31,7 @@ import hijack, schemes.blockwise_fp8
 
 name, old, new, target, words, kills = sys.argv[1:]
 target, words, call = Path(target), json.loads(words), getattr(hijack, name)
+words["overwrite"] = True
 index = target.with_name(target.name + ".index.json")
 
 def content():

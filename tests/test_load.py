@@ -13,6 +13,7 @@ import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.errors import (
     CheckpointError,
     ModuleError,
+    SchemeError,
     ShapeError,
     UnconsumedScaleError,
 )
@@ -347,3 +348,32 @@ def test_a_file_replaced_after_its_header_was_read_is_refused(tmp_path, shards):
         late["0.bias"]
     assert before["0.weight"].shape == (8, 64)  # it was mapped in time
     assert torch.equal(open_tensors(read_header(path))["0.bias"], before["0.bias"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["training", "half", "__class__", "_hijack", "compute_dtype", "_bound_forward"],
+)
+def test_a_file_cannot_name_a_tensor_like_what_modules_have(nibbles, tmp_path, name):
+    """The marker of the second of three layers does; no layer is changed by that."""
+
+    def layers():
+        return nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+
+    model, path = layers(), tmp_path / "x.safetensors"
+    hijack.wrap_model(model, nibbles)
+    hijack.save(model, path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        marker = json.loads(file.metadata()["hijack"])
+    tensors[f"1.{name}"] = tensors.pop("1.scale4")
+    marker["layers"]["1"]["params"] = [name]
+    save_file(tensors, path, {"hijack": json.dumps(marker)})
+    fresh = layers()
+    before = [(type(m), m.weight, dict(vars(m))) for m in fresh]
+    with pytest.raises(SchemeError, match=f"named {name}, which Linear has already"):
+        hijack.load(fresh, path)
+    assert all(
+        (type(m), m.weight is weight, vars(m)) == (kind, True, own)
+        for m, (kind, weight, own) in zip(fresh, before, strict=True)
+    )

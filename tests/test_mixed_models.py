@@ -269,7 +269,9 @@ def test_an_option_that_no_tensor_tells_survives(tmp_path):
         assert twin[0].weight.options == {"rank": 4}
         twin[0].load_state_dict(dense.state_dict())
         assert torch.linalg.matrix_rank(dense_weight(twin[0]), atol=1e-2) == 4
-    hijack.quantize_file(_dense_file(tmp_path), path, "low_rank", rank=4)
+    hijack.quantize_file(
+        _dense_file(tmp_path), path, "low_rank", rank=4, overwrite=True
+    )
     hijack.load(again, path)
     assert again[0].weight.options == {"rank": 4}
 

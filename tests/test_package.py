@@ -1,6 +1,7 @@
 """The wheel: what it installs, and what it says about itself."""
 
 import email
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import hijack
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -71,6 +74,46 @@ def test_wheel_entry_points(wheel):
     assert "blockwise_fp8 = schemes.blockwise_fp8" in text
 
 
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """The folder above a clone whose folder is called hijack."""
+    folder = tmp_path_factory.mktemp("above")
+    names = ("hijack", "schemes", "__init__.py", "prestartup_script.py")
+    for name in names:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / "hijack").mkdir(exist_ok=True)
+        copy(ROOT / name, folder / "hijack" / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [
+            "-c",
+            "import hijack, sys; hijack.load; import schemes.blockwise_fp8 as s; "
+            "print(hijack.__file__, hijack.loading.__file__, s.__file__)",
+        ],
+        ["-c", "from hijack import cli; cli.main(['doctor'])"],
+        ["-m", "hijack", "doctor"],
+    ],
+)
+def test_a_clone_called_hijack_is_the_package(clone, words):
+    """From the folder above it, where its node pack looks like the package."""
+    environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=clone,
+        env=environ,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stderr == ""
+    assert done.returncode == 0
+    assert done.stdout.count(str(clone / "hijack")) in (1, 3)
+    assert str(ROOT) not in done.stdout
+
+
 def test_import_stays_light():
     """Importing hijack and its scheme imports no host, no extra and no test tool."""
     code = (
@@ -81,6 +124,11 @@ def test_import_stays_light():
     run = [sys.executable, "-c", code]
     out = subprocess.run(run, check=True, capture_output=True, text=True, cwd=ROOT)
     assert out.stdout.strip() == "[]"
+
+
+def test_the_version_is_the_same_everywhere():
+    """Registries read it in pyproject.toml, programs in the package."""
+    assert hijack.__version__ == PROJECT["project"]["version"]
 
 
 def test_changelog_has_this_version():

@@ -181,7 +181,7 @@ def refused(source, tmp_path, error, message, **options):
     path = tmp_path / "q.safetensors"
     path.write_bytes(b"old")
     with pytest.raises(error, match=message):
-        hijack.quantize_file(source, path, **options)
+        hijack.quantize_file(source, path, **options, overwrite=True)
     assert path.read_bytes() == b"old"
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
         {path.name, source.name}
@@ -258,7 +258,7 @@ def test_a_lora_is_no_checkpoint(tmp_path, endings):
     save_file(parts, path)
     refused(path, tmp_path, CheckpointError, r"is a LoRA; .*--lora\), or .*--include")
     save_file({**parts, "up.weight": torch.ones(64, 64)}, path)
-    assert "up" in hijack.quantize_file(path, done).layers
+    assert "up" in hijack.quantize_file(path, done, overwrite=True).layers
 
 
 def test_the_layers_of_a_lora_can_be_named(tmp_path):
@@ -322,7 +322,7 @@ def test_a_disk_that_is_full_leaves_the_old_file(source, tmp_path):
     script = (
         "import resource, sys, hijack, schemes.blockwise_fp8\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
-        "hijack.quantize_file(*sys.argv[1:])\n"
+        "hijack.quantize_file(*sys.argv[1:], overwrite=True)\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", script, source, path], capture_output=True, text=True
@@ -346,7 +346,7 @@ def test_memory_is_bounded_by_a_layer(tmp_path):
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "hijack.quantize_file(sys.argv[2], sys.argv[3])\n"  # warms up
         "before = peak()\n"
-        "hijack.quantize_file(sys.argv[1], sys.argv[3], workers=2)\n"
+        "hijack.quantize_file(sys.argv[1], sys.argv[3], workers=2, overwrite=True)\n"
         "print(peak() - before)\n"
     )
     small = tmp_path / "small.safetensors"

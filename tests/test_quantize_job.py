@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint import config_json as config
 from hijack.checkpoint import quantize_run
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
+from hijack.safetensors_io import atomic
 from hijack.safetensors_io.reader import open_tensors, read_header
 
 LAYERS = 6
@@ -100,7 +100,7 @@ def test_loras_are_given_alone_or_by_an_iterator(source, lora, tmp_path):
     wanted, path = tmp_path / "wanted.safetensors", tmp_path / "q.safetensors"
     hijack.quantize_file(source, wanted, loras=[lora])
     for given in (str(lora), lora, (lora, 1.0), iter([lora])):
-        hijack.quantize_file(source, path, loras=given)
+        hijack.quantize_file(source, path, loras=given, overwrite=True)
         assert path.read_bytes() == wanted.read_bytes()
 
 
@@ -183,7 +183,7 @@ def test_a_rule_writes_a_dense_layer_in_another_dtype(source, tmp_path):
     dense["l0.weight"][0, 0] = 1e30
     save_file(dense, source)
     with pytest.raises(NonFiniteError, match=r"l0\.weight: holds inf or NaN as F16"):
-        hijack.quantize_file(source, path, rules="l0=f16")
+        hijack.quantize_file(source, path, rules="l0=f16", overwrite=True)
 
 
 # -- plans and reports -----------------------------------------------------------------
@@ -280,26 +280,30 @@ def test_two_that_write_a_config_do_not_get_in_each_others_way(
     source, tmp_path, monkeypatch
 ):
     """The second waits for the first, and keeps what that wrote besides."""
-    out, real = tmp_path / "out", config.replace
+    out, real = tmp_path / "out", atomic.replace
     out.mkdir()
     words = {"dialect": "deepseek", "write_config": True}
     entered, order = threading.Event(), []
 
     def replace(part, target):
+        if target.name != "config.json":
+            return real(part, target)
         if not entered.is_set():
             entered.set()
             second.join(0.3)  # it would be done if it did not wait
         order.append(json.loads(part.read_text())["quantization_config"])
-        real(part, target)
+        return real(part, target)
 
     def quantize(name, size):
-        hijack.quantize_file(source, out / name, block_size=size, **words)
+        hijack.quantize_file(
+            source, out / name, block_size=size, **words, overwrite=True
+        )
 
     def follow():
         entered.wait()
         quantize("b.safetensors", 32)
 
-    monkeypatch.setattr(config, "replace", replace)
+    monkeypatch.setattr(atomic, "replace", replace)
     second = threading.Thread(target=follow)
     second.start()
     quantize("a.safetensors", 64)

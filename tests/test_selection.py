@@ -268,6 +268,30 @@ def test_patterns_that_are_in_vain_are_refused(option):
         choose(header(*MODEL), **{option: ["blocks.0.*", "bloks.*"]})
 
 
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("bloks.*", "blocks.*"),
+        ("blocks.0", "blocks.0.*"),
+        ("blocks.0.ffn.0.weight", "blocks.0.ffn.0"),
+        ("*.fnn.*", "*.ffn.*"),
+        ("ffn.0", "*.ffn.0"),
+        ("zzz", None),
+    ],
+)
+@pytest.mark.parametrize("option", ["include", "exclude", "rules"])
+def test_the_pattern_that_was_meant_is_guessed(option, pattern, meant):
+    """A guess is shown only if it matches a layer."""
+    words = {option: f"{pattern}=skip" if option == "rules" else pattern}
+    names = ["blocks.0.ffn.0", "blocks.1.attn.q"]
+    if option == "rules" and pattern == "blocks.0":
+        return  # a rule means the layers of a module too
+    with pytest.raises(CheckpointError) as caught:
+        choose(header(*names), **words)
+    hint = str(caught.value).partition("; did you mean ")[2]
+    assert hint == ("" if meant is None else f"{meant!r}?")
+
+
 def test_nothing_left_to_quantize_is_refused():
     """With the reasons, and how many layers each has."""
     with pytest.raises(CheckpointError, match=r"left to quant.* 5 .*: excluded \(5\)"):

@@ -199,6 +199,14 @@ def test_a_pattern_that_matches_nothing_is_an_error(scheme, option):
     assert not any(isinstance(m, Wrapped) for m in model.modules())
 
 
+def test_modules_that_are_never_wrapped_may_be_excluded(scheme):
+    """A list for many models names norms too; a typo of theirs is an error."""
+    model = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})
+    with pytest.raises(ModuleError, match=r"'nrom' matches no module.*mean 'norm'\?"):
+        hijack.wrap_model(model, scheme, exclude=["fc", "nrom"])
+    assert hijack.wrap_model(model, scheme, exclude="norm").layers == ("fc",)
+
+
 def test_a_refused_layer_leaves_the_whole_model_dense(scheme):
     """wrap_model names the layer and changes nothing."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))

@@ -45,7 +45,7 @@ def test_tensors_come_in_the_order_asked_for(tmp_path):
     path = tmp_path / "x.safetensors"
 
     def order(plan, wanted):
-        with open_writer(path, plan, order=wanted) as writer:
+        with open_writer(path, plan, order=wanted, overwrite=True) as writer:
             for key, info in plan.items():
                 writer.write_bytes(key, [key.encode() * info.nbytes])
         infos = read_header(path).tensors
@@ -70,7 +70,7 @@ def test_permissions_are_the_old_file_s_or_the_usual(tmp_path):
     other.touch()
     assert path.stat().st_mode == other.stat().st_mode
     path.chmod(0o600)
-    write_checkpoint(path, TENSORS)
+    write_checkpoint(path, TENSORS, overwrite=True)
     assert path.stat().st_mode & 0o777 == 0o600
 
 
@@ -82,7 +82,7 @@ def test_a_link_stays_a_link(tmp_path):
     real.write_bytes(b"old")
     link = tmp_path / "link.safetensors"
     link.symlink_to(real)
-    write_checkpoint(link, TENSORS)
+    write_checkpoint(link, TENSORS, overwrite=True)
     assert link.is_symlink()
     assert load_file(real).keys() == TENSORS.keys()
     assert names(real.parent) == ["real.safetensors"]
@@ -165,7 +165,7 @@ def test_a_writer_that_fails_leaves_the_old_file(tmp_path, job, error, message, 
     if shards is None:
         path = tmp_path / "x.safetensors"
     path.write_bytes(b"old")
-    opened = open_writer(path, PLAN, max_shard_size=shards)
+    opened = open_writer(path, PLAN, max_shard_size=shards, overwrite=True)
     with pytest.raises(error, match=message), opened as writer:
         job(writer)
     assert path.read_bytes() == b"old"
@@ -232,7 +232,7 @@ def test_a_disk_that_is_full_at_any_step_leaves_the_old_file(
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
     monkeypatch.setattr(os, where, full)
     with pytest.raises(CheckpointError, match=NO_ROOM):
-        write_checkpoint(path, TENSORS)
+        write_checkpoint(path, TENSORS, overwrite=True)
     monkeypatch.undo()
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == [path.name]
@@ -292,7 +292,8 @@ def test_a_disk_too_small_is_noticed_before_anything_is_written(tmp_path):
         "from hijack.safetensors_io.header import TensorInfo\n"
         "from hijack.safetensors_io.writer import open_writer\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "with open_writer(sys.argv[1], {'a': TensorInfo('U8', (1 << 30,))}):\n"
+        "plan = {'a': TensorInfo('U8', (1 << 30,))}\n"
+        "with open_writer(sys.argv[1], plan, overwrite=True):\n"
         "    print('was opened')\n"
     )
     done = subprocess.run(

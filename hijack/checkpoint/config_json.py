@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hijack.errors import CheckpointError
 from hijack.formats.dialect import FormatMetadata
-from hijack.safetensors_io.atomic import replace, temp_dir, write_durably
+from hijack.safetensors_io.atomic import new_file, refuse_replacing
 from hijack.safetensors_io.files import read_config
 from hijack.safetensors_io.header import CONFIG_KEY, Header
 
@@ -17,7 +17,11 @@ _NAME = "config.json"
 
 
 def config_of(
-    metadata: FormatMetadata, dialect: str, source: Header, path: Path
+    metadata: FormatMetadata,
+    dialect: str,
+    source: Header,
+    path: Path,
+    overwrite: bool,
 ) -> Mapping[str, object]:
     """The ``quantization_config`` to write beside a file.
 
@@ -26,10 +30,13 @@ def config_of(
         dialect: of the file.
         source: header of the file it is made from.
         path: of the file.
+        overwrite: whether an existing ``quantization_config`` is replaced. One that is
+            missing is always added, which loses nothing.
 
     Raises:
         CheckpointError: if the dialect has no config, the config would be beside the
-            source, which it does not describe, or the existing one cannot be read.
+            source, which it does not describe, or the existing one cannot be read or
+            must not be replaced.
     """
     if metadata.config is None:
         raise CheckpointError(
@@ -44,11 +51,14 @@ def config_of(
                 "there, or leave out write_config (--write-config)"
             )
     target = path.parent / _NAME
-    if os.path.lexists(target) and read_config(path.parent) is None:
+    existing = read_config(path.parent)
+    if os.path.lexists(target) and existing is None:
         raise CheckpointError(
             f"{target}: is not a JSON object, and would be overwritten; expected a "
             "config to add to; move it away, or leave out write_config"
         )
+    if existing and existing.get(CONFIG_KEY, metadata.config) != metadata.config:
+        refuse_replacing([target], overwrite=overwrite)
     return metadata.config
 
 
@@ -71,14 +81,8 @@ def write_config_beside(
         CheckpointError: if it cannot be written.
     """
     target = path.parent / _NAME
-    try:
-        with temp_dir(target) as folder:
-            kept = read_config(path.parent) or source or {}
-            text = json.dumps({**kept, CONFIG_KEY: quantization}, indent=2) + "\n"
-            write_durably(folder / _NAME, text.encode())
-            replace(folder / _NAME, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"{target}: cannot be written; {error.strerror}"
-        ) from error
+    with new_file(target, overwrite=True) as part:
+        kept = read_config(path.parent) or source or {}
+        text = json.dumps({**kept, CONFIG_KEY: quantization}, indent=2) + "\n"
+        part.write_text(text, encoding="utf-8")
     return target

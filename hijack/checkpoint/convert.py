@@ -13,7 +13,7 @@ from hijack.checkpoint.config_json import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
 from hijack.checkpoint.copying import SourceSnapshot, check_output, chunks
 from hijack.checkpoint.notes import format_notes
-from hijack.errors import CheckpointError, UnconsumedScaleError
+from hijack.errors import CheckpointError, UnconsumedScaleError, printable
 from hijack.formats import matching
 from hijack.formats.dialect import Dialect, FormatMetadata
 from hijack.formats.identification import Identification, identify
@@ -78,7 +78,8 @@ class ConvertReport:
             text += f", {len(self.dropped)} tensors left out"
         if self.unsupported:
             text += f", {len(self.unsupported)} of other formats copied"
-        return f"{text}, {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors"
+        text += f", {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors"
+        return printable(text)
 
 
 def convert_file(
@@ -92,6 +93,7 @@ def convert_file(
     max_shard_size: int | str | None = None,
     write_config: bool = False,
     progress: Progress | None = None,
+    overwrite: bool = False,
     registry: Registry | None = None,
     **options: Any,
 ) -> ConvertReport:
@@ -103,7 +105,7 @@ def convert_file(
 
     Args:
         src: a safetensors file, an index file, or a list of shards.
-        dst: the file to write; replaced only when the new one is complete.
+        dst: the file to write; it appears when it is complete.
         dialect: the dialect to write, such as ``"deepseek"``.
         requantize: whether layers that cannot be converted are requantized.
         drop_input_scales: whether input scales may be left out if the dialect cannot
@@ -114,6 +116,7 @@ def convert_file(
         write_config: whether to write ``config.json`` beside ``dst``, for dialects
             whose readers expect one.
         progress: called after each layer.
+        overwrite: whether files that exist are replaced; the sources never are.
         registry: whose schemes and plugins are asked; None for the one in force.
         **options: of ``scheme.quantize``, for layers that are requantized; a
             ``block_size`` applies to all layers.
@@ -125,8 +128,8 @@ def convert_file(
         AmbiguousError: if the format of a layer is ambiguous.
         UnconsumedScaleError: if the file holds a scale that no scheme reads.
         CheckpointError: if nothing in it is quantized; if layers cannot be converted,
-            naming them; if ``write_config`` is set and the dialect has no config; or
-            if writing fails.
+            naming them; if ``write_config`` is set and the dialect has no config; if
+            the destination exists; or if writing fails.
     """
     header = read_header(src)
     snapshot = SourceSnapshot(header)
@@ -139,9 +142,13 @@ def convert_file(
     job = _ConversionJob(header, result, dialect, options, requantize, registry)
     job.plan_input_scales(drop_input_scales)
     extra = job.plan_file()
-    config = config_of(extra, dialect, header, Path(dst)) if write_config else None
+    config = None
+    if write_config:
+        config = config_of(extra, dialect, header, Path(dst), overwrite)
     metadata = merge_metadata(job.metadata, extra.metadata)
-    with open_writer(dst, job.tensors, metadata, tuple(job.tensors), size) as writer:
+    with open_writer(
+        dst, job.tensors, metadata, tuple(job.tensors), size, overwrite=overwrite
+    ) as writer:
         job.run(writer, progress)
         for key, tensor in extra.tensors.items():
             writer.write(key, tensor)

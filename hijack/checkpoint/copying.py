@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hijack.errors import CheckpointError
+from hijack.safetensors_io.atomic import refuse_replacing
 from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.safetensors_io.reader import Paths, identity_of, open_data
 from hijack.safetensors_io.shards import Destination
@@ -26,6 +27,18 @@ def chunks(info: TensorInfo) -> Iterator[bytes]:
             yield file.read(min(CHUNK, left))
 
 
+def files_of(src: Paths, header: Header) -> set[Path]:
+    """The files of a checkpoint: as the user named them, and those they refer to.
+
+    Args:
+        src: the checkpoint as the user named it.
+        header: of the checkpoint.
+    """
+    named = [src] if isinstance(src, str | os.PathLike) else src
+    files = {info.file for info in header.tensors.values() if info.file is not None}
+    return files.union(map(Path, named))
+
+
 def check_output(
     output: Destination,
     dst: Path,
@@ -34,6 +47,8 @@ def check_output(
     others: Iterable[Path] = (),
 ) -> None:
     """Refuse to overwrite or delete an input, and destinations that cannot be written.
+
+    Whether other files may be replaced is asked when the writer is opened.
 
     Args:
         output: the destination that ``dst`` names.
@@ -45,15 +60,8 @@ def check_output(
     Raises:
         CheckpointError: naming the destination.
     """
-    paths = [src] if isinstance(src, str | os.PathLike) else list(src)
-    sources = {Path(path) for path in (*paths, *others)}
-    sources |= {info.file for info in header.tensors.values() if info.file is not None}
-    existing = [path for path in sources if path.exists()]
-    for target in filter(Path.exists, (dst, *output.replaced())):
-        if any(os.path.samefile(path, target) for path in existing):
-            raise CheckpointError(
-                f"{target}: is the source itself; expected another file to write to"
-            )
+    sources = {*files_of(src, header), *others}
+    refuse_replacing([dst, *output.replaced()], sources, overwrite=True)
     output.check()
 
 

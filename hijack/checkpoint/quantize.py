@@ -24,7 +24,7 @@ from hijack.lora.delta import SUFFIXES
 from hijack.lora.files import Loras, Spec, parse_loras
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry
-from hijack.safetensors_io.header import Header, join
+from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.safetensors_io.layout import plan_files
 from hijack.safetensors_io.reader import Paths, read_header
 from hijack.safetensors_io.shards import Destination, destination, parse_size
@@ -104,6 +104,7 @@ def quantize_file(
     max_shard_size: int | str | None = None,
     write_config: bool = False,
     dry_run: bool = False,
+    overwrite: bool = False,
     registry: Registry | None = None,
     **options: Any,
 ) -> QuantizeReport:
@@ -114,8 +115,8 @@ def quantize_file(
 
     Args:
         src: a safetensors file, an index file, or a list of shards.
-        dst: the file to write; replaced only when the new one is complete. If it is a
-            link, the file it points to is replaced.
+        dst: the file to write; it appears when it is complete. If it is a link, the
+            file it points to is written.
         scheme: a registered name, or a scheme.
         block_size: the scheme's block size; None is the dialect's default.
         dialect: in which to store the quantized layers; None is the scheme's first, or
@@ -145,6 +146,7 @@ def quantize_file(
         write_config: write ``config.json`` beside ``dst``, with the
             ``quantization_config`` that readers of some dialects expect.
         dry_run: only report what would be done.
+        overwrite: whether files that exist are replaced; the sources never are.
         registry: whose schemes and plugins are asked; None for the one in force.
         **options: further options of ``scheme.quantize``.
 
@@ -155,7 +157,7 @@ def quantize_file(
         CheckpointError: if the source is quantized already, or is a LoRA and
             ``include`` is None; if nothing is left to quantize, a rule or a pattern
             matches no layer, a LoRA does not fit, the dialect cannot store a
-            layer, or writing fails.
+            layer, the destination exists, or writing fails.
         NonFiniteError: if a weight holds inf or NaN.
         HijackError: of other kinds, naming the file or the layer.
     """
@@ -164,7 +166,8 @@ def quantize_file(
     wanted = parse_loras(loras)
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     output = destination(dst, sharded=size is not None)
-    check_output(output, Path(dst), src, header, [path for path, _ in wanted])
+    lora_files = [path for path, _ in wanted]
+    check_output(output, Path(dst), src, header, lora_files)
     _refuse_source(header, include, registry)
     if block_size is not None:
         options["block_size"] = block_size
@@ -179,10 +182,13 @@ def quantize_file(
     run_options = RunOptions(_device(device), count_workers(workers), progress)
     config = None
     if write_config:
-        config = config_of(plan.format_metadata, plan.dialect.name, header, Path(dst))
+        replace = overwrite or dry_run
+        config = config_of(
+            plan.format_metadata, plan.dialect.name, header, Path(dst), replace
+        )
     report = _report(plan, output, size, _notes(plan, write_config), not dry_run)
     if not dry_run:
-        _write(plan, Path(dst), size, run_options, [path for path, _ in wanted])
+        _write(plan, Path(dst), size, run_options, lora_files, overwrite)
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
@@ -211,9 +217,12 @@ def _write(
     size: int | None,
     run_options: RunOptions,
     loras: Sequence[Path],
+    overwrite: bool,
 ) -> None:
     snapshot = SourceSnapshot(plan.header, loras)
-    with open_writer(dst, plan.tensors, plan.metadata, None, size) as writer:
+    with open_writer(
+        dst, plan.tensors, plan.metadata, None, size, overwrite=overwrite
+    ) as writer:
         run(plan, writer, run_options)
         snapshot.check_unchanged()
 
@@ -259,7 +268,7 @@ def _notes(plan: QuantizePlan, write_config: bool) -> tuple[str, ...]:
 
 def _refuse_source(header: Header, include: Patterns, registry: Registry) -> None:
     """Refuse a source that is not a dense checkpoint."""
-    if include is None and _is_lora(header):
+    if include is None and is_lora(header.tensors):
         raise CheckpointError(
             f"{header.source}: is a LoRA; expected a checkpoint; merge it into one "
             "with loras (--lora), or name its layers with include (--include)"
@@ -279,12 +288,16 @@ def _refuse_source(header: Header, include: Patterns, registry: Registry) -> Non
         )
 
 
-def _is_lora(header: Header) -> bool:
-    """Whether all layers of a file are parts of LoRAs."""
-    parts = [key for key in header.tensors if key.endswith(_LORA_PARTS)]
-    layers = (join(layer, "weight") for layer in header.layers())
-    matrices = {key for key in layers if len(header.tensors[key].shape) > 1}
-    return bool(parts) and matrices <= set(parts)
+def is_lora(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether all layers of a file are parts of LoRAs.
+
+    Args:
+        tensors: key to dtype and shape of each tensor of the file.
+    """
+    parts = {key for key in tensors if key.endswith(_LORA_PARTS)}
+    layers = [key for key in tensors if key.rpartition(".")[2] == "weight"]
+    matrices = {key for key in layers if len(tensors[key].shape) > 1}
+    return bool(parts) and matrices <= parts
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from hijack.errors import CheckpointError, SchemeError, printable
-from hijack.safetensors_io.shards import destination
-from hijack.text import parse_block_size
+from hijack.errors import SchemeError, printable
+from hijack.text import bytes_text, parse_block_size
 
 
 def add_shard_size(parser: argparse.ArgumentParser) -> None:
@@ -42,14 +46,67 @@ def add_assume(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_existing(dst: str, max_shard_size: str | None) -> None:
-    """Refuse to replace existing files.
+def add_force(parser: argparse.ArgumentParser) -> None:
+    """Add ``--force``, which agrees to lose what is in the way."""
+    parser.add_argument("--force", action="store_true", help="replace existing files")
 
-    Raises:
-        CheckpointError: naming the first file that would be replaced.
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``."""
+    parser.add_argument("--json", action="store_true", help="everything, as JSON")
+
+
+def print_json(value: object) -> None:
+    """Print one JSON value; numbers that are not finite are null."""
+    print(json.dumps(_plain(value), indent=1, allow_nan=False))
+
+
+def _plain(value: object) -> object:
+    """A value for JSON; what has no spelling there is its text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
+
+
+class Stopwatch:
+    """How long a command took, from its construction."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far, to a thousandth."""
+        return round(time.perf_counter() - self._start, 3)
+
+    def __str__(self) -> str:
+        minutes, seconds = divmod(self.seconds, 60)
+        return f"{minutes:.0f} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+
+
+def files_written(dst: str, *, sharded: bool) -> list[Path]:
+    """The files of a checkpoint that was written; the index of shards is the first.
+
+    Args:
+        dst: the destination as the user named it.
+        sharded: whether shards were written.
     """
-    for path in destination(dst, sharded=max_shard_size is not None).replaced():
-        raise CheckpointError(f"{path}: exists; pass --force to replace it")
+    from hijack.safetensors_io.shards import destination
+
+    return destination(dst, sharded=sharded).replaced()
+
+
+def wrote(files: Sequence[Path], watch: Stopwatch) -> str:
+    """The last line of a command that writes: what, how large, and how long it took."""
+    size = sum(path.stat().st_size for path in files)
+    of = f" and {len(files) - 1} shards" if len(files) > 1 else ""
+    return printable(f"wrote {files[0]}{of}, {bytes_text(size)}, in {watch}")
 
 
 def print_notes(notes: Iterable[str]) -> None:

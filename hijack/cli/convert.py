@@ -8,16 +8,20 @@ from typing import Any
 
 import hijack
 from hijack.cli.common import (
+    Stopwatch,
     add_assume,
+    add_force,
+    add_json,
     add_options,
     add_shard_size,
     block_size,
+    files_written,
+    print_json,
     print_notes,
-    refuse_existing,
+    wrote,
 )
 from hijack.cli.progress import progress_bar
 from hijack.errors import printable
-from hijack.options import parse_options
 
 HELP = "write a quantized checkpoint in another dialect, without loss"
 
@@ -51,7 +55,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="write config.json beside the file, where the dialect's readers expect it",
     )
     add_shard_size(parser)
-    parser.add_argument("--force", action="store_true", help="replace an existing file")
+    add_force(parser)
+    add_json(parser)
     parser.add_argument(
         "-v", "--verbose", action="store_true", help="list layers that changed"
     )
@@ -59,8 +64,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, and print what was done."""
-    if not args.force:
-        refuse_existing(args.dst, args.max_shard_size)
+    watch = Stopwatch()
     source = args.src if len(args.src) > 1 else args.src[0]
     options = _options(source, args.assume, args.option)
     if args.block_size is not None:
@@ -76,8 +80,15 @@ def run(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             write_config=args.write_config,
             progress=progress,
+            overwrite=args.force,
             **options,
         )
+    sharded = args.max_shard_size is not None
+    written = files_written(args.dst, sharded=sharded)
+    if args.json:
+        facts = {"seconds": watch.seconds, "paths": written}
+        print_json({**vars(report), **facts})
+        return 0
     if args.verbose:
         for layer in report.reblocked:
             print(printable(f"other blocks: {layer}"))
@@ -86,7 +97,8 @@ def run(args: argparse.Namespace) -> int:
     for layer, error in report.requantized.items():
         quality = f"SQNR {error.sqnr:.1f} dB, RMSE {error.rmse:.3g}"
         print(f"requantized: {printable(layer)}: {quality}")
-    print(printable(str(report)))
+    print(report)
+    print(wrote(written, watch))
     print_notes(report.notes)
     return 0
 
@@ -101,6 +113,8 @@ def _options(
     """
     if not texts:
         return {}
+    from hijack.options import parse_options
+
     claims = hijack.identify(source, assume=assume).claims().values()
     names = sorted({claim.scheme for claim in claims})
     registry = hijack.current_registry()

@@ -4,32 +4,37 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hijack
 from hijack.cli.common import (
+    Stopwatch,
+    add_force,
+    add_json,
     add_options,
     add_shard_size,
     block_size,
+    files_written,
+    print_json,
     print_notes,
-    refuse_existing,
+    wrote,
 )
 from hijack.cli.progress import progress_bar
 from hijack.errors import printable
-from hijack.model_families import ModelFamily, detect_family, model_families
-from hijack.options import parse_options
-from hijack.safetensors_io.reader import read_header
 from hijack.text import table
 
+if TYPE_CHECKING:
+    from hijack.model_families import ModelFamily
+
 HELP = "quantize a safetensors checkpoint"
-DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+#: Names of dtypes in torch.
+DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
 SCALES = {
-    "f32": torch.float32,
-    "bf16": torch.bfloat16,
-    "f16": torch.float16,
-    "e8m0": getattr(torch, "float8_e8m0fnu", None),
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "e8m0": "float8_e8m0fnu",
 }
 _PATTERNS = {
     "include": "quantize only these layers, such as 'transformer_blocks.*'; replaces "
@@ -44,7 +49,6 @@ _FLAGS = {
     "a quantization_config",
     "--show-defaults": "print which layers are quantized by default: of SRC, or of "
     "every known model",
-    "--force": "replace existing files",
 }
 
 
@@ -63,6 +67,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="threads, default one for each core"
     )
     add_shard_size(parser)
+    add_force(parser)
+    add_json(parser)
     for flag, text in _FLAGS.items():
         parser.add_argument(flag, action="store_true", help=text)
     parser.add_argument(
@@ -125,13 +131,12 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Quantize, and print what was done."""
     if args.show_defaults:
-        print(_defaults(args.paths))
+        _show_defaults(args)
         return 0
     if len(args.paths) < 2:
         _refuse(args, "expected SRC and DST")
     *src, dst = args.paths
-    if not args.dry_run and not args.force:
-        refuse_existing(dst, args.max_shard_size)
+    watch = Stopwatch()
     with progress_bar("quantizing") as progress:
         report = hijack.quantize_file(
             src if len(src) > 1 else src[0],
@@ -149,20 +154,35 @@ def run(args: argparse.Namespace) -> int:
             max_shard_size=args.max_shard_size,
             write_config=args.write_config,
             dry_run=args.dry_run,
+            overwrite=args.force,
             **_options(args),
         )
+    written: list[Path] = []
+    if report.written:
+        sharded = args.max_shard_size is not None
+        written = files_written(dst, sharded=sharded)
+    if args.json:
+        facts = {"seconds": watch.seconds, "paths": written}
+        print_json({**vars(report), **facts})
+        return 0
     print(_text(report, verbose=args.verbose))
+    if written:
+        print(wrote(written, watch))
     print_notes(report.notes)
     return 0
 
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the scheme on the command line."""
+    import torch
+
+    from hijack.options import parse_options
+
     scheme = hijack.current_registry().get(args.scheme)
     shorthands = {
         "block_size": args.block_size,
-        "dtype": DTYPES.get(args.dtype),
-        "scale_dtype": SCALES.get(args.scale_dtype),
+        "dtype": args.dtype and getattr(torch, DTYPES[args.dtype]),
+        "scale_dtype": args.scale_dtype and getattr(torch, SCALES[args.scale_dtype]),
         "scale_search": args.scale_search,
     }
     options = {name: value for name, value in shorthands.items() if value is not None}
@@ -195,15 +215,23 @@ def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
     return "\n".join([*lines, str(report)])
 
 
-def _defaults(paths: Sequence[str]) -> str:
-    """The patterns of the model in a checkpoint, or of every model."""
-    if not paths:
-        return "\n".join(map(_patterns, model_families()))
-    header = read_header(paths if len(paths) > 1 else paths[0])
-    family = detect_family(header.tensors)
-    if family is None:
-        return "the model is unknown; every layer with a 2-D weight is quantized"
-    return _patterns(family)
+def _show_defaults(args: argparse.Namespace) -> None:
+    """Print the patterns of the model in a checkpoint, or of every model."""
+    from hijack import model_families
+    from hijack.safetensors_io.reader import read_header
+
+    paths: Sequence[str] = args.paths
+    families = model_families.model_families()
+    if paths:
+        header = read_header(paths if len(paths) > 1 else paths[0])
+        family = model_families.detect_family(header.tensors)
+        families = () if family is None else (family,)
+    if args.json:
+        print_json(list(families))
+    elif families:
+        print("\n".join(map(_patterns, families)))
+    else:
+        print("the model is unknown; every layer with a 2-D weight is quantized")
 
 
 def _patterns(family: ModelFamily) -> str:

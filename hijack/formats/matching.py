@@ -23,6 +23,7 @@ from hijack.quantized import (
 )
 from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.scheme import Quantized, Scheme
+from hijack.text import did_you_mean
 
 #: The dialect of schemes that have no native one of their own.
 NATIVE = Dialect()
@@ -53,7 +54,7 @@ def dialect_of(scheme: Scheme, name: str | None = None) -> Dialect:
     if name not in known:
         raise CheckpointError(
             f"{scheme.name}: unknown dialect {name!r}; "
-            f"expected one of {', '.join(sorted(known))}"
+            f"expected one of {', '.join(sorted(known))}{did_you_mean(name, known)}"
         )
     return known[name]
 
@@ -69,6 +70,7 @@ def written_dialect(scheme: Scheme, name: str | None = None) -> Dialect:
     if name is not None and name not in {dialect.name for dialect in dialects}:
         raise CheckpointError(
             f"{scheme.name}: unknown dialect {name!r}; expected one of {names}"
+            f"{did_you_mean(name, names.split(', '))}"
         )
     dialect = dialect_of(scheme, name)
     if not dialect.writes:

@@ -51,7 +51,7 @@ def as_table(found: Identification, verbose: bool) -> str:
         found: what to describe.
         verbose: whether to list every layer, with the evidence.
     """
-    lines = [f"{found.source}: {found.tensors} tensors"]
+    lines = [printable(f"{found.source}: {found.tensors} tensors")]
     rows = [
         [s, d, b, str(n)]
         for s, d, b, n in groups(found, functools.partial(_block, found))

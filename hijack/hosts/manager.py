@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.machinery
-import logging
 import sys
 import threading
 from collections.abc import Callable
@@ -18,8 +17,9 @@ from hijack.errors import PatchError
 from hijack.hosts.adapter import Adapter, tested
 from hijack.patching import PatchSet
 from hijack.registry import current_registry, disabled, strict
+from hijack.text import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Atomic replacement of files.
+"""Atomic replacement of files, and the one rule for what may be replaced.
 
 A file is written in a folder ``.NAME.xxxxxxxx.part`` beside its destination, synced to
 disk, and renamed. A writing process holds a lock, ``.NAME.lock``, which the system
@@ -9,19 +9,78 @@ left by a killed process, and removes it.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 # a requirement of torch, so always installed
 from filelock import FileLock, Timeout
 
-log = logging.getLogger(__name__)
+from hijack.errors import CheckpointError
+from hijack.text import logger
+
+log = logger(__name__)
+
+
+def refuse_replacing(
+    targets: Iterable[Path], sources: Iterable[Path] = (), *, overwrite: bool
+) -> None:
+    """Refuse to replace a source, or any other file that nobody agreed to lose.
+
+    Every path that hijack writes passes here.
+
+    Args:
+        targets: paths to write or delete; they need not exist.
+        sources: files that what is written is made from.
+        overwrite: whether files other than the sources may be replaced.
+
+    Raises:
+        CheckpointError: naming the first file that must not be replaced.
+    """
+    existing = [path for path in sources if path.exists()]
+    for target in filter(Path.exists, targets):
+        if any(os.path.samefile(path, target) for path in existing):
+            raise CheckpointError(
+                f"{target}: is the source itself; expected another file to write to"
+            )
+        if not overwrite:
+            raise CheckpointError(
+                f"{target}: exists; pass --force (in Python overwrite=True) to "
+                "replace it, or write elsewhere"
+            )
+
+
+@contextlib.contextmanager
+def new_file(
+    target: Path, sources: Iterable[Path] = (), *, overwrite: bool
+) -> Iterator[Path]:
+    """A path to write a small file to, which then becomes the target.
+
+    Args:
+        target: the file that appears, whole, at the end; a link is followed.
+        sources: as for `refuse_replacing`.
+        overwrite: as for `refuse_replacing`.
+
+    Raises:
+        CheckpointError: if the target must not be replaced, or cannot be written.
+    """
+    refuse_replacing([target], sources, overwrite=overwrite)
+    real = Path(os.path.realpath(target))
+    try:
+        with temp_dir(real) as folder:
+            part = folder / "part"
+            yield part
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
+            refuse_replacing([target], sources, overwrite=overwrite)
+            replace(part, real)
+    except OSError as error:
+        reason = error.strerror or error
+        raise CheckpointError(f"{target}: cannot be written; {reason}") from error
 
 
 @contextlib.contextmanager

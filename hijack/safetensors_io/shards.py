@@ -253,11 +253,13 @@ def _check_file(path: Path, target: Path) -> None:
 
 # -- sizes ---------------------------------------------------------------------------
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)", re.IGNORECASE)
 
 
 def parse_size(size: int | str) -> int:
     """A size in bytes: a number, or text such as ``"5GB"``, ``"500MB"``, ``"2GiB"``.
+
+    Text needs a unit: who types 5 means no 5 bytes.
 
     Raises:
         CheckpointError: if it is none of these, or not positive.
@@ -265,12 +267,12 @@ def parse_size(size: int | str) -> int:
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
     count = size if isinstance(size, int) else 0
     if match is not None:
-        number, unit = float(match[1]), (match[2] or "").upper()
+        number, unit = float(match[1]), match[2].upper().removesuffix("B")
         base = 1024 if unit.endswith("I") else 1000
         count = int(number * base ** " KMGT".index(unit[:1] or " "))
     if count < 1:
         raise CheckpointError(
-            f"max_shard_size: got {size!r}, expected bytes as an int, or text such as "
-            "5GB, 500MB or 2GiB"
+            f"max_shard_size: got {size!r}, expected bytes as an int, or text with a "
+            "unit such as 5GB, 500MB or 2GiB"
         )
     return count

@@ -14,7 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hijack.errors import CheckpointError
-from hijack.safetensors_io.atomic import temp_dir
+from hijack.safetensors_io.atomic import refuse_replacing, temp_dir
 from hijack.safetensors_io.header import TensorInfo
 from hijack.safetensors_io.layout import FileLayout, Plan, plan_files
 from hijack.safetensors_io.shards import destination, part_name
@@ -148,6 +148,8 @@ def open_writer(
     metadata: Mapping[str, str] | None = None,
     order: Sequence[str] | None = None,
     max_shard_size: int | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Iterator[CheckpointWriter]:
     """A writer whose file gets its name only when everything is written.
 
@@ -157,21 +159,24 @@ def open_writer(
     it points to is replaced.
 
     Args:
-        path: the destination; may exist.
+        path: the destination.
         plan: key to dtype and shape; files and offsets are ignored.
         metadata: strings for the header.
         order: of the tensors in the file, used if it keeps all of them aligned; by
             default the widest come first.
         max_shard_size: bytes of tensors in a shard; if set, shards are written, and
             the destination is their index.
+        overwrite: whether a file that exists is replaced.
 
     Raises:
-        CheckpointError: if the folder cannot be written or the disk is full.
+        CheckpointError: if the destination exists and must not be replaced, the folder
+            cannot be written or the disk is full.
     """
     path = Path(path)
     output = destination(path, sharded=max_shard_size is not None)
     layouts = plan_files(plan, metadata or {}, order, max_shard_size)
     output.check()
+    refuse_replacing(output.replaced(), overwrite=overwrite)
     with contextlib.ExitStack() as stack:
         with _writing(path, _size(layouts)):
             folder = stack.enter_context(temp_dir(output.target, output.clean))
@@ -180,6 +185,8 @@ def open_writer(
         yield writer
         writer.finish()
         writer.close()
+        # the file may have appeared meanwhile
+        refuse_replacing(output.replaced(), overwrite=overwrite)
         with _writing(path, _size(layouts)):
             output.commit(folder, layouts)
 
@@ -188,19 +195,23 @@ def write_checkpoint(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write tensors in memory to a safetensors file, atomically.
 
     Args:
-        path: the destination; may exist.
+        path: the destination.
         tensors: key to tensor.
         metadata: strings for the header.
+        overwrite: whether a file that exists is replaced.
 
     Raises:
-        CheckpointError: if a dtype has no name in safetensors, or writing fails.
+        CheckpointError: if the file exists and must not be replaced, a dtype has no
+            name in safetensors, or writing fails.
     """
     plan = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
-    with open_writer(path, plan, metadata) as writer:
+    with open_writer(path, plan, metadata, overwrite=overwrite) as writer:
         for key, tensor in tensors.items():
             writer.write(key, tensor)
 

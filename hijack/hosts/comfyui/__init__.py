@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from hijack.hosts.adapter import Probe
 from hijack.patching import Patch
+from hijack.text import logger
 
 NAME = "comfyui"
 #: The host can be patched once this module is imported completely.
@@ -74,7 +74,7 @@ LOADERS = (
     Probe("comfy.utils.load_torch_file", ("ckpt",)),
 )
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def get_version() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 
@@ -28,9 +27,9 @@ from hijack.hosts.comfyui.lazy_tensor import LazyTensor
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, join
-from hijack.text import excerpt
+from hijack.text import excerpt, logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 #: Scales of what a layer is given; without them its weight is the same.
 _INPUTS = ("scale_input", "input_scale", "activation_scale")

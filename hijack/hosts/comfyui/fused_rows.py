@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
-import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,8 +21,9 @@ from hijack.formats.dialect import Dialect
 from hijack.hosts.comfyui.file_tensors import file_tensors
 from hijack.hosts.comfyui.lazy_tensor import LazyTensor
 from hijack.quantized import QuantizedTensor
+from hijack.text import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Convert = Callable[[dict[str, Tensor]], "dict[str, Tensor] | None"]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-import logging
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,8 +23,9 @@ from hijack.hosts.comfyui.file_tensors import file_tensors
 from hijack.hosts.comfyui.operations import make_operations
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import join
+from hijack.text import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 #: The same in every release; somebody's wrapper may hide them.
 ARGUMENTS = ("state_dict", "unet_key_prefix", "use_base_if_no_match", "metadata")
