@@ -1,6 +1,7 @@
 """ComfyUI's web page in a headless Chromium, with the example workflows' files.
 
-``python page.py FOLDER`` takes the screenshots of ``docs/screenshots`` anew.
+``python page.py FOLDER`` takes the screenshots of ``docs/screenshots`` anew, and the
+thumbnails beside the example workflows.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import comfy_harness
 import comfy_models
 import node_workflows
 
-WORKFLOWS = comfy_harness.REPOSITORY / "examples" / "workflows"
+WORKFLOWS = comfy_harness.REPOSITORY / "example_workflows"
 #: What stands in for the files that the example workflows name.
 FP8 = "qwen_image_fp8_block64"
 FILES = {"qwen_image_bf16": "bf16", FP8: "fp8"}
@@ -301,6 +302,14 @@ def take_screenshots(page, folder):
     page.tab.screenshot(path=folder / "error.png", clip=clip, style=HIDDEN)
 
 
+def take_thumbnails(page):
+    """Take the picture that ComfyUI shows for each example."""
+    for path in sorted(WORKFLOWS.glob("*.json")):
+        page.load(example(path.stem))
+        page.settle(1500)  # until all of it is in view
+        page.shoot(path.with_suffix(".jpg"), *page.types())
+
+
 def main(folder):
     """Start a server, open its page, and take the screenshots."""
     newest = list(comfy_harness.releases().values())[-1]
@@ -312,6 +321,7 @@ def main(folder):
         subprocess.run(command, check=True)
         with serve(newest, Path(made), models) as server:
             take_screenshots(Page(launched, server), Path(folder))
+            take_thumbnails(Page(launched, server))
 
 
 if __name__ == "__main__":

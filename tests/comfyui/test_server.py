@@ -1,7 +1,9 @@
 """The stock workflow on a real server: UNETLoader, KSampler, SaveLatent over HTTP."""
 
+import json
 import subprocess
 import sys
+import urllib.request
 
 import comfy_harness
 import pytest
@@ -60,6 +62,20 @@ def test_a_third_party_scheme_loads(hijacked, expected):
     """A plugin with only quantize and dequantize works through the stock loader."""
     latent = hijacked.latent("int8")
     assert relative_error(latent, expected["exact-int8"]) < ROUNDING
+
+
+def test_the_page_is_offered_the_example_workflows(hijacked):
+    """ComfyUI lists them among its templates, each with a picture."""
+    address = f"http://127.0.0.1:{hijacked.port}"
+    with urllib.request.urlopen(f"{address}/workflow_templates") as answer:
+        listed = json.load(answer)["hijack"]
+    files = comfy_harness.REPOSITORY / "example_workflows"
+    assert sorted(listed) == sorted(path.stem for path in files.glob("*.json"))
+    for name in listed:
+        for kind in ("json", "jpg"):
+            path = f"/api/workflow_templates/hijack/{name}.{kind}"
+            with urllib.request.urlopen(address + path) as answer:
+                assert answer.read() == (files / f"{name}.{kind}").read_bytes()
 
 
 def test_a_file_with_a_scale_that_does_not_fit_says_so(hijacked, models):
