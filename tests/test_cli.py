@@ -516,7 +516,7 @@ def test_help_and_version_come_at_once(words):
         assert done.stderr == "False\n"
     if words == ["--version"]:
         assert runs[0][0].stdout == f"hijack {hijack.__version__}\n"
-    assert min(seconds for _, seconds in runs) < 0.5  # 0.15 s where nothing else runs
+    assert min(seconds for _, seconds in runs) < 1  # 0.15 s where nothing else runs
 
 
 #: Makes a package look as if it were not installed.
@@ -661,6 +661,17 @@ def folder(dense, tmp_path):
     save_file(lora, folder / "loras" / "style.safetensors")
     (folder / "readme.txt").write_text("no model")
     return folder
+
+
+def test_a_file_of_another_program_is_listed_as_what_it_is(run, folder):
+    """GGUF's table of tensors is not read."""
+    gguf = folder / "other.gguf"
+    gguf.write_bytes(b"GGUF\x03" + bytes(19))
+    status, out, _ = run("identify", folder)
+    assert status == 3
+    row = next(line for line in out.splitlines() if str(gguf) in line)
+    wanted = f"{gguf} GGUF file - - - 24 bytes cannot be loaded as it is; see -v"
+    assert " ".join(row.split()) == wanted
 
 
 def test_a_folder_is_listed_with_a_row_for_each_checkpoint(run, folder):
