@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections.abc import Iterable, Sequence
+from unicodedata import east_asian_width
 
 from hijack.errors import SchemeError, printable
 
@@ -88,18 +89,23 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Lay out rows in columns; columns of numbers are aligned to the right."""
     lines = [[excerpt(cell) for cell in cells] for cells in (head, *rows)]
     columns = list(zip(*lines, strict=True))
-    widths = [max(map(len, column)) for column in columns]
+    widths = [max(map(_width, column)) for column in columns]
     numeric = [_is_numeric(column[1:]) for column in columns]
 
     def line(cells: Sequence[str]) -> str:
-        padded = (
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(cells, widths, numeric, strict=True)
-        )
+        padded = []
+        for cell, width, right in zip(cells, widths, numeric, strict=True):
+            space = " " * (width - _width(cell))
+            padded.append(space + cell if right else cell + space)
         return "  ".join(padded).rstrip()
 
     rule = "  ".join("-" * width for width in widths)
     return "\n".join([line(lines[0]), rule, *map(line, lines[1:])])
+
+
+def _width(text: str) -> int:
+    """Columns of a terminal that a text takes; Chinese letters take two."""
+    return len(text) + sum(east_asian_width(letter) in "WF" for letter in text)
 
 
 def _is_numeric(cells: Sequence[str]) -> bool:

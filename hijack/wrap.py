@@ -326,12 +326,24 @@ class _DeferredModules:
         )
         if targets and vain is not None:
             raise ModuleError(vain)
+        pending: dict[nn.Module, str] = {}
         for name, module in named:
             if module in self.calls:
-                self._materialize_one(name, module)
+                pending.setdefault(module, name)
+        # everything is prepared before the first module is changed
+        planned = {
+            module: self._change(name, module) for module, name in pending.items()
+        }
+        apply_all(change for change in planned.values() if change is not None)
+        for module, change in planned.items():
+            args, kwargs, device = self.calls.pop(module)
+            if change is None:
+                _fill_from_fresh(module, args, kwargs)
+            elif device.type != "meta":
+                _fill_with_zeros(module, device)
 
-    def _materialize_one(self, name: str, module: nn.Module) -> None:
-        args, kwargs, device = self.calls.pop(module)
+    def _change(self, name: str, module: nn.Module) -> Change | None:
+        """What makes a module quantized; None if it is left out."""
         prefix, scheme = f"{name}." if name else "", self.scheme
         options = self.options
         left_out = self.selection.reason(name)
@@ -340,23 +352,12 @@ class _DeferredModules:
             options = _options_for(scheme, self.scheme, options)
             left_out = _why_not(module, scheme, options)
         if left_out is not None:
-            _fill_from_fresh(module, args, kwargs)
-            return
-        where = name or type(module).__name__
+            return None
+        where, device = name or type(module).__name__, self.calls[module][2]
         weight = _quantized(
             self.registry, module, scheme, options, prefix, where, device
         )
-        apply_all([prepare(module, weight, self.registry)])
-        for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
-            if key == "weight" or tensor is None or not tensor.is_meta:
-                continue
-            if device.type == "meta":
-                continue
-            zeros = torch.zeros_like(tensor, device=device)
-            if isinstance(tensor, nn.Parameter):
-                module._parameters[key] = nn.Parameter(zeros, tensor.requires_grad)
-            else:
-                module._buffers[key] = zeros
+        return prepare(module, weight, self.registry)
 
 
 #: The contexts of `building` in this thread or task, the innermost first.
@@ -428,6 +429,18 @@ def _asking(owner: type, original: Callable[..., None]) -> Callable[..., None]:
         init(module, *args, **kwargs)
 
     return functools.wraps(original)(record)
+
+
+def _fill_with_zeros(module: nn.Module, device: torch.device) -> None:
+    """Give what a quantized module still has on meta a place, for a checkpoint."""
+    for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
+        if key == "weight" or tensor is None or not tensor.is_meta:
+            continue
+        zeros = torch.zeros_like(tensor, device=device)
+        if isinstance(tensor, nn.Parameter):
+            module._parameters[key] = nn.Parameter(zeros, tensor.requires_grad)
+        else:
+            module._buffers[key] = zeros
 
 
 def _fill_from_fresh(

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hijack
-from hijack.errors import ModuleError
+from hijack.errors import ModuleError, SchemeError
 from hijack.modules import Wrapped
 
 
@@ -257,6 +257,33 @@ def test_a_pattern_in_vain_is_an_error_at_the_end(scheme, option, constructors):
     assert isinstance(net.embed, Wrapped)
     with hijack.building(scheme, exclude="block.*"):
         nn.LayerNorm(2)
+
+
+def test_a_refused_layer_leaves_all_of_them_alone(constructors):
+    """The scheme refuses the second of three; none has become quantized by then."""
+
+    class Picky(Bytes):
+        def create_params(self, shape, dtype, device=None, /, **options):
+            if shape == (3, 3):
+                raise SchemeError("not this one")
+            return super().create_params(shape, dtype, device, **options)
+
+    told = []
+
+    class Plugin:
+        @hijack.hookimpl
+        def hijack_init(self, module, scheme):
+            told.append(module)
+
+    registry = hijack.create_registry()
+    registry.add_plugin(Plugin(), "told")
+    with (
+        pytest.raises(SchemeError, match="not this one"),
+        hijack.building(Picky(), registry=registry),
+    ):
+        net = nn.Sequential(*(nn.Linear(n, n) for n in (2, 3, 4)))
+    assert not any(isinstance(module, Wrapped) for module in net)
+    assert told == []
 
 
 # -- contexts that overlap -------------------------------------------------------------

@@ -528,7 +528,7 @@ def test_help_and_version_come_at_once(words):
         assert done.stderr == "False\n"
     if words == ["--version"]:
         assert runs[0][0].stdout == f"hijack {hijack.__version__}\n"
-    assert min(seconds for _, seconds in runs) < 0.5  # 0.15 s where nothing else runs
+    assert min(seconds for _, seconds in runs) < 1  # 0.15 s where nothing else runs
 
 
 #: Makes a package look as if it were not installed.
@@ -585,17 +585,17 @@ def test_any_name_can_be_printed_in_any_encoding(tmp_path):
 def test_every_summary_says_where_and_how_long(run, dense, tmp_path):
     """The path, the size of all files, and the time."""
     path, other = tmp_path / "q.safetensors", tmp_path / "c.safetensors"
-    time = r"\d+\.\d s"
-    out = run("quantize", dense, path)[1]
-    assert re.search(
-        rf"^wrote {re.escape(str(path))}, \d+\.\d kB, in {time}$", out, re.M
-    )
-    out = run("convert", path, other, "--dialect", "hijack")[1]
-    assert re.search(rf"^wrote {re.escape(str(other))}, .* in {time}$", out, re.M)
-    out = run("quantize", dense, tmp_path / "s", "--max-shard-size", "8KB")[1]
-    index = re.escape(str(tmp_path / "s.safetensors.index.json"))
-    assert re.search(rf"^wrote {index} and 2 shards, .* in {time}$", out, re.M)
-    assert re.search(rf"^compared in {time}$", run("compare", dense, path)[1], re.M)
+    index = tmp_path / "s.safetensors.index.json"
+    sharded = ["quantize", dense, tmp_path / "s", "--max-shard-size", "8KB"]
+    for words, said in (
+        (["quantize", dense, path], f"; wrote {path}"),
+        (["convert", path, other, "--dialect", "hijack"], f"; wrote {other}"),
+        (sharded, f"; wrote {index} and 2 shards"),
+        (["compare", dense, path], "done"),
+    ):
+        last = run(*words)[1].splitlines()[-1]
+        size = "" if said == "done" else r", \d+\.\d kB,"
+        assert re.search(rf"{re.escape(said)}{size} in \d+\.\d s$", last), last
     assert "wrote" not in run("quantize", dense, path, "--dry-run")[1]
 
 
@@ -673,6 +673,17 @@ def folder(dense, tmp_path):
     save_file(lora, folder / "loras" / "style.safetensors")
     (folder / "readme.txt").write_text("no model")
     return folder
+
+
+def test_a_file_of_another_program_is_listed_as_what_it_is(run, folder):
+    """GGUF's table of tensors is not read."""
+    gguf = folder / "other.gguf"
+    gguf.write_bytes(b"GGUF\x03" + bytes(19))
+    status, out, _ = run("identify", folder)
+    assert status == 3
+    row = next(line for line in out.splitlines() if str(gguf) in line)
+    wanted = f"{gguf} GGUF file - - - 24 bytes cannot be loaded as it is; see -v"
+    assert " ".join(row.split()) == wanted
 
 
 def test_a_folder_is_listed_with_a_row_for_each_checkpoint(run, folder):

@@ -27,7 +27,7 @@ def minilm():
 def test_the_encoder_understands_sentences(minilm):
     """The small forward is right: paraphrases are closer than strangers."""
     model = minilm.find_model()
-    ids, mask = minilm.tokenize(model)
+    ids, mask = minilm.tokenize(model, minilm.SENTENCES)
     vectors = minilm.load_encoder(model / "model.safetensors")(ids, mask)
     similar = vectors @ vectors.T
     assert similar[0, 1] > 0.8 > 0.2 > similar[0, 6]

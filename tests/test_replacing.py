@@ -1,6 +1,7 @@
 """What hijack may replace: nothing it reads, and nothing else without being asked."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -71,6 +72,28 @@ def test_every_function_asks_before_it_replaces_a_file(writer, dense, coded, tmp
     assert {each: each.read_bytes() for each in folder.iterdir()} == before
     WRITERS[writer](dense, coded, path, overwrite=True)
     assert len(list(folder.iterdir())) == len(before)
+
+
+def test_the_second_of_two_does_not_replace_what_the_first_wrote(dense, tmp_path):
+    """It waits for the lock, and is refused before it does any work."""
+    path, layers = tmp_path / "x.safetensors", []
+    second = threading.Thread(target=lambda: failures.append(attempt()))
+    failures = []
+
+    def attempt():
+        try:
+            hijack.quantize_file(dense, path, progress=lambda *done: layers.append(1))
+        except CheckpointError as error:
+            return str(error)
+
+    def meanwhile(done, total, layer):
+        second.start()
+        second.join(0.3)  # it would be done if it did not wait
+
+    hijack.quantize_file(dense, path, progress=meanwhile)
+    second.join(30)
+    assert "exists; pass --force" in failures[0]
+    assert layers == []
 
 
 def test_a_file_that_appears_meanwhile_is_not_replaced(dense, tmp_path):

@@ -45,3 +45,25 @@ def test_reports_are_one_line_of_letters():
     report = ConvertReport({NAME: None}, (), {NAME: error}, {}, (), 1, 1)
     assert SHOWN in str(report)
     assert str(report).isprintable()
+
+
+def test_columns_are_straight_with_wide_letters():
+    """Chinese letters take two columns of a terminal."""
+    lines = text.table(["layer", "dB"], [["\u5c42.0", "1.5"], ["block", "12.5"]])
+    assert lines.splitlines() == [
+        "layer    dB",
+        "-----  ----",
+        "\u5c42.0    1.5",
+        "block  12.5",
+    ]
+
+
+def test_numbers_are_for_people():
+    """In powers of 1000, and never 1000.0 of a smaller unit."""
+    assert text.bytes_text(999) == "999 bytes"
+    assert text.bytes_text(999_949) == "999.9 kB"
+    assert text.bytes_text(999_950) == "1.0 MB"
+    assert text.bytes_text(20_430_000_000) == "20.4 GB"
+    assert text.count_text(0) == "0"
+    assert text.count_text(12_100_000_000) == "12.1 billion"
+    assert text.count_text(10**16) == "10000.0 trillion"

@@ -57,9 +57,9 @@ def run(args: argparse.Namespace) -> int:
         facts = json.loads(comparison.to_json())
         print_json({**facts, "plot": args.plot, "seconds": watch.seconds})
     else:
+        drawn = f"drawn in {args.plot}, " if args.plot else ""
         print(comparison.as_table(args.worst))
-        drawn = f", drawn in {args.plot}" if args.plot else ""
-        print(printable(f"compared in {watch}{drawn}"))
+        print(printable(f"{drawn}done in {watch}"))
     unmatched = comparison.only_reference or comparison.only_other
     return 3 if unmatched or comparison.skipped or comparison.broken else 0
 

@@ -97,8 +97,7 @@ def run(args: argparse.Namespace) -> int:
     for layer, error in report.requantized.items():
         quality = f"SQNR {error.sqnr:.1f} dB, RMSE {error.rmse:.3g}"
         print(f"requantized: {printable(layer)}: {quality}")
-    print(report)
-    print(wrote(written, watch))
+    print(f"{report}; {wrote(written, watch)}")
     print_notes(report.notes)
     return 0
 

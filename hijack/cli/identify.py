@@ -148,7 +148,8 @@ class Facts:
         counts |= dict.fromkeys(result.unconsumed, 0)
         size = sum(info.nbytes for info in infos.values())
         if result.container:
-            kind, size = result.container, Path(result.source).stat().st_size
+            kind = result.container.partition(",")[0].removeprefix("a ")
+            size = Path(result.source).stat().st_size
         model = "" if family is None else family.name
         return cls(result, kind, model, sum(counts.values()), size)
 

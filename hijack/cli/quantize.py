@@ -165,9 +165,8 @@ def run(args: argparse.Namespace) -> int:
         facts = {"seconds": watch.seconds, "paths": written}
         print_json({**vars(report), **facts})
         return 0
-    print(_text(report, verbose=args.verbose))
-    if written:
-        print(wrote(written, watch))
+    end = f"; {wrote(written, watch)}" if written else ""
+    print(f"{_text(report, verbose=args.verbose)}{end}")
     print_notes(report.notes)
     return 0
 

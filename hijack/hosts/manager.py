@@ -201,6 +201,17 @@ def add_host(adapter: Adapter) -> None:
     _CONTROLS[adapter.NAME] = Control(adapter.NAME, lambda: adapter)
 
 
+def remove_host(host: str) -> None:
+    """Forget a host that `add_host` made known.
+
+    Raises:
+        PatchError: if the host is unknown, or patched.
+    """
+    if _control(host).status().patched:
+        raise PatchError(f"host {host!r} is patched; call hijack.unpatch({host!r})")
+    del _CONTROLS[host]
+
+
 def patch(host: str = "comfyui") -> HostStatus:
     """Patch a host, or arm it if it is not imported yet; once done, does nothing.
 

@@ -180,12 +180,14 @@ def open_writer(
     with contextlib.ExitStack() as stack:
         with _writing(path, _size(layouts)):
             folder = stack.enter_context(temp_dir(output.target, output.clean))
+        # another process may have written the file while this one waited for it
+        refuse_replacing(output.replaced(), overwrite=overwrite)
         writer = CheckpointWriter(path, plan, layouts, folder)
         stack.callback(writer.close)
         yield writer
         writer.finish()
         writer.close()
-        # the file may have appeared meanwhile
+        # or one without our lock, while this one worked
         refuse_replacing(output.replaced(), overwrite=overwrite)
         with _writing(path, _size(layouts)):
             output.commit(folder, layouts)
