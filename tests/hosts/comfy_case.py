@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "comfyui"), str(HERE)]
 
 import comfy_models
 import launch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT, FOLDER = sys.argv[1], Path(sys.argv[2])
 launch.prepare(ROOT, *(a for a in sys.argv[3:] if a.startswith("--")))
@@ -246,7 +246,7 @@ def check_saving(patcher, quantized_sd, reference):
     """ModelSave's file holds the layers as they came, and loads again."""
     path = str(FOLDER / "saved.safetensors")
     comfy.sd.save_checkpoint(path, patcher)
-    saved = comfy.utils.load_torch_file(path)
+    saved = load_file(path)
     cut = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
     claimed = {k for k in quantized_sd if "scale_weight" in k}
     claimed |= {k.replace("scale_weight", "weight") for k in claimed}

@@ -46,7 +46,7 @@ import lora_case
 from comfy_case import LAYER, comfy, error
 from contract_schemes import CALLS
 from recording_plugin import ORDER, Recorder
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import hijack
 import schemes.blockwise_fp8 as fp8
@@ -735,10 +735,10 @@ def round_trip(name, path, meant, kinds, bf16):
         }
     )
     result["merged"] = merges(patcher, bf16, meant)
-    original = comfy.utils.load_torch_file(path)
+    original = load_file(path)
     for way, saved in saves(patcher, name).items():
         entry = result[way] = {}
-        file = comfy.utils.load_torch_file(saved)
+        file = load_file(saved)
         keys = {key.removeprefix(case.PREFIX) for key in file}
         entry["keys"] = sorted(keys ^ set(original))[:4]
         again = load(saved)

@@ -217,6 +217,23 @@ def test_unclaimed_files_are_left_to_comfyui():
     assert vars(answer) == {}
 
 
+def test_clip_vision_in_a_checkpoint_is_decoded():
+    """A checkpoint's image encoder, which ComfyUI builds next, gets dense weights."""
+    import schemes.blockwise_fp8  # noqa: F401
+
+    config = types.SimpleNamespace(clip_vision_prefix="embedder.visual.")
+    patched = make_model_config_from_unet(lambda *_: config)
+    state_dict = {"model.b.weight": torch.ones(2, 2), **block_file("embedder.visual.")}
+    state_dict |= block_file("embedder.text.")
+    key = "embedder.visual.a"
+    expected = decoded(state_dict[f"{key}.weight"], state_dict[f"{key}.scale_weight"])
+    patched(state_dict, "model.")
+    assert type(state_dict[f"{key}.weight"]) is torch.Tensor
+    assert torch.equal(state_dict[f"{key}.weight"], expected.bfloat16())
+    assert f"{key}.scale_weight" not in state_dict
+    assert isinstance(state_dict["embedder.text.a.weight"], QuantizedTensor)
+
+
 # -- markers and errors ----------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ def encode_claimed(
     prefix: str = "",
     metadata: Mapping[str, str] | None = None,
     registry: Registry | None = None,
+    *,
+    native: bool = False,
 ) -> bool:
     """Turn every claimed layer of a model into one `QuantizedTensor` tensor, in place.
 
@@ -50,6 +52,7 @@ def encode_claimed(
         prefix: only keys that start with it are looked at.
         metadata: the file's header metadata, if the host knows it.
         registry: whose schemes are asked.
+        native: whether the layers that ComfyUI itself reads are claimed too.
 
     Returns:
         Whether the model has quantized layers now.
@@ -59,7 +62,7 @@ def encode_claimed(
             layer equally, or if a scale is left that nobody consumed.
     """
     keys = [key for key in state_dict if key.startswith(prefix)]
-    return _encode_keys(state_dict, keys, metadata, registry)
+    return _encode_keys(state_dict, keys, metadata, registry, native)
 
 
 def encode_others(
@@ -115,6 +118,7 @@ def _encode_keys(
     keys: Iterable[str],
     metadata: Mapping[str, str] | None,
     registry: Registry | None,
+    native: bool = False,
 ) -> bool:
     chosen = {key: state_dict[key] for key in keys}
     if any(isinstance(tensor, QuantizedTensor) for tensor in chosen.values()):
@@ -130,7 +134,7 @@ def _encode_keys(
         return False
     registry = current_registry(registry)
     tensors = markers.read_through(unusual)
-    claims = _claims(tensors, metadata, registry)
+    claims = _claims(tensors, metadata, registry, native)
     used = {key for claim in claims.values() for key in claim.keys.values()}
     dtype = _dense_dtype(t for key, t in chosen.items() if key not in used)
     quantized = {
@@ -138,7 +142,8 @@ def _encode_keys(
         for layer, claim in claims.items()
     }
     for key in unusual if claims else ():
-        if key in used or key not in tensors:  # or ComfyUI renamed it or put it in
+        # or ComfyUI renamed it or put it in, or it marks layers that are claimed
+        if key in used or key not in tensors or (native and markers.is_marker(key)):
             del state_dict[key]
     state_dict.update(quantized)
     return bool(claims)
@@ -148,21 +153,27 @@ def _claims(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     registry: Registry,
+    native: bool,
 ) -> dict[str, Claim]:
-    """The claim to each layer that is not ComfyUI's own."""
+    """The claim to each layer that is not ComfyUI's own, unless those count too."""
     given = tensor_metadata.claims_of(tensors)
     used = {key for claim in given.values() for key in claim.keys.values()}
     rest = {key: tensor for key, tensor in tensors.items() if key not in used}
     header = Header.from_state_dict(tensors, metadata)
     found = identify(Header.from_state_dict(rest, metadata), registry)
     every = {**given, **found.claims()}
-    claims = {la: c for la, c in every.items() if not markers.native(header, la)}
+
+    def comfyuis(layer: str) -> bool:
+        return not native and markers.native(header, layer)
+
+    claims = {la: c for la, c in every.items() if not comfyuis(la)}
     if claims and not markers.reads_layers():
         claims = every  # it cannot have layers of its own kind beside ours
-    _check_unknown(found, header, registry)
-    _check_foreign(found, header, alone=not claims)
-    _check_orphans(_orphans(found, header), tensors, alone=not claims)
-    bare = [la for la in found.unscaled if not markers.native(header, la)]
+    _check_unknown(found, comfyuis, registry)
+    _check_foreign(found, header, comfyuis, alone=not claims, native=native)
+    orphans = sorted(k for k in found.unconsumed if not comfyuis(k.rpartition(".")[0]))
+    _check_orphans(orphans, tensors, alone=not claims)
+    bare = [la for la in found.unscaled if not comfyuis(la)]
     if claims and bare:
         log.warning(
             "hijack: %d layers hold quantized data without a scale, such as %s, while "
@@ -200,6 +211,20 @@ def _renamed(
     return metadata
 
 
+def may_be_quantized(tensors: Mapping[str, Tensor]) -> bool:
+    """Whether a file can hold quantized layers, from names and dtypes alone.
+
+    Integers that are no weights, such as positions, are in many dense files.
+    """
+    return any(
+        key.rpartition(".")[2] in SCALE_NAMES
+        or tensor_metadata.is_tied(tensor)
+        or (tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool)
+        or (tensor.dtype not in DENSE_DTYPES and key.endswith("weight"))
+        for key, tensor in tensors.items()
+    )
+
+
 def _unusual(
     tensors: Mapping[str, Tensor], marked: Container[str]
 ) -> dict[str, Tensor]:
@@ -227,10 +252,12 @@ def _unusual(
     return found if quantized else {}
 
 
-def _check_unknown(found: Identification, header: Header, registry: Registry) -> None:
+def _check_unknown(
+    found: Identification, comfyuis: Callable[[str], bool], registry: Registry
+) -> None:
     """Refuse layers of a scheme that is not there: their data is no weight."""
     for layer, scheme in found.unknown.items():
-        if not markers.native(header, layer):
+        if not comfyuis(layer):
             raise UnknownSchemeError(
                 f"{layer}: was written by scheme {excerpt(scheme)}, as "
                 f"{len(found.unknown)} layers were, which is not registered; expected "
@@ -239,18 +266,26 @@ def _check_unknown(found: Identification, header: Header, registry: Registry) ->
             )
 
 
-def _check_foreign(found: Identification, header: Header, *, alone: bool) -> None:
+def _check_foreign(
+    found: Identification,
+    header: Header,
+    comfyuis: Callable[[str], bool],
+    *,
+    alone: bool,
+    native: bool,
+) -> None:
     """Refuse layers that neither a scheme nor this ComfyUI reads.
 
     Where no layer is ours that is ComfyUI's business, unless it would take quantized
-    data that nothing marks for weights.
+    data that nothing marks for weights, or that its loader knows no marker of.
     """
     for layer, other in found.unsupported.items():
-        if markers.reads_layers() and markers.native(header, layer):
+        if markers.reads_layers() and comfyuis(layer):
             continue
         weight = header.tensors.get(join(layer, "weight"))
         silent = weight is not None and weight.torch_dtype not in DENSE_DTYPES
-        if alone and not (silent and layer_marker(header, layer) is None):
+        unmarked = native or layer_marker(header, layer) is None
+        if alone and not (silent and unmarked):
             continue
         what = "and others are read by a scheme; this ComfyUI cannot read both"
         if alone:
@@ -287,15 +322,6 @@ def _check_orphans(
             orphans[0],
             len(orphans),
         )
-
-
-def _orphans(found: Identification, header: Header) -> list[str]:
-    """Scales that neither a scheme nor ComfyUI consumes."""
-    return sorted(
-        key
-        for key in found.unconsumed
-        if not markers.native(header, key.rpartition(".")[0])
-    )
 
 
 def _quantized(
