@@ -157,6 +157,10 @@ class PatchSet:
         """Whether the patches are on, as far as nobody has taken one out."""
         return bool(self._gates)
 
+    def in_force(self, where: str) -> bool:
+        """Whether what has that dotted name is patched, and nobody took it out."""
+        return any(g.patch.where == where and not g.is_gone() for g in self._gates)
+
     def gone(self) -> list[str]:
         """Dotted names of what was patched and is not any more.
 

@@ -92,6 +92,10 @@ class Control:
         """Dotted names of what hijack patched and somebody has restored."""
         return [] if self._patches is None else self._patches.gone()
 
+    def in_force(self, where: str) -> bool:
+        """Whether hijack's patch of what has that dotted name is on."""
+        return self._patches is not None and self._patches.in_force(where)
+
     # -- patching ----------------------------------------------------------------------
 
     def arm(self) -> None:
@@ -261,6 +265,11 @@ def status() -> dict[str, HostStatus]:
 def restored(host: str = "comfyui") -> list[str]:
     """Dotted names of what hijack patched in a host and somebody has restored."""
     return _control(host).restored()
+
+
+def in_force(where: str, host: str = "comfyui") -> bool:
+    """Whether hijack's patch of what has that dotted name in a host is on."""
+    return _control(host).in_force(where)
 
 
 def _control(host: str) -> Control:

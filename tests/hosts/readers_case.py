@@ -16,9 +16,22 @@ import logging
 import types
 from pathlib import Path
 
+import comfy_case
 import torch
 from comfy_case import FOLDER, ROOT, comfy, comfy_models, error, found
-from loaders_files import Log, coded_vae, decode, is_linear, musubi, native, vae_weights
+from loaders_files import (
+    Log,
+    coded_vae,
+    decode,
+    is_linear,
+    load_clip,
+    musubi,
+    native,
+    pooled,
+    quantized,
+    text_encoder,
+    vae_weights,
+)
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -288,6 +301,39 @@ def check_manners(files, meant):
     result["pickled"] = same(torch.load(FOLDER / "pickled.pt"), expected)
 
 
+def check_restored():
+    """A model is decoded where somebody took a patch out; patch() puts it back."""
+    import hijack.hosts
+
+    bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
+    coded, _ = comfy_models.musubi(bf16)
+    path = str(write("qwen", coded))
+    text, said = musubi(text_encoder("clip_l"))
+    reference = comfy_case.first_output(comfy_case.load(comfy_case.exact(coded)))
+    spoken = pooled(load_clip(said, kind="STABLE_DIFFUSION"))[1]
+    detection, load_sd = comfy.model_detection, comfy.sd.CLIP.load_sd.__wrapped__
+    detection.model_config_from_unet = detection.model_config_from_unet.__wrapped__
+    comfy.sd.CLIP.load_sd = load_sd
+    result = found["restored"]
+    result["status"] = str(hijack.hosts.status()["comfyui"])
+    with Log() as log:
+        loaded = {
+            "file": comfy.sd.load_diffusion_model(path),
+            "state dict": comfy.sd.load_diffusion_model_state_dict(dict(coded)),
+        }
+        clip = load_clip(text, kind="STABLE_DIFFUSION")
+    result["log"] = [line for line in log.lines if "took our patch" in line][:1]
+    result["errors"] = {
+        name: error(comfy_case.first_output(patcher), reference)
+        for name, patcher in loaded.items()
+    }
+    result["errors"]["text encoder"] = error(pooled(clip)[1], spoken)
+    result["healed"] = hijack.hosts.patch("comfyui").patched
+    patcher = comfy.sd.load_diffusion_model(path)
+    result["quantized"] = quantized(patcher.model)
+    result["errors"]["healed"] = error(comfy_case.first_output(patcher), reference)
+
+
 def check_plain(files):
     """A file without quantized layers is ComfyUI's own dict of ComfyUI's tensors."""
     import hijack.hosts
@@ -341,7 +387,7 @@ def main():
     import hijack.hosts
     import schemes.blockwise_fp8  # noqa: F401
 
-    for name in ("callers", "clip vision", "new", "manners"):
+    for name in ("callers", "clip vision", "new", "manners", "restored"):
         found[name] = {}
     found["status"] = str(hijack.hosts.patch("comfyui"))
     files, meant = make_files()
@@ -350,6 +396,7 @@ def main():
     check_small_vae()
     check_new_loaders(files, meant)
     check_manners(files, meant)
+    check_restored()
     check_plain(files)
 
 

@@ -95,3 +95,22 @@ def test_the_log_says_what_was_decoded(case):
     """One line counts the layers and names the file."""
     (line,) = case["manners"]["log"]
     assert line.startswith("hijack: 1 layers of ours.safetensors decoded")
+
+
+def test_a_model_is_decoded_where_somebody_took_a_patch_out(case):
+    """A patch that is missing costs memory, not the picture, and is told."""
+    found = case["restored"]
+    assert (
+        "not patched (comfy.model_detection.model_config_from_unet" in found["status"]
+    )
+    assert "comfy.sd.CLIP.load_sd" in found["status"]
+    assert max(found["errors"].values()) < 1e-3  # decoded in bfloat16 or float32
+    (line,) = found["log"]
+    assert "hijack.patch() puts it back" in line
+
+
+def test_patching_again_keeps_models_quantized(case):
+    """patch() puts back what was taken out."""
+    assert case["restored"]["healed"]
+    assert case["restored"]["quantized"] > 10
+    assert case["restored"]["errors"]["healed"] < 1e-6

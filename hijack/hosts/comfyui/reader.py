@@ -231,25 +231,12 @@ def make_load_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_taking_quantized(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The replacement of a loader that is given a state dict, and ends in our patches.
-
-    Where somebody has restored one of the functions that we patched, the quantized
-    layers might get lost on the way, and are decoded here.
-    """
+    """The replacement of a loader of state dicts, which ends in our patches."""
 
     @functools.wraps(original)
     def load(sd: Any, *args: Any, **kwargs: Any) -> Any:
-        gone = restored("comfyui")
-        if not gone:
-            open_file(sd)
-        elif not isinstance(sd, FileStateDict) and isinstance(sd, dict):
-            decode_claimed(sd, "model", kwargs.get("metadata"))
-        if gone:
-            log.warning(
-                "hijack: somebody has restored %s, so that quantized layers are "
-                "decoded; call hijack.patch() to keep them quantized",
-                ", ".join(gone),
-            )
+        if isinstance(sd, dict):
+            open_if_patched(sd, kwargs.get("metadata"))
         return original(sd, *args, **kwargs)
 
     return load
@@ -292,6 +279,31 @@ def open_file(state_dict: Any) -> None:
     """Show the tensors of a state dict as they are stored, if it is one of a file."""
     if isinstance(state_dict, FileStateDict):
         state_dict.open()
+
+
+def open_if_patched(
+    state_dict: dict[str, Any], metadata: Mapping[str, str] | None = None
+) -> bool:
+    """Open a file for a loader that ends in our patches, or decode its layers.
+
+    Where somebody has taken one of our patches out, quantized layers might get lost on
+    the way.
+
+    Returns:
+        Whether every patch is there.
+    """
+    gone = restored("comfyui")
+    if not gone:
+        open_file(state_dict)
+        return True
+    if not isinstance(state_dict, FileStateDict):
+        decode_claimed(state_dict, "model", metadata)
+    log.warning(
+        "hijack: somebody took our patch of %s out, so quantized layers are decoded; "
+        "hijack.patch() puts it back",
+        ", ".join(gone),
+    )
+    return False
 
 
 def _called_by_comfyui() -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from hijack.hosts.comfyui.detection import decode_claimed, encode_claimed
 from hijack.hosts.comfyui.linear import QuantizedLinear
 from hijack.hosts.comfyui.operations import make_operations
-from hijack.hosts.comfyui.reader import FileStateDict, open_file
+from hijack.hosts.comfyui.reader import FileStateDict, open_file, open_if_patched
 from hijack.quantized import QuantizedTensor
 
 #: Keys of ControlNets that ComfyUI does arithmetic with instead of building layers.
@@ -35,8 +35,9 @@ def make_load_text_encoders(original: Callable[..., Any]) -> Callable[..., Any]:
         # Before ComfyUI looks at shapes, at markers, and renames keys.
         options = kwargs.get("model_options", args[3] if len(args) > 3 else None)
         for state_dict in args[0] if args else kwargs.get("state_dicts", ()):
-            open_file(state_dict)
-            if not _own_operations(options):
+            if _own_operations(options):
+                open_file(state_dict)
+            elif open_if_patched(state_dict):
                 encode_claimed(state_dict)
         return original(*args, **kwargs)
 
