@@ -144,6 +144,23 @@ def lora(state_dict, amplitude, layers=2):
     return made
 
 
+def lora_copies(module):
+    """Devices of what a quantized layer's LoRAs keep for the next forward."""
+    functions = [
+        *getattr(module, "weight_function", ()),
+        getattr(module, "_deferred_patch", None),
+        getattr(module, "_visible_patch", None),
+    ]
+    kept = [getattr(function, "hijack_patches", None) for function in functions]
+    kept += getattr(module, "_weight_patches", ())
+    return {
+        device
+        for patches in kept
+        if patches is not None
+        for device in (*patches._moved, *(device for device, _ in patches._ready))
+    }
+
+
 def with_lora(patcher, made):
     """A clone with the LoRA, as the LoRA loader node makes it."""
     return comfy.sd.load_lora_for_models(patcher, None, made, 1.0, 0)[0]

@@ -201,7 +201,7 @@ def check_unloading(patcher, made):
         "loras": [
             name
             for name, module in patcher.model.named_modules()
-            if getattr(module, "_known", None) is not None
+            if case.lora_copies(module)
         ],
     }
 
