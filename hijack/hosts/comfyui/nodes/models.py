@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -80,6 +81,19 @@ def load_quantized(
     config = make_config(scheme, block_size)
     result = quantize.load_quantized(path, config, include, exclude, progress_bar())
     return Result((result,))
+
+
+def file_state(path: str) -> str:
+    """What is another once a file is replaced or written to."""
+    found = os.stat(path)
+    return f"{path} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+
+
+def _loaded(unet_name: str) -> str:
+    """What *Load Diffusion Model (quantize)*'s model depends on: the file."""
+    folder_paths = sys.modules["folder_paths"]
+    path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+    return file_state(path)
 
 
 def merge_loras(model: Any) -> Result:
@@ -165,6 +179,7 @@ NODES = (
         ),
         (Output("MODEL", "model", "The quantized model."),),
         load_quantized,
+        fingerprint=_loaded,
     ),
     Node(
         "HijackMergeLoras",
