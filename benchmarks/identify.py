@@ -19,8 +19,8 @@ from pathlib import Path
 
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from benchmarks.timing import alternate, machine, ratio
-from hijack.dtypes import bytes_of
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
+from hijack.safetensors_io.header import bytes_of
 from hijack.safetensors_io.reader import read_header
 
 ROUNDS = 7

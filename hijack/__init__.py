@@ -5,9 +5,8 @@ from hijack.checkpoint.convert import ConvertReport, convert_file
 from hijack.checkpoint.quantize import QuantizeReport, quantize_file
 from hijack.claim import Certainty, Claim
 from hijack.errors import HijackError
-from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect
-from hijack.formats.identification import Identification
+from hijack.formats.identification import Identification, identify
 from hijack.hooks import hookimpl
 from hijack.hosts import HostStatus, patch, status, unpatch
 from hijack.loading import LoadReport, load

@@ -40,6 +40,7 @@ class Claim:
             to be smaller than what is stored.
         options: options the layer was quantized with, as texts, where the file
             declares them.
+        unread: what the layer's marker says that the dialect does not know.
         unused: roles of tensors that do not affect the weight, such as the scale of an
             input.
     """
@@ -55,6 +56,7 @@ class Claim:
     padded: tuple[int, int] | None = None
     shape: tuple[int, ...] | None = None
     unused: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def cropped(self, shape: tuple[int, ...]) -> Claim:

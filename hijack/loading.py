@@ -7,14 +7,15 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hijack.claim import Claim
 from hijack.dtypes import DENSE_DTYPES
-from hijack.errors import CheckpointError, ModuleError, ShapeError, UnconsumedScaleError
+from hijack.errors import CheckpointError, ModuleError, ShapeError
 from hijack.formats import matching
-from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect
+from hijack.formats.identification import identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
 from hijack.modules import Change, Wrapped, apply_all, prepare
 from hijack.quantized import QuantizedTensor
@@ -23,8 +24,9 @@ from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.scheme import Scheme
 from hijack.stored import plain, refuse_raw
-from hijack.text import excerpt
 
+#: safetensors' names of dtypes that files hold dense tensors in, to make them small.
+PLAIN_CASTS = ("F8_E4M3", "F8_E5M2")
 Source = (
     str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
 )
@@ -39,18 +41,21 @@ class LoadReport:
         dense: number of other tensors loaded.
         missing: keys of the model the checkpoint lacks; empty if strict.
         unexpected: keys of the checkpoint the model lacks; empty if strict.
+        cast: keys of plain FP8 tensors, which were cast to the model's dtype.
     """
 
     layers: Mapping[str, Claim]
     dense: int
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    cast: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         schemes = sorted({claim.scheme for claim in self.layers.values()})
+        cast = f" ({len(self.cast)} cast from FP8)" if self.cast else ""
         return (
             f"{len(self.layers)} quantized layers ({', '.join(schemes) or 'none'}), "
-            f"{self.dense} dense tensors, {len(self.missing)} missing, "
+            f"{self.dense} dense tensors{cast}, {len(self.missing)} missing, "
             f"{len(self.unexpected)} unexpected"
         )
 
@@ -89,30 +94,13 @@ def load(
     registry = current_registry(registry)
     header, tensors = _open(source)
     found = identify(header, registry, assume=assume)
-    claims = found.claims()
-    for layer, other in found.unsupported.items():
-        raise CheckpointError(
-            f"{header.source}: {layer or 'weight'}: is in the format "
-            f"{other.format}, expected one that a registered scheme reads; install a "
-            "plugin for it, or see `hijack identify`"
-        )
-    for layer, name in found.unknown.items():
-        raise CheckpointError(
-            f"{header.source}: {layer or 'weight'}: was written by scheme "
-            f"{excerpt(name)}, expected one that is registered; install the plugin "
-            "that has it, or see `hijack schemes`"
-        )
-    if found.unconsumed:
-        raise UnconsumedScaleError(
-            f"{header.source}: no scheme reads {', '.join(found.unconsumed[:3])}"
-            f"{' ...' if len(found.unconsumed) > 3 else ''} "
-            f"({len(found.unconsumed)} keys); "
-            "loading would ignore these scales; install the scheme that wrote the file"
-        )
-    plan = _Plan(model, header, claims, tensors, registry)
+    found.check()
+    plan = _Plan(model, header, found.claims(), tensors, registry)
     plan.check(strict)
     plan.apply()
-    return LoadReport(plan.claims, len(plan.dense), plan.missing, plan.unexpected)
+    return LoadReport(
+        plan.claims, len(plan.dense), plan.missing, plan.unexpected, plan.cast
+    )
 
 
 # -- details ---------------------------------------------------------------------------
@@ -153,6 +141,7 @@ class _Plan:
         used |= _marker_keys(header, self.claims, registry)
         self.dense = dict.fromkeys(key for key in header.tensors if key not in used)
         self.changes: dict[str, Change] = {}
+        self.places: dict[str, tuple[torch.device, torch.dtype | None]] = {}
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
 
@@ -253,7 +242,13 @@ class _Plan:
                 "pass strict=False to load what fits"
             )
         for key in given & set(current):
-            _check_dense(key, self.header, current[key], self.modules)
+            dtype = _check_dense(key, self.header, current[key], self.modules)
+            self.places[key] = current[key].device, dtype
+
+    @property
+    def cast(self) -> tuple[str, ...]:
+        """Keys of plain FP8 tensors, which the model has in a dense dtype."""
+        return tuple(key for key, (_, dtype) in self.places.items() if dtype)
 
     def apply(self) -> None:
         """Change the model; nothing here is expected to fail."""
@@ -262,11 +257,9 @@ class _Plan:
         moved: dict[int, QuantizedTensor] = {}
         placed = (_placed(change, moved) for change in self.changes.values())
         apply_all(placed, keep=strict())
-        rest = {key: self.tensors[key] for key in self.dense}
-        here = self.model.state_dict()
         dense = {
-            key: tensor if (old := here.get(key)) is None else _place(tensor, old)
-            for key, tensor in rest.items()
+            key: _place(self.tensors[key], *self.places.get(key, (None, None)))
+            for key in self.dense
         }
         self.model.load_state_dict(dense, strict=False, assign=True)
         _tie(tied, self.dense, self.changes)
@@ -299,26 +292,33 @@ def _check_target(module: nn.Module, scheme: Scheme, name: str) -> None:
 
 def _check_dense(
     key: str, header: Header, current: Tensor, modules: Mapping[str, nn.Module]
-) -> None:
-    """Refuse a dense tensor of another shape, or codes nobody can read."""
+) -> torch.dtype | None:
+    """Refuse a dense tensor of another shape, or quantized data nobody can read.
+
+    Returns:
+        The dtype to cast it to, if it is a plain cast to FP8; else None.
+    """
     info = header.tensors[key]
     owner = modules.get(key.rpartition(".")[0])
     if isinstance(owner, Wrapped) and key.rpartition(".")[2] == "weight":
-        weight: Any = owner._parameters["weight"]
-        expected, floating = tuple(weight.shape), True
+        weight: Tensor = owner._parameters["weight"]  # type: ignore[assignment]
+        expected, dtype = tuple(weight.shape), weight.dtype
     else:
-        expected, floating = tuple(current.shape), current.dtype in DENSE_DTYPES
+        expected, dtype = tuple(current.shape), current.dtype
     if info.shape != expected:
         raise ShapeError(
             f"{key}: got shape {info.shape}, expected {expected}; is this the right "
             "model for the file?"
         )
-    if floating and info.torch_dtype not in DENSE_DTYPES:
+    if dtype not in DENSE_DTYPES or info.torch_dtype in DENSE_DTYPES:
+        return None
+    if info.dtype not in PLAIN_CASTS:
         raise CheckpointError(
             f"{key}: got {info.dtype} without scales that a scheme reads, expected a "
             "dense dtype; install the scheme that wrote the file, or see "
             "`hijack identify`"
         )
+    return dtype  # identify found nothing that would scale it
 
 
 def _placed(change: Change, moved: dict[int, QuantizedTensor]) -> Change:
@@ -338,9 +338,12 @@ def _placed(change: Change, moved: dict[int, QuantizedTensor]) -> Change:
     return dataclasses.replace(change, weight=moved[id(weight)])
 
 
-def _place(tensor: Tensor, old: Tensor) -> Tensor:
-    """Move a tensor to where the old one is; meta stands for anywhere."""
-    return tensor if old.is_meta else tensor.to(old.device)
+def _place(
+    tensor: Tensor, device: torch.device | None, dtype: torch.dtype | None
+) -> Tensor:
+    """Move a tensor to a device, or to none for anywhere, and cast it if asked to."""
+    anywhere = device is None or device.type == "meta"
+    return tensor.to(None if anywhere else device, dtype or tensor.dtype)
 
 
 @dataclasses.dataclass(frozen=True)

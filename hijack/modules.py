@@ -438,13 +438,17 @@ def _make_forward(base: type[nn.Module], bound: Forward | None) -> Forward:
     own = base.forward
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        weight = recalled(self.weight)
+        weight = self.weight
+        if not isinstance(weight, QuantizedTensor):
+            weight = recalled(weight)
         if isinstance(weight, QuantizedTensor):
             return _standin_forward(self, weight, *args, **kwargs)
         return own(_checked_dense(self, weight), *args, **kwargs)
 
     def bound_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        weight = recalled(self.weight)
+        weight = self.weight
+        if not isinstance(weight, QuantizedTensor):
+            weight = recalled(weight)
         if isinstance(weight, QuantizedTensor):
             bias = getattr(self, "bias", None)
             return chosen(self, input, weight, bias, *args, **kwargs)  # type: ignore[misc]
@@ -625,6 +629,10 @@ def _take_weight(
     """
     if "weight" not in module._parameters:  # it is parametrized
         return dict(state_dict), True
+    others = {prefix + name for name in (*module._parameters, *module._buffers)}
+    others.discard(f"{prefix}weight")
+    if all(key in others or not key.startswith(prefix) for key in state_dict):
+        return dict(state_dict), False
     old: Any = module._parameters["weight"]
     shard = shard_of(old)
     if shard is not None:

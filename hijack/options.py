@@ -27,6 +27,8 @@ class Option:
         choices: the allowed values; empty for any.
         minimum: least value of a number.
         maximum: greatest value of a number.
+        forward: whether it says how a layer computes, not how it is quantized. A
+            dialect that cannot store it loses something.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Option:
     choices: Sequence[Any] = ()
     minimum: float | None = None
     maximum: float | None = None
+    forward: bool = False
 
     @classmethod
     def from_default(cls, name: str, default: Any) -> Option:

@@ -305,7 +305,7 @@ class Registry:
     def identify(self, header: Header) -> list[Claim]:
         """The claims of all plugins to the layers of a checkpoint.
 
-        Those of the registered schemes come from `hijack.formats.detection`.
+        Those of the registered schemes come from `hijack.formats.identification`.
         """
         answers: list[list[Claim]] = self._hook.hijack_identify(header=header)
         return [claim for claims in answers for claim in claims]

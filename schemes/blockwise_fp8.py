@@ -35,6 +35,7 @@ import hijack.hosts
 from hijack.errors import (
     CheckpointError,
     DTypeError,
+    NonFiniteError,
     SchemeError,
     ShapeError,
 )
@@ -58,7 +59,7 @@ from schemes._fp8.blocks import (
     reblock,
 )
 from schemes._fp8.dialects import DIALECTS, NATIVE
-from schemes._fp8.dialects.likeness import likeness
+from schemes._fp8.dialects.base import FULL_PRECISION, likeness
 
 # -- the scheme ----------------------------------------------------------------------
 
@@ -92,6 +93,13 @@ class BlockwiseFP8(hijack.Scheme):
         ),
         Option("stochastic", "bool", False, "round up or down at random"),
         Option("seed", "int", 0, "of the random numbers"),
+        Option(
+            FULL_PRECISION,
+            "bool",
+            False,
+            "never multiply the layer in FP8, where a program could",
+            forward=True,
+        ),
     )
 
     def quantize(  # type: ignore[override]
@@ -104,6 +112,7 @@ class BlockwiseFP8(hijack.Scheme):
         scale_search: int = 0,
         stochastic: bool = False,
         seed: int = 0,
+        full_precision_matrix_mult: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cut a weight into blocks and scale each to FP8.
 
@@ -120,6 +129,8 @@ class BlockwiseFP8(hijack.Scheme):
             stochastic: round up or down at random, without bias, not to nearest. Scales
                 are searched as if codes were rounded to nearest.
             seed: of the random numbers; the same seed gives the same codes.
+            full_precision_matrix_mult: of the layer that the weight is for; the weight
+                is the same.
 
         Returns:
             Codes of the weight's shape; ``weight_scale`` (ceil(N/R), ceil(K/C)), and
@@ -281,7 +292,7 @@ class BlockwiseFP8(hijack.Scheme):
         return None
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
-        """Refuse dtypes the scheme has not, and scales that cannot be.
+        """Refuse dtypes the scheme has not, and numbers that cannot be.
 
         A scale must cover the weight and be positive and finite; zero is allowed where
         all codes of the block are.
@@ -302,8 +313,14 @@ class BlockwiseFP8(hijack.Scheme):
             size = block_size_of(qdata, params)
         except ShapeError as error:
             raise ShapeError(f"{where}: {error}") from error
-        if not scale.is_meta and not qdata.is_meta:
-            check_scales(qdata, scale, size, where)
+        if scale.is_meta or qdata.is_meta:
+            return
+        check_scales(qdata, scale, size, where)
+        if decode.are_plain(qdata) and not decode.is_finite(qdata):
+            raise NonFiniteError(
+                f"{where}: weight holds NaN or inf, expected finite numbers; the file "
+                "is damaged, get it again"
+            )
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -166,6 +166,39 @@ def test_numbers_too_small_for_a_float16_scale_become_zeros(dtype):
         SCHEME.validate(q, params, "a layer")
 
 
+@pytest.mark.parametrize("at", [(0, 0), (0, 2), (1, 1), (2, 3)])
+def test_a_zero_scale_is_refused_over_any_block_that_is_not_zero(at):
+    """Every block is looked at, the short ones too, and no block beside it."""
+    q = torch.ones(5, 14).to(E4M3)
+    scale = torch.ones(3, 4)
+    scale[at] = 0
+    block = torch.empty((2, 4, 0), dtype=torch.uint8)
+    params = {"weight_scale": scale, "weight_block_size": block}
+    with pytest.raises(CheckpointError, match="a layer: weight_scale holds 0"):
+        SCHEME.validate(q, params, "a layer")
+    rows, cols = slice(at[0] * 2, at[0] * 2 + 2), slice(at[1] * 4, at[1] * 4 + 4)
+    q.view(torch.uint8)[rows, cols] = 0
+    SCHEME.validate(q, params, "a layer")
+
+
+@pytest.mark.parametrize("at", [0, 77, 4095])
+@pytest.mark.parametrize(
+    ("dtype", "byte"),
+    [
+        *((E4M3, byte) for byte in (0x7F, 0xFF)),
+        *((torch.float8_e5m2, byte) for byte in (0x7C, 0xFC, 0x7D, 0xFF)),
+    ],
+)
+def test_data_that_is_not_finite_is_refused(dtype, byte, at):
+    """A NaN in a weight makes every pixel NaN; the message names the layer."""
+    q = torch.ones(64, 64).to(dtype)
+    params = {"weight_scale": torch.ones(64, 1)}
+    SCHEME.validate(q, params, "a layer")
+    q.view(torch.uint8).view(-1)[at] = byte
+    with pytest.raises(NonFiniteError, match="a layer: weight holds NaN or inf"):
+        SCHEME.validate(q, params, "a layer")
+
+
 def test_meta_tensors_give_meta_tensors():
     """Shapes and dtypes are known without data."""
     q, params = SCHEME.create_params((33, 70), torch.bfloat16, "meta", block_size=16)
@@ -250,6 +283,22 @@ def test_stochastic_rounding_takes_a_neighbour_and_has_no_bias(dtype):
     error = (total / 200 - ratio) / gap  # standard deviation at most 0.5 / sqrt(200)
     assert error.abs().max() < 0.2
     assert error.mean().abs() < 0.005
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_stochastic_rounding_has_no_bias_where_the_spacing_ends(dtype):
+    """Below the second-lowest binade all numbers are equally far apart."""
+    info = torch.finfo(dtype)
+    gap = info.smallest_normal * info.eps
+    weight = torch.linspace(-3, 3, 64).mul(info.smallest_normal).repeat(400, 1)
+    weight[:, 0] = info.max  # so that the scale is 1
+    q, params = SCHEME.quantize(weight, dtype=dtype, stochastic=True, seed=3)
+    assert (params["weight_scale"] == 1).all()
+    codes = q.float()[:, 1:]
+    inside = weight[:, 1:].abs() < 2 * info.smallest_normal
+    assert (((codes - weight[:, 1:]).abs() < gap) | ~inside).all()
+    error = (codes - weight[:, 1:]).mean(0) / gap  # deviation at most 0.5 / sqrt(400)
+    assert error[inside[0]].abs().max() < 0.15
 
 
 def test_stochastic_rounding_follows_its_seed():

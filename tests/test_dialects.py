@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.safetensors_io.header import TensorInfo
 
 FP8 = torch.float8_e4m3fn

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+import hijack
 from hijack.errors import HeaderError, HijackError
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.safetensors_io import files
 from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.safetensors_io.writer import write_checkpoint
@@ -363,3 +364,17 @@ def test_the_garbage_collector_is_left_as_it_was(tmp_path, enabled):
         assert gc.isenabled() == enabled
     finally:
         gc.enable()
+
+
+def test_metadata_of_null_is_none(tmp_path):
+    """safetensors reads it so, and with it every program that uses it."""
+    text = json.dumps({"__metadata__": None, "a": entry()}).encode()
+    path = tmp_path / "null.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 8)
+    assert read_header(path).metadata == {}
+
+
+def test_a_layer_at_the_root_is_called_nothing():
+    """Its weight's key has no dot; a key that begins with a dot is of no layer."""
+    tensors = {key: torch.ones(1) for key in ("weight", "a.weight", ".weight", "bias")}
+    assert list(hijack.Header.from_state_dict(tensors).layers()) == ["", "a"]

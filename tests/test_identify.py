@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import hijack
 from hijack.errors import AmbiguousError, CheckpointError
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.safetensors_io.header import Header, TensorInfo, join
 from schemes.blockwise_fp8 import BlockwiseFP8
 
@@ -538,3 +538,41 @@ def test_fp8_under_the_config_of_an_unknown_method_is_a_guess(shape):
         assume=[block, "hijack"],
     )
     assert set(assumed.layers) == {"a"}
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        *("a.b.weight_quant.scale", "a.b.weight_quantizer._amax_scale", "a.b_scale"),
+        *("a.b.weight_scaling", "scales.a.b", "a.b.weight.descale", "a.b.inner.s"),
+        *("a.b.weight_amax", "a.b.w_inv", "weight_scales.a.b.weight"),
+    ],
+)
+def test_whatever_may_scale_a_lone_matrix_is_unconsumed(scale):
+    """FP8 beside a tensor that may be its scale is no plain cast, whatever its name."""
+    coded, one = torch.ones(8, 16).to(FP8), torch.ones(())
+    tensors = {"a.b.weight": coded, "a.b.bias": torch.ones(8), scale: one}
+    found = identify(hijack.Header.from_state_dict(tensors))
+    assert found.unconsumed == (scale,)
+    assert not found.clear
+
+
+def test_a_plain_cast_with_modules_and_statistics_beside_it_is_clear():
+    """Other layers' weights, norms and statistics are no scales of a cast matrix."""
+    cast, one = torch.ones(8, 16).to(FP8), torch.ones(8)
+    found = identify(
+        hijack.Header.from_state_dict(
+            {
+                "a.weight": cast,
+                "a.bias": one,
+                "a.norm.weight": one,
+                "a.norm.bias": one,
+                "a_norm.scale": one,
+                "n.weight": one.to(FP8),
+                "n.running_mean": one,
+                "n.num_batches_tracked": torch.tensor(1),
+            }
+        )
+    )
+    assert found.unconsumed == ()
+    assert found.clear

@@ -279,3 +279,51 @@ def test_save_refuses_a_dialect_that_cannot_spell_a_layer(tmp_path):
     with pytest.raises(CheckpointError, match=r"unknown dialect 'nix'.*hijack.*musubi"):
         hijack.save(model, path, dialect="nix")
     assert list(tmp_path.iterdir()) == []
+
+
+def cast_to_fp8(state_dict, keys):
+    """Some tensors of a state dict as plain casts."""
+    return {
+        k: t.to(torch.float8_e4m3fn) if k in keys else t for k, t in state_dict.items()
+    }
+
+
+@pytest.mark.parametrize("meta", [False, True])
+def test_plain_casts_load_in_the_dtype_of_the_model(tmp_path, meta):
+    """A file that nothing stands against is read: what is FP8 alone is cast."""
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).bfloat16()
+    casts = cast_to_fp8(model.state_dict(), model.state_dict().keys())
+    path = tmp_path / "cast.safetensors"
+    save_file(casts, path)
+    assert hijack.identify(path).clear
+    other = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).bfloat16()
+    report = hijack.load(other.to("meta") if meta else other, path)
+    assert sorted(report.cast) == sorted(casts)
+    for key, tensor in other.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, casts[key].bfloat16())
+
+
+def test_a_cast_bias_beside_a_scaled_weight_loads(tmp_path):
+    """The scale is the weight's; nothing would scale the bias."""
+    model = nn.Sequential(nn.Linear(64, 8)).bfloat16()
+    hijack.wrap_model(model, "blockwise_fp8")
+    path = tmp_path / "bias.safetensors"
+    hijack.save(model, path)
+    tensors = cast_to_fp8(load_file(path), ["0.bias"])
+    save_file(tensors, path)
+    assert hijack.identify(path).clear
+    other = nn.Sequential(nn.Linear(64, 8)).bfloat16()
+    assert hijack.load(other, path).cast == ("0.bias",)
+    assert torch.equal(other[0].bias, tensors["0.bias"].bfloat16())
+
+
+def test_what_identify_finds_unclear_load_refuses(tmp_path):
+    """Integers and FP8 without scales beside scaled ones are garbage as numbers."""
+    model = nn.Sequential(nn.Linear(8, 8))
+    path = tmp_path / "lone.safetensors"
+    for dtype in (torch.int8, torch.uint8):
+        save_file({"0.weight": torch.ones(8, 8, dtype=dtype)}, path)
+        assert not hijack.identify(path).clear
+        with pytest.raises(CheckpointError, match=r"0: .*without a scale"):
+            hijack.load(model, path, strict=False)

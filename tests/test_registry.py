@@ -15,8 +15,8 @@ from hijack.errors import (
     SchemeError,
     UnknownSchemeError,
 )
-from hijack.formats.detection import identify
 from hijack.formats.dialect import native_claim
+from hijack.formats.identification import identify
 
 
 class Plain(hijack.Scheme):

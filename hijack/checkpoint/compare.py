@@ -12,8 +12,7 @@ from torch import Tensor
 from hijack.claim import Claim
 from hijack.errors import CheckpointError, ShapeError, printable
 from hijack.formats import matching
-from hijack.formats.detection import identify
-from hijack.formats.identification import Identification
+from hijack.formats.identification import Identification, identify
 from hijack.metrics import QuantizationError, quantization_error
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry

@@ -159,9 +159,20 @@ class Conversion:
         weight = self._weight((qdata.to("meta"), meta))
         tensors = self._encode(weight.qdata, meta)
         encoded = matching.encoded_layer(weight, tensors)
-        if not self.requantized:
-            encoded = dataclasses.replace(encoded, options=self.claim.options)
-        self.encoded = encoded
+        kept = {} if not self.requantized else encoded.options
+        options = {**self.claim.options, **kept}
+        self.encoded = dataclasses.replace(encoded, options=options)
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """What the file says of the layer beside its weight, and the target cannot."""
+        stores = self.target.stores
+        forward = {o.name for o in self.scheme.declared_options() if o.forward}
+        options = forward.intersection(self.claim.options)
+        return (
+            *self.claim.unread,
+            *sorted(options - set(options if stores is None else stores)),
+        )
 
     # -- converting --------------------------------------------------------------------
 
@@ -190,7 +201,8 @@ class Conversion:
 
     def _encode(self, qdata: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
-            return self.target.encode(qdata, params, self.options)
+            declared = matching.declared_options(self.claim, self.scheme)
+            return self.target.encode(qdata, params, {**declared, **self.options})
         except HijackError as error:
             raise type(error)(f"{self.claim.layer}: {error}") from error
 

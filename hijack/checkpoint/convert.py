@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ from hijack.checkpoint.copying import SourceSnapshot, check_output, chunks
 from hijack.checkpoint.notes import format_notes
 from hijack.errors import CheckpointError, UnconsumedScaleError
 from hijack.formats import matching
-from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect, FormatMetadata
-from hijack.formats.identification import Identification
+from hijack.formats.identification import Identification, identify
 from hijack.metrics import QuantizationError
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, TensorInfo, join, merge_metadata
-from hijack.safetensors_io.reader import Paths, read_header
+from hijack.safetensors_io.reader import Paths, open_tensors, read_header
 from hijack.safetensors_io.shards import destination, parse_size
 from hijack.safetensors_io.writer import CheckpointWriter, open_writer
 
@@ -38,6 +38,8 @@ class ConvertReport:
         requantized: layer to the error of requantizing it.
         unsupported: layer to its format, if no scheme reads that; copied unchanged.
         dropped: keys of tensors that the dialect cannot store.
+        lost: what markers say beside the weight and the dialect cannot say, such as
+            how a layer computes, to the number of layers.
         bytes_before: size of all tensors of the source.
         bytes_after: size of all tensors of the result.
         notes: human-readable notes on the result.
@@ -51,6 +53,7 @@ class ConvertReport:
     bytes_before: int
     bytes_after: int
     notes: tuple[str, ...] = ()
+    lost: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def foreign(self) -> Mapping[str, str]:
@@ -68,6 +71,11 @@ class ConvertReport:
                 f", {len(self.requantized)} requantized, the worst {worst} with "
                 f"{error.sqnr:.1f} dB"
             )
+        if self.lost:
+            names = [f"{name} of {count} layers" for name, count in self.lost.items()]
+            text += f", but what markers say is lost: {', '.join(names)}"
+        if self.dropped:
+            text += f", {len(self.dropped)} tensors left out"
         if self.unsupported:
             text += f", {len(self.unsupported)} of other formats copied"
         return f"{text}, {self.bytes_before:,} -> {self.bytes_after:,} bytes of tensors"
@@ -231,6 +239,8 @@ class _ConversionJob:
             for role in claim.unused:
                 if role not in layer.source.inputs:
                     continue
+                if self._stands_for_none(layer.source, claim.keys[role]):
+                    continue
                 if layer.target.input_written and not layer.inputs:
                     target = join(name, layer.target.input_written)
                     layer.inputs[claim.keys[role]] = target
@@ -243,6 +253,15 @@ class _ConversionJob:
                         "(--drop-input-scales) to leave it out"
                     )
 
+    def _stands_for_none(self, dialect: Dialect, key: str) -> bool:
+        """Whether an input scale has the value by which a dialect says it has none."""
+        if dialect.absent_input is None or self.header.tensors[key].shape not in (
+            (),
+            (1,),
+        ):
+            return False
+        return open_tensors(self.header)[key].item() == dialect.absent_input
+
     def plan_file(self) -> FormatMetadata:
         """Plan all tensors of the file; returns the metadata of the whole."""
         layers: dict[Dialect, list[str]] = {}
@@ -254,6 +273,7 @@ class _ConversionJob:
             keys = self.header.tensors.keys()
             self.metadata, removed = dialect.unmark(self.metadata, keys, names)
             self.removed |= removed
+        self._plan_unused()
         for key, info in self.header.tensors.items():
             for name, planned in self._planned(key, info).items():
                 self._add(name, planned)
@@ -268,6 +288,16 @@ class _ConversionJob:
         for key, tensor in extra.tensors.items():
             self._add(key, TensorInfo.of(tensor))
         return extra
+
+    def _plan_unused(self) -> None:
+        """Name the tensors of layers that are neither written nor markers."""
+        for layer in self.layers.values():
+            keys = {role: layer.claim.keys[role] for role in layer.claim.unused}
+            self.dropped += [
+                key
+                for role, key in keys.items()
+                if role not in layer.source.inputs and key not in self.removed
+            ]
 
     def _planned(self, key: str, info: TensorInfo) -> Mapping[str, TensorInfo]:
         """The tensors that replace one tensor of the source."""
@@ -335,4 +365,5 @@ class _ConversionJob:
             before,
             sum(info.nbytes for info in self.tensors.values()),
             notes,
+            Counter(name for layer in self.layers.values() for name in layer.lost),
         )

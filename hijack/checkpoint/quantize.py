@@ -19,7 +19,7 @@ from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import RunOptions, count_workers, run
 from hijack.errors import CheckpointError
 from hijack.formats import matching
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.lora.delta import SUFFIXES
 from hijack.lora.files import Loras, Spec, parse_loras
 from hijack.progress import Progress

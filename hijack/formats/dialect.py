@@ -86,12 +86,24 @@ class Dialect:
     name = "hijack"
     #: whether hijack can write it; False if it can only be read
     writes = True
+    #: last parts of keys; a file without any of them has no layer of the dialect. With
+    #: none, the dialect is asked about every file
+    needs: tuple[str, ...] = ()
+    #: options with `Option.forward` that it can store; None for all. A subclass that
+    #: writes metadata of its own stores none unless it says so
+    stores: Collection[str] | None = None
+    #: the value of an input scale that stands for none
+    absent_input: float | None = None
     #: suffixes of input scales, which do not affect the weight
     inputs: tuple[str, ...] = ()
     #: the suffix an input scale is written under; "" if the dialect cannot store one
     input_written = ""
     #: why `fit_options` may choose other blocks than requested, human-readable
     refit_reason = "it cannot store the requested blocks"
+
+    def __init_subclass__(cls) -> None:
+        if "finish" in cls.__dict__ and "stores" not in cls.__dict__:
+            cls.stores = ()
 
     # -- reading -----------------------------------------------------------------------
 
@@ -169,7 +181,8 @@ class Dialect:
         Args:
             qdata: the quantized data.
             params: the scheme's other tensors.
-            options: the options the layer was quantized with (such as ``block_size``).
+            options: the options the layer was quantized with (such as ``block_size``),
+                and those that say how it computes.
 
         Raises:
             CheckpointError: if the dialect cannot store it.

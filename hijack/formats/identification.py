@@ -1,22 +1,54 @@
-"""The result of `identify`, as data, text and JSON."""
+"""Detect the format of a checkpoint: which scheme reads each layer, and why."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from hijack.claim import Claim
-from hijack.errors import AmbiguousError, CheckpointError, printable
-from hijack.formats.unsupported import UnsupportedLayer
-from hijack.safetensors_io.header import TensorInfo, join
-from hijack.text import block_text, excerpt, table
+from hijack.claim import Certainty, Claim
+from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
+from hijack.formats import matching, report
+from hijack.formats.dialect import check_marker
+from hijack.formats.gguf import read_gguf
+from hijack.formats.native_marker import METADATA_KEY
+from hijack.formats.unsupported import UnsupportedLayer, find_unsupported
+from hijack.registry import Registry, current_registry, disabled
+from hijack.safetensors_io.header import (
+    DENSE_NAMES,
+    Header,
+    TensorInfo,
+    gc_paused,
+    join,
+)
+from hijack.safetensors_io.reader import Paths, read_header
+from hijack.text import block_text, excerpt
 
-#: Notes of one kind that are printed, unless verbose.
-MAX_NOTES = 3
+#: Last parts of keys of scales of weights and inputs, in all known formats.
+SCALE_NAMES = frozenset(
+    {
+        "scale_weight",
+        "weight_scale",
+        "weight_scale_inv",
+        "weight_scale_2",
+        "weight_global_scale",
+        "qscale_weight",
+        "scale_input",
+        "input_scale",
+        "activation_scale",
+        "_weight_scale",
+    }
+)
+#: Dtypes of quantized data, whatever else their layer holds.
+QUANTIZED_DTYPES = frozenset(
+    {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
+)
+#: Words in the names of tensors that are needed to decode the weight beside them.
+_DECODING_WORDS = ("scale", "scaling", "amax", "absmax", "zero_point", "svd_")
+#: Last parts of keys of scales of the outputs of a layer or its attention.
+_OUTPUT_SCALES = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +104,49 @@ class Identification:
     @property
     def clear(self) -> bool:
         """True if the checkpoint can be loaded without errors."""
-        return not (
-            self.ambiguous
-            or self.unsupported
-            or self.unconsumed
-            or self.mismatches
-            or self.unknown
-            or self.container
-            or self._lacks_scales()
-        )
+        return next(self._problems(), None) is None
 
-    def _lacks_scales(self) -> bool:
+    def check(self) -> None:
+        """Refuse a checkpoint that is not `clear`.
+
+        Raises:
+            AmbiguousError: naming an ambiguous layer and its interpretations.
+            UnconsumedScaleError: naming scales that no scheme reads.
+            CheckpointError: naming anything else that stands in the way.
+        """
+        for problem in self._problems():
+            raise problem
+
+    def _problems(self) -> Iterator[CheckpointError]:
+        """What stands in the way of loading the checkpoint, the gravest first."""
+        yield from self._unreadable()
+        for layer, other in self.unsupported.items():
+            yield CheckpointError(
+                f"{self.source}: {layer or 'weight'}: is in the format "
+                f"{other.format}, expected one that a registered scheme reads; install "
+                "a plugin for it, or see `hijack identify`"
+            )
+        for layer, name in self.unknown.items():
+            yield CheckpointError(
+                f"{self.source}: {layer or 'weight'}: was written by scheme "
+                f"{excerpt(name)}, expected one that is registered; install the plugin "
+                "that has it, or see `hijack schemes`"
+            )
+        if self.unconsumed:
+            yield UnconsumedScaleError(
+                f"{self.source}: no scheme reads {', '.join(self.unconsumed[:3])}"
+                f"{' ...' if len(self.unconsumed) > 3 else ''} "
+                f"({len(self.unconsumed)} keys); loading would ignore these scales; "
+                "install the scheme that wrote the file"
+            )
+        if self.lacks_scales():
+            yield CheckpointError(
+                f"{self.source}: {self.unscaled[0] or 'weight'}: holds quantized data "
+                "without a scale, expected one beside it, as others have, or plain FP8 "
+                "casts alone; install the scheme that wrote the file"
+            )
+
+    def lacks_scales(self) -> bool:
         """Whether any unscaled data is not a plain cast.
 
         Integers never are. FP8 is not if other layers of the file have scales.
@@ -102,41 +166,27 @@ class Identification:
             CheckpointError: naming a layer whose tensors do not match its metadata, or
                 what the file is if it is not safetensors.
         """
+        for problem in self._unreadable():
+            raise problem
+        return dict(self.layers)
+
+    def _unreadable(self) -> Iterator[CheckpointError]:
+        """What stands in the way of reading the claimed layers."""
         if self.container:
-            raise CheckpointError(
+            yield CheckpointError(
                 f"{self.source}: is {self.container}, expected safetensors"
             )
         for layer, reason in self.mismatches.items():
-            raise CheckpointError(
+            yield CheckpointError(
                 f"{self.source}: {layer}: metadata and tensors do not match; "
                 f"{excerpt(reason)}; get the file again, or quantize the original"
             )
         for layer, claims in self.ambiguous.items():
-            raise AmbiguousError(f"{self.source}: {layer}: {_choice(claims)}")
-        return dict(self.layers)
+            yield AmbiguousError(f"{self.source}: {layer}: {report.choice(claims)}")
 
     def groups(self) -> list[tuple[str, str, str, int]]:
         """Scheme, dialect, block size and number of layers of each kind."""
-        return self._kinds(lambda claim: block_text(claim.block_size))
-
-    def _kinds(self, block: Callable[[Claim], str]) -> list[tuple[str, str, str, int]]:
-        kinds = Counter(
-            (claim.scheme, claim.dialect, block(claim))
-            for claim in self.layers.values()
-        )
-        return [(*kind, count) for kind, count in sorted(kinds.items())]
-
-    def _block(self, claim: Claim) -> str:
-        """The block size, or ``row`` or ``tensor`` if a block is a whole one."""
-        weight = self.infos.get(next(iter(claim.keys.values()), ""))
-        if claim.block_size is None or weight is None or not weight.shape:
-            return block_text(claim.block_size)
-        rows, cols = claim.block_size
-        if cols < math.prod(weight.shape[1:]) or 1 < rows < weight.shape[0]:
-            return block_text(claim.block_size)
-        return "tensor" if rows >= weight.shape[0] else "row"
-
-    # -- text --------------------------------------------------------------------------
+        return report.groups(self, lambda claim: block_text(claim.block_size))
 
     def as_table(self, *, verbose: bool = False) -> str:
         """Everything found, human-readable.
@@ -144,168 +194,239 @@ class Identification:
         Args:
             verbose: whether to list every layer, with the evidence.
         """
-        lines = [f"{self.source}: {self.tensors} tensors"]
-        rows = [[s, d, b, str(n)] for s, d, b, n in self._kinds(self._block)]
-        formats = Counter(layer.format for layer in self.unsupported.values())
-        rows += [["-", name, "-", str(n)] for name, n in sorted(formats.items())]
-        if rows:
-            lines.append(table(["scheme", "dialect", "block", "layers"], rows))
-        elif not self.container:
-            lines.append(self._without_layers())
-        if verbose and rows:
-            head = ["layer", "scheme", "dialect", "block", "evidence"]
-            lines.append(table(head, list(self._layer_rows())))
-        notes = Counter[str]()
-        for note in map(printable, self._notes()):
-            kind = note.partition(":")[0]
-            notes[kind] += 1
-            if verbose or notes[kind] <= MAX_NOTES:
-                lines.append(note)
-        if not verbose:
-            lines += [
-                f"{kind}: {count - MAX_NOTES} more, see -v"
-                for kind, count in notes.items()
-                if count > MAX_NOTES
-            ]
-        return "\n".join(lines)
-
-    def _without_layers(self) -> str:
-        """A line for a checkpoint without a layer in a known format."""
-        if self.unscaled or self.unconsumed or self.ambiguous or self.unknown:
-            return "no layer is claimed by a scheme"
-        dtypes = Counter(info.dtype for info in self.infos.values()).most_common(4)
-        counts = ", ".join(f"{name} {count}" for name, count in dtypes)
-        return f"not quantized: {counts or 'empty'}"
-
-    def _layer_rows(self) -> Iterator[list[str]]:
-        for name, claim in self.layers.items():
-            block, evidence = block_text(claim.block_size), "; ".join(claim.evidence)
-            yield [name, claim.scheme, claim.dialect, block, excerpt(evidence)]
-        for name, layer in self.unsupported.items():
-            yield [name, "-", layer.format, "-", excerpt(layer.evidence)]
-
-    def _notes(self) -> Iterator[str]:
-        """One line for each finding that is not a plain claim."""
-        if self.container:
-            yield f"this is {self.container}"
-        if self.unsupported:
-            first = next(iter(self.unsupported)) or "weight"
-            yield f"unreadable: {len(self.unsupported)} layers, such as {first}"
-        for name, layer in self.unsupported.items():
-            if layer.alternatives:
-                yield f"ambiguous: {name}: {' or '.join(layer.alternatives)}"
-        scaled = {key.rpartition(".")[0] for key in self.unconsumed}
-        unscaled = [layer for layer in self.unscaled if layer not in scaled]
-        if unscaled:
-            kind = "plain casts or an unknown format"
-            if self._lacks_scales():
-                kind = "unlike others, or no plain casts"
-            yield (
-                f"{len(unscaled)} layers hold quantized data without a scale, {kind}, "
-                f"such as {unscaled[0] or 'weight'}"
-            )
-        for name, claims in self.ambiguous.items():
-            yield f"ambiguous: {name}: {_choice(claims)}"
-        for name, reason in self.mismatches.items():
-            yield f"mismatch: {name}: {excerpt(reason)}"
-        for claim in self.layers.values():  # read by their shapes
-            if claim.contradiction:
-                block = block_text(claim.block_size)
-                yield f"wrong marker: {excerpt(claim.contradiction)}; read as {block}"
-        for scheme, count in sorted(Counter(self.unknown.values()).items()):
-            name = excerpt(scheme)
-            yield f"unknown: {count} layers are {name}, which is not registered"
-        for key in self.unconsumed:
-            if key.rpartition(".")[0] not in self.unknown:
-                yield f"unconsumed: {key}: no scheme reads it{self._about(key)}"
-
-    def _about(self, key: str) -> str:
-        """Dtype and shape of a scale, and of the weight beside it."""
-        layer = key.rpartition(".")[0]
-        scale, weight = self.infos.get(key), self.infos.get(join(layer, "weight"))
-        if scale is None:
-            return ""
-        beside = "" if weight is None else f" beside a weight {_info_text(weight)}"
-        return f"; {_info_text(scale)}{beside}"
-
-    # -- JSON --------------------------------------------------------------------------
+        return report.as_table(self, verbose)
 
     def to_json(self) -> str:
         """Everything found, as JSON; its keys do not change with the attributes."""
-        return json.dumps(
-            {
-                "source": self.source,
-                "container": self.container or "safetensors",
-                "clear": self.clear,
-                "tensors": self.tensors,
-                "layers": {name: self._claim(c) for name, c in self.layers.items()},
-                "ambiguous": {
-                    name: [self._claim(c) for c in claims]
-                    for name, claims in self.ambiguous.items()
-                },
-                "foreign": {
-                    name: _unsupported(layer)
-                    for name, layer in self.unsupported.items()
-                },
-                "orphans": list(self.unconsumed),
-                "unscaled": list(self.unscaled),
-                "contradictions": dict(self.mismatches),
-                "unknown": dict(self.unknown),
-            },
-            indent=1,
-        )
-
-    def _claim(self, claim: Claim) -> dict[str, Any]:
-        infos = {role: self.infos.get(key) for role, key in claim.keys.items()}
-        return {
-            "scheme": claim.scheme,
-            "dialect": claim.dialect,
-            "block_size": claim.block_size,
-            "certainty": claim.certainty.name.lower(),
-            "keys": dict(claim.keys),
-            "tensors": {
-                role: {"dtype": info.dtype, "shape": list(info.shape)}
-                for role, info in infos.items()
-                if info is not None
-            },
-            "evidence": list(claim.evidence),
-            "contradiction": claim.contradiction,
-            "unused": list(claim.unused),
-        }
+        return report.to_json(self)
 
 
-def _unsupported(layer: UnsupportedLayer) -> dict[str, Any]:
-    fields = dataclasses.asdict(layer)
-    fields["rivals"] = fields.pop("alternatives")  # the key that scripts know
-    return fields
+@gc_paused()
+def identify(
+    source: Paths | Header,
+    registry: Registry | None = None,
+    *,
+    assume: Sequence[str] = (),
+) -> Identification:
+    """Detect from the header alone which scheme reads which layer.
 
+    Args:
+        source: a path, a list of shards, or a header already read.
+        registry: whose schemes are tried; default is the registry in force.
+        assume: names of schemes or dialects, or block sizes such as ``"128x128"``, that
+            choose where the file is ambiguous. They change nothing elsewhere.
 
-def _info_text(info: TensorInfo) -> str:
-    return f"{info.dtype} {list(info.shape)}"
+    Returns:
+        Claims with their evidence, and what no scheme claims.
 
-
-def names_of(claim: Claim) -> tuple[str, ...]:
-    """The words that assume a claim: its scheme, dialect and block size."""
-    return claim.scheme, claim.dialect, block_text(claim.block_size)
-
-
-def _choice(claims: Iterable[Claim]) -> str:
-    """The interpretations of a layer, and how to choose one."""
-    claims = list(claims)
-    if len({claim.scheme for claim in claims}) > 1:
-        names = ", ".join(sorted({claim.scheme for claim in claims}))
-        return (
-            f"claimed equally by {names}; expected one scheme; assume one of them, or "
-            "disable the others with HIJACK_DISABLE"
-        )
-    candidates = [f"{c.dialect} {block_text(c.block_size)}" for c in claims]
-    # in the order claimed: a scheme yields the likeliest first
-    _, dialects, blocks = map(dict.fromkeys, zip(*map(names_of, claims), strict=True))
-    choice = [next(iter(names)) for names in (dialects, blocks) if len(names) > 1]
-    choice = choice or [names_of(claims[0])[2]]
-    arguments = " ".join(f"--assume {word}" for word in choice)
-    return (
-        f"the format is ambiguous; it may be {' or '.join(candidates)}; choose with "
-        f"assume={choice}, or store the choice in a copy: "
-        f"`hijack convert FILE COPY --dialect hijack {arguments}`"
+    Raises:
+        HeaderError: if a file is malformed.
+        CheckpointError: if an assumption has nothing to choose.
+    """
+    if isinstance(source, str | os.PathLike) and (gguf := read_gguf(source)):
+        return Identification(str(source), gguf.tensors, {}, container=str(gguf))
+    header = source if isinstance(source, Header) else read_header(source)
+    registry = current_registry(registry)
+    claims = registry.identify(header) + _scheme_claims(registry, header)
+    layers, ambiguous = _resolve(claims)
+    layers, ambiguous = _assume(header.source, layers, ambiguous, assume)
+    mismatches, unknown = _metadata_mismatches(header, registry, layers)
+    known = {*layers, *ambiguous, *mismatches, *unknown}
+    unsupported: Mapping[str, UnsupportedLayer] = {}
+    if _has_quantized_data(header, known):
+        unsupported = find_unsupported(header, known)
+    unscaled = _unscaled(header, known.union(unsupported))
+    return Identification(
+        source=header.source,
+        tensors=len(header.tensors),
+        layers=layers,
+        ambiguous=ambiguous,
+        unsupported=unsupported,
+        unconsumed=_unconsumed(header, claims, unsupported, unscaled),
+        unscaled=unscaled,
+        mismatches=mismatches,
+        unknown=unknown,
+        infos=header.tensors,
     )
+
+
+def _has_quantized_data(header: Header, known: set[str]) -> bool:
+    """Whether a layer beside the known ones has anything but dense tensors."""
+    return any(
+        info.dtype not in DENSE_NAMES
+        for layer, parts in header.parts.items()
+        if layer not in known
+        for info in parts.values()
+    )
+
+
+def _scheme_claims(registry: Registry, header: Header) -> list[Claim]:
+    """The claims of the registered schemes; one that fails claims nothing.
+
+    A disabled scheme can be used by name, but claims nothing.
+    """
+    claims: list[Claim] = []
+    for name, scheme in registry.schemes().items():
+        if not disabled(name):
+            claim = functools.partial(matching.claims_of, scheme, header)
+            claims += registry.claims_of(scheme, header, claim)
+    return claims
+
+
+def _resolve(
+    claims: Iterable[Claim],
+) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
+    """The most certain claim to each layer, and the layers without a single one."""
+    by_layer: dict[str, list[Claim]] = {}
+    for claim in claims:
+        by_layer.setdefault(claim.layer, []).append(claim)
+    layers: dict[str, Claim] = {}
+    ambiguous: dict[str, tuple[Claim, ...]] = {}
+    for layer, candidates in by_layer.items():
+        best = max(claim.certainty for claim in candidates)
+        top = [claim for claim in candidates if claim.certainty == best]
+        if best is Certainty.GUESS or any(c.scheme != top[0].scheme for c in top):
+            ambiguous[layer] = tuple(top)
+        else:
+            layers[layer] = top[0]
+    return layers, ambiguous
+
+
+def _assume(
+    source: str,
+    layers: dict[str, Claim],
+    ambiguous: dict[str, tuple[Claim, ...]],
+    assume: Sequence[str],
+) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
+    """Choose among the claims to a layer by what the user assumes."""
+    assumed = [assume] if isinstance(assume, str) else list(assume)
+    unused = set(assumed)
+    undecided: dict[str, tuple[Claim, ...]] = {}
+    for layer, claims in ambiguous.items():
+        for word in assumed:
+            chosen = tuple(claim for claim in claims if word in report.names_of(claim))
+            unused.difference_update([word] if chosen else ())
+            claims = chosen or claims
+        claim = claims[0]
+        one = len({claim.interpretation() for claim in claims}) == 1
+        if one and any(word in report.names_of(claim) for word in assumed):
+            evidence = (*claim.evidence, f"assumed: {', '.join(assumed)}")
+            layers[layer] = dataclasses.replace(claim, evidence=evidence)
+        else:
+            undecided[layer] = claims
+    if unused:
+        raise CheckpointError(
+            f"assume: {sorted(unused)[0]!r} chooses nothing in {source}; expected the "
+            "name of a scheme or dialect, or a block size, that a layer is ambiguous "
+            "about; see `hijack identify`"
+        )
+    return layers, undecided
+
+
+def _metadata_mismatches(
+    header: Header, registry: Registry, layers: Mapping[str, Claim]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Marked layers whose tensors do not match, and those of unknown schemes.
+
+    Keys that only one dialect uses outrank a marker: some tool kept old metadata.
+    """
+    schemes = registry.schemes()
+    mismatches: dict[str, str] = {}
+    unknown: dict[str, str] = {}
+    for layer, marker in header.layer_metadata(METADATA_KEY).items():
+        claim = layers.get(layer)
+        certain = claim is not None and claim.certainty > Certainty.FITS
+        if certain or not _is_quantized(header, layer, marker):
+            continue
+        name = str(marker.get("scheme"))
+        if name not in schemes:
+            unknown[layer] = name
+            continue
+        native = matching.native_of(schemes[name])
+        if problem := check_marker(schemes[name], native, header, layer):
+            mismatches[layer] = problem
+    return mismatches, unknown
+
+
+def _is_quantized(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:
+    """Whether a marked layer is still quantized, and was not made dense since."""
+    weight, names = header.tensors.get(join(layer, "weight")), marker.get("params")
+    listed = names if isinstance(names, list) else []
+    return weight is not None and (
+        weight.dtype not in DENSE_NAMES
+        or any(join(layer, str(name)) in header.tensors for name in listed)
+    )
+
+
+def _unscaled(header: Header, known: set[str]) -> tuple[str, ...]:
+    """Layers whose weight is quantized data that is otherwise unknown."""
+    return tuple(
+        layer
+        for layer, parts in header.parts.items()
+        if "weight" in parts
+        and parts["weight"].dtype in QUANTIZED_DTYPES
+        and layer not in known
+    )
+
+
+def _unconsumed(
+    header: Header,
+    claims: Iterable[Claim],
+    unsupported: Mapping[str, UnsupportedLayer],
+    unscaled: Iterable[str],
+) -> tuple[str, ...]:
+    """Keys of scales that no scheme reads; under unknown names beside quantized data.
+
+    A claimed layer may have more tensors than its dialect knows, such as a scale that
+    its inputs are multiplied by. Without it the weight would be decoded wrongly.
+    """
+    used = {key for claim in claims for key in claim.keys.values()}
+    used |= {key for layer in unsupported.values() for key in layer.keys}
+    quantized = {claim.layer for claim in claims}.union(unscaled)
+    lone = set(unscaled)
+    decoding = {n for n in header.owners if any(word in n for word in _DECODING_WORDS)}
+    unconsumed = []
+    for key in header.tensors:
+        if key in used:
+            continue
+        layer, _, name = key.rpartition(".")
+        if name in _OUTPUT_SCALES:
+            continue
+        scales = name in SCALE_NAMES or (name in decoding and layer in quantized)
+        if scales or (lone and _may_scale_one_of(lone, header, key)):
+            unconsumed.append(key)
+    return tuple(unconsumed)
+
+
+def _may_scale_one_of(layers: Collection[str], header: Header, key: str) -> bool:
+    """Whether a tensor may be the scale of one of some layers without any.
+
+    Programs keep it one level down (``X.weight_quantizer.scale``), beside the layer
+    (``X_scale``), or in a table of its own (``scales.X``). Whatever its name is, a
+    matrix needs nothing beside it but a bias.
+    """
+    owner, _, name = key.rpartition(".")
+    if _is_part_of(layers, header, key):
+        return True
+    word = next((word for word in _DECODING_WORDS if word in name), None)
+    if word is not None and join(owner, name.partition(word)[0].rstrip("_")) in layers:
+        return True
+    table, _, layer = key.removesuffix(".weight").partition(".")
+    listed = any(word in table for word in _DECODING_WORDS)
+    return listed and "." in layer and layer in layers
+
+
+def _is_part_of(layers: Collection[str], header: Header, key: str) -> bool:
+    """Whether a tensor is of a layer whose matrix needs none beside it but a bias.
+
+    Whatever its name is, it may be the scale.
+    """
+    owner, _, name = key.rpartition(".")
+    if name in ("weight", "bias") or not header.tensors[key].real:
+        return False
+    if owner not in layers and "weight" in header.parts.get(owner, {}):
+        return False  # of a module within
+    modules = owner.split(".")
+    outer = (".".join(modules[:end]) for end in range(len(modules), 0, -1))
+    layer = next((name for name in outer if name in layers), None)
+    return layer is not None and len(header.parts[layer]["weight"].shape) > 1

@@ -118,7 +118,11 @@ def claims_of(scheme: Scheme, header: Header) -> Iterator[Claim]:
     if claims is not None:
         yield from claims
         return
-    layers = {d: dict.fromkeys(d.layers(header)) for d in dialects_of(scheme)}
+    layers = {
+        dialect: dict.fromkeys(dialect.layers(header))
+        for dialect in dialects_of(scheme)
+        if not dialect.needs or any(name in header.owners for name in dialect.needs)
+    }
     cache: dict[Hashable, list[Callable[[str], Claim]]] = {}
     for layer in dict.fromkeys(itertools.chain.from_iterable(layers.values())):
         cache_key = scheme.likeness(header, layer)
@@ -200,15 +204,23 @@ def read_weight(
 
 def options_of(claim: Claim, scheme: Scheme, quantized: Quantized) -> dict[str, Any]:
     """Options a layer of a file was quantized with, as far as they are known."""
+    return {**scheme.options_of(*quantized), **declared_options(claim, scheme)}
+
+
+def declared_options(claim: Claim, scheme: Scheme) -> dict[str, Any]:
+    """The options that a file declares for a layer, as values.
+
+    Raises:
+        CheckpointError: if a value is none of the option's, naming the layer.
+    """
     declared = {option.name: option for option in scheme.declared_options()}
     try:
-        stored = {
+        return {
             name: declared[name].parse(str(value)) if name in declared else value
             for name, value in claim.options.items()
         }
     except HijackError as error:
         raise CheckpointError(f"{claim.layer}: {error}") from error
-    return {**scheme.options_of(*quantized), **stored}
 
 
 # -- metadata of a weight --------------------------------------------------------------

@@ -9,9 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping
 
-from hijack.dtypes import DENSE_NAMES
 from hijack.formats.comfyui_markers import layer_marker
-from hijack.safetensors_io.header import Header, TensorInfo, join, signature
+from hijack.safetensors_io.header import (
+    DENSE_NAMES,
+    Header,
+    TensorInfo,
+    join,
+    signature,
+)
 
 #: For `Format.comfy_formats`: any marker of ComfyUI's, whatever it says.
 ANY_MARKER = ("*",)

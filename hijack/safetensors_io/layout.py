@@ -6,9 +6,8 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 
-from hijack.dtypes import bits_of, bytes_of
 from hijack.errors import CheckpointError
-from hijack.safetensors_io.header import TensorInfo
+from hijack.safetensors_io.header import TensorInfo, bits_of, bytes_of
 
 #: Key to dtype and shape of every tensor a checkpoint will hold.
 Plan = Mapping[str, TensorInfo]

@@ -15,7 +15,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from hijack.dtypes import bits_of, bytes_of
 from hijack.errors import CheckpointError, HeaderError
 from hijack.safetensors_io.files import (
     open_file,
@@ -23,8 +22,14 @@ from hijack.safetensors_io.files import (
     read_configs,
     read_json,
 )
-from hijack.safetensors_io.gc_paused import gc_paused
-from hijack.safetensors_io.header import Header, TensorInfo, merge_metadata
+from hijack.safetensors_io.header import (
+    Header,
+    TensorInfo,
+    bits_of,
+    bytes_of,
+    gc_paused,
+    merge_metadata,
+)
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -303,6 +308,8 @@ def _is_text(text: str) -> bool:
 
 
 def _metadata(path: Path, table: Any) -> dict[str, str]:
+    if table is None:  # safetensors reads null as no metadata
+        return {}
     if not isinstance(table, dict) or not all(
         isinstance(value, str) and _is_text(key + value) for key, value in table.items()
     ):

@@ -59,6 +59,7 @@ def main():
     write_mixed()
     write_native()
     write_mx()
+    write_quantizers()
     write_bare()
     write_foreign()
     write_gguf()
@@ -179,6 +180,42 @@ def write_mx():
         "code, and the least exponents",
         dense={"proj": expected},
         layers=said("mxfp8", proj=(1, 32)),
+    )
+
+
+def write_quantizers():
+    """ModelOpt's and Quark's scales, in and out of the module that made them."""
+    blocks, grid, first = layer((130, 8), (128, 8))
+    rows, column, second = layer((24, 64), (1, 64), seed=1)
+    whole, scale, third = layer((16, 32), (16, 32), seed=2)
+    deep, single, fourth = layer((16, 32), (16, 32), seed=3)
+    config = {"quant_method": "modelopt", "quant_algo": "FP8_PB_WO"}
+    write(
+        "modelopt_blocks",
+        {"a.weight": blocks, "a.weight_scale": grid.view(2, 1, 1, 1)},
+        program=PROGRAM,
+        about="ModelOpt's FP8_PB_WO: four dimensions, of which two are 1",
+        config={"quantization_config": config},
+        dense={"a": first},
+        layers=said("modelopt", a=(128, 8)),
+    )
+    write(
+        "modelopt_quantizers",
+        {
+            "rows.weight": rows,
+            "rows.weight_quantizer._scale": column.view(24, 1),
+            "rows.weight_quantizer._amax": column.view(24, 1) * 448,
+            "rows.input_quantizer._amax": torch.tensor(3.0),
+            "whole.weight": whole,
+            "whole.weight_quantizer.scale": scale.view(()),
+            "engine.weight": deep,
+            "engine.weights_scaling_factor": single.view(1),
+            "engine.activation_scaling_factor": torch.ones(1),
+        },
+        program=PROGRAM,
+        about="scales one level down, of ModelOpt and Quark, and TensorRT-LLM's",
+        dense={"rows": second, "whole": third, "engine": fourth},
+        layers=said("modelopt", rows=(1, 64), whole=(16, 32), engine=(16, 32)),
     )
 
 

@@ -18,8 +18,7 @@ from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import HijackError, UnconsumedScaleError, UnknownSchemeError
 from hijack.formats import matching
 from hijack.formats.comfyui_markers import layer_marker
-from hijack.formats.detection import SCALE_NAMES, identify
-from hijack.formats.identification import Identification
+from hijack.formats.identification import SCALE_NAMES, Identification, identify
 from hijack.formats.native_marker import (
     METADATA_KEY,
     marked_layers,

@@ -16,7 +16,7 @@ from hijack import selection
 from hijack.checkpoint.copying import SourceSnapshot
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError, SchemeError
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.hosts.comfyui.lazy_tensor import LazyTensor, quantize_layer
 from hijack.hosts.comfyui.linear import for_linears
 from hijack.hosts.comfyui.loaders import SHADOWED, core_operations

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from hijack.claim import Claim
 from hijack.errors import HijackError
-from hijack.formats.detection import identify
 from hijack.formats.dialect import Dialect
+from hijack.formats.identification import identify
 from hijack.formats.native_marker import METADATA_KEY, marked_layers, write_marker
 from hijack.safetensors_io.header import join
 from hijack.safetensors_io.reader import read_header

@@ -10,6 +10,7 @@ from schemes._fp8.dialects.native import NativeFP8Dialect
 from schemes._fp8.dialects.read_only import (
     KijaiDialect,
     PlainMXDialect,
+    QuantizerDialect,
     QuantoDialect,
     RowwiseDialect,
     SDNQDialect,
@@ -29,6 +30,7 @@ DIALECTS = (
     RowwiseDialect(),
     TorchaoDialect(),
     QuantoDialect(),
+    QuantizerDialect(),
     SDNQDialect(),
 )
 NATIVE = NativeFP8Dialect()

@@ -10,15 +10,22 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 from hijack.claim import Certainty, Claim
 from hijack.errors import CheckpointError
+from hijack.formats.comfyui_markers import (
+    FILE_MARKER,
+    LAYER_MARKER,
+    file_marker,
+    layer_marker,
+)
 from hijack.formats.dialect import Dialect
-from hijack.safetensors_io.header import Header, TensorInfo, join
+from hijack.formats.native_marker import native_marker
+from hijack.safetensors_io.header import Header, TensorInfo, join, signature
 from hijack.scheme import Scheme
 from hijack.text import block_text
 from schemes._fp8.blocks import (
@@ -35,6 +42,12 @@ from schemes._fp8.blocks import (
     possible_sizes,
 )
 
+#: What torchao calls the quantized data of a weight.
+TORCHAO_DATA = "_weight_qdata"
+#: The option of layers that are never multiplied in FP8, as ComfyUI calls it.
+FULL_PRECISION = "full_precision_matrix_mult"
+#: The module beside a weight in which ModelOpt and Quark keep its scale.
+WEIGHT_QUANTIZER = "weight_quantizer"
 #: Values of ``quant_method`` whose FP8 weights are quantized data times a scale.
 KNOWN_METHODS = frozenset(
     {
@@ -81,6 +94,8 @@ class Declared:
         evidence: where it is declared.
         size: the declared block size.
         mismatch: what does not match the tensors, apart from the block size.
+        options: how the layer computes, as `Claim.options`.
+        unread: what else the marker says, as `Claim.unread`.
         alternatives: declared block sizes that all match the scales.
     """
 
@@ -89,6 +104,8 @@ class Declared:
     size: Pair | None = None
     mismatch: str = ""
     alternatives: tuple[Pair, ...] = ()
+    options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    unread: tuple[str, ...] = ()
 
 
 class FP8Dialect(Dialect, abc.ABC):
@@ -112,11 +129,22 @@ class FP8Dialect(Dialect, abc.ABC):
     ignored_keys: tuple[str, ...] = ()
     exact = False
 
+    stores: Collection[str] = ()
+
+    def __init_subclass__(cls) -> None:
+        cls.needs = tuple(name.rpartition(".")[2] for name in cls.scales)
+
     # -- reading -----------------------------------------------------------------------
 
     def layers(self, header: Header) -> Iterable[str]:
         """The layers that have a scale of a name the dialect uses."""
-        return [la for name in self.scales for la in header.owners.get(name, ())]
+        for scale in self.scales:
+            within, _, name = scale.rpartition(".")
+            for owner in header.owners.get(name, ()):
+                if not within:
+                    yield owner
+                elif f".{owner}".endswith(f".{within}"):
+                    yield owner.removesuffix(within).removesuffix(".")
 
     @abc.abstractmethod
     def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
@@ -186,6 +214,8 @@ class FP8Dialect(Dialect, abc.ABC):
                 (declared.evidence, evidence) if declared.evidence else (evidence,),
                 mismatch,
                 unused=tuple(info.keys)[2:],
+                options=declared.options,
+                unread=declared.unread,
             )
 
     def recognise(self, scheme: Scheme, header: Header, layer: str) -> Claim | None:
@@ -269,6 +299,27 @@ def _shape_and_grid(
     shape = matrix_shape(weight)
     empty = not weight or 0 in weight
     return shape, None if empty else dialect.grid(scale, shape)
+
+
+def likeness(header: Header, layer: str) -> Hashable | None:
+    """A layer's tensors and everything any marker declares about it, or None.
+
+    None where tensors of the layer are not beside its weight: musubi-tuner's odd keys,
+    and quanto's parts of a weight.
+    """
+    parts = header.parts.get(layer, {})
+    if ".weight" in layer or not ("weight" in parts or TORCHAO_DATA in parts):
+        return None
+    markers: list[object] = []
+    if FILE_MARKER in header.owners:
+        marker = file_marker(header, layer)
+        markers.append(None if marker is None else (marker.dtype, marker.shape))
+    if header.metadata or LAYER_MARKER in parts:
+        entries = (layer_marker(header, layer), native_marker(header, layer))
+        markers += map(repr, entries)
+        markers.append(header.metadata.get(join(layer, "weight")))  # torchao's
+    quantizer = header.parts.get(join(layer, WEIGHT_QUANTIZER), {})
+    return signature(parts), signature(quantizer), *markers
 
 
 def is_power(scale: Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,6 @@ from torch import Tensor
 
 import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty, Claim
-from hijack.dtypes import DTYPE_NAMES
 from hijack.formats.comfyui_markers import (
     LAYER_MARKER,
     LAYER_TABLE,
@@ -23,6 +23,7 @@ from hijack.formats.comfyui_markers import (
 )
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import (
+    DTYPE_NAMES,
     Header,
     TensorInfo,
     join,
@@ -42,6 +43,7 @@ from schemes._fp8.blocks import (
     parse_block_size,
 )
 from schemes._fp8.dialects.base import (
+    FULL_PRECISION,
     Declared,
     FP8Dialect,
     QuantizedWeightInfo,
@@ -59,12 +61,20 @@ FORMAT_DTYPES = {
     "hybrid_mxfp8": torch.float8_e4m3fn,
 }
 _MX = ("mxfp8", "hybrid_mxfp8")
+#: What is known of a marker's entries: the rest says something that is not read.
+_ENTRIES = {
+    *("format", "group_size", "params", "orig_shape", "orig_dtype", "num_experts"),
+    *("convrot", FULL_PRECISION),
+}
 #: ComfyUI pads the sides of an MXFP8 weight to multiples of this.
 PAD = (32, 32)
 
 
 class ScaledFP8Dialect(FP8Dialect):
     """ComfyUI's former format: a tensor ``scaled_fp8`` marks the whole file.
+
+    With two elements it also asks that no layer be multiplied in FP8. An input scale
+    of 1 stands for none.
 
     ComfyUI itself reads one scale per weight. Converters wrote rows and grids under
     the same marker, which ComfyUI multiplies along the wrong axis or refuses.
@@ -74,6 +84,7 @@ class ScaledFP8Dialect(FP8Dialect):
     scales = ("scale_weight", "weight_scale")
     ranks = (1, 2, 3)
     inputs = ("scale_input", "input_scale")
+    absent_input = 1.0
 
     def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
         """Match layers under the marker, and grids that only converters write."""
@@ -91,7 +102,9 @@ class ScaledFP8Dialect(FP8Dialect):
         if dtype != info.weight.dtype:
             problem = f"scaled_fp8 says {dtype}, the weight is {info.weight.dtype}"
         size = info.shape if info.grid == (1, 1) else None
-        return Declared(Certainty.MARKED, "scaled_fp8 marks the file", size, problem)
+        evidence = "scaled_fp8 marks the file"
+        full = {FULL_PRECISION: "true"} if math.prod(marker.shape) == 2 else {}
+        return Declared(Certainty.MARKED, evidence, size, problem, options=full)
 
     def unmark(
         self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
@@ -119,6 +132,7 @@ class ComfyQuantDialect(FP8Dialect):
 
     name = "comfy_quant"
     writes = True
+    stores = (FULL_PRECISION,)
     scale_dtypes = (*SCALE_DTYPES, *POWER_DTYPES)
     ranks = (1, 2, 3)
     input_written = "input_scale"
@@ -150,7 +164,16 @@ class ComfyQuantDialect(FP8Dialect):
         experts = info.weight.shape[0] if len(info.weight.shape) == 3 else 0
         if experts and marker.get("num_experts") == experts == info.grid[0]:
             size = (1, info.shape[1])  # stacked experts, one scale each
-        return Declared(Certainty.MARKED, f"comfy_quant says {name}", size, problem)
+        full = {FULL_PRECISION: "true"} if marker.get(FULL_PRECISION) is True else {}
+        unread = tuple(sorted(str(key) for key in marker.keys() - _ENTRIES))
+        return Declared(
+            Certainty.MARKED,
+            f"comfy_quant says {name}",
+            size,
+            problem,
+            options=full,
+            unread=unread,
+        )
 
     def _unmarked(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
         """Match tiles of exponents, which only ComfyUI's formats have.
@@ -251,6 +274,8 @@ class ComfyQuantDialect(FP8Dialect):
             raise self.cannot(
                 qdata, params, "one floating scale, or float8_e8m0fnu of blocks of 1x32"
             )
+        if options.get(FULL_PRECISION):
+            marker[FULL_PRECISION] = True
         tensors[LAYER_MARKER] = marker_tensor(marker, qdata.device)
         return tensors
 
@@ -286,6 +311,9 @@ class ComfyQuantDialect(FP8Dialect):
             else _entry(layer.tensors["weight"].dtype)
             for name, layer in layers.items()
         }
+        for name, layer in layers.items():
+            if layer.options.get(FULL_PRECISION, "").lower() == "true":
+                table[name][FULL_PRECISION] = True
         text = json.dumps({"format_version": "1.0", "layers": table})
         return FormatMetadata({LAYER_TABLE: text})
 

@@ -9,7 +9,7 @@ from hijack.claim import Certainty, Claim
 from hijack.errors import ShapeError
 from hijack.formats.comfyui_markers import is_marked
 from hijack.formats.dialect import Dialect, native_claim
-from hijack.formats.native_marker import METADATA_KEY, native_marker
+from hijack.formats.native_marker import native_marker
 from hijack.safetensors_io.header import Header, join
 from hijack.scheme import Scheme
 from schemes._fp8.blocks import (
@@ -31,12 +31,11 @@ class NativeFP8Dialect(Dialect):
     unambiguous; other tools write a ``weight_scale`` too.
     """
 
+    needs = ("weight_scale",)
+
     def layers(self, header: Header) -> Iterable[str]:
-        """The layers with a ``weight_scale``, and those in the metadata."""
-        return [
-            *header.owners.get("weight_scale", ()),
-            *header.layer_metadata(METADATA_KEY),
-        ]
+        """The layers with a ``weight_scale``."""
+        return header.owners.get("weight_scale", ())
 
     def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
         """Every block size the layer may have; more than one is a guess."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,12 @@ from hijack.claim import Certainty, Claim
 from hijack.formats.comfyui_markers import is_marked, layer_marker
 from hijack.safetensors_io.header import Header
 from schemes._fp8.blocks import POWER_DTYPES, Pair
-from schemes._fp8.dialects.base import Declared, FP8Dialect, QuantizedWeightInfo
+from schemes._fp8.dialects.base import (
+    WEIGHT_QUANTIZER,
+    Declared,
+    FP8Dialect,
+    QuantizedWeightInfo,
+)
 
 
 class KijaiDialect(FP8Dialect):
@@ -60,15 +65,6 @@ class QuantoDialect(FP8Dialect):
     scales = ("weight._scale",)
     inputs = ("input_scale", "output_scale")
 
-    def layers(self, header: Header) -> Iterable[str]:
-        """The layers whose weight has a part ``_scale``."""
-        owners = header.owners.get("_scale", ())
-        return [
-            layer.removesuffix("weight").removesuffix(".")
-            for layer in owners
-            if layer == "weight" or layer.endswith(".weight")
-        ]
-
     def grid(self, scale: tuple[int, ...], shape: Pair) -> Pair | None:
         """One scale per row, with as many dimensions as the weight."""
         rows = (shape[0], *[1] * (len(scale) - 1))
@@ -77,6 +73,49 @@ class QuantoDialect(FP8Dialect):
     def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
         """Match every layer that has the two tensors."""
         return Declared(Certainty.UNIQUE)
+
+
+class QuantizerDialect(FP8Dialect):
+    """ModelOpt's and Quark's scales, where ``X.weight_quantizer`` still has them.
+
+    ModelOpt calls it ``_scale`` there, ``weight_scale`` in its exports, and
+    ``weights_scaling_factor`` in those for TensorRT-LLM; Quark calls it ``scale``. For
+    blocks ModelOpt's has four dimensions, (N/R, 1, K/C, 1). All multiply.
+    """
+
+    name = "modelopt"
+    scales = (
+        f"{WEIGHT_QUANTIZER}._scale",
+        f"{WEIGHT_QUANTIZER}.scale",
+        "weights_scaling_factor",
+        "weight_scale",
+    )
+    ranks = (1, 2, 4)
+    inputs = (
+        "input_quantizer._scale",
+        "input_quantizer.scale",
+        "activation_scaling_factor",
+        "input_scale",
+    )
+    ignored_keys = (f"{WEIGHT_QUANTIZER}._amax", "input_quantizer._amax")
+
+    def grid(self, scale: tuple[int, ...], shape: Pair) -> Pair | None:
+        """As in the base class; of four dimensions two are 1."""
+        if len(scale) == 4:
+            rows, cols = scale[0], scale[2]
+            return (rows, cols) if scale[1] == scale[3] == 1 else None
+        return super().grid(scale, shape)
+
+    def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
+        """Match names and shapes that only these programs use."""
+        blocks = len(info.scale.shape) == 4
+        if "weight_scale" in info.keys and not blocks:
+            return None
+        size = (min(128, info.shape[0]), min(128, info.shape[1])) if blocks else None
+        if header.quantization.get("quant_algo") == "FP8_PB_WO":
+            evidence = "config says FP8_PB_WO"
+            return Declared(Certainty.MARKED, evidence, size)
+        return Declared(Certainty.UNIQUE, size=size)
 
 
 class PlainMXDialect(FP8Dialect):

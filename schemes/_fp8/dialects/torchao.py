@@ -25,14 +25,15 @@ from schemes._fp8.blocks import (
     parse_block_size,
 )
 from schemes._fp8.dialects.base import (
+    TORCHAO_DATA,
     Declared,
     FP8Dialect,
     QuantizedWeightInfo,
     is_power,
 )
 
-#: Names of the quantized data and the scale of a weight.
-WEIGHT_DATA, _SCALE = "_weight_qdata", "_weight_scale"
+#: Name of the scale of a weight.
+_SCALE = "_weight_scale"
 
 
 class TorchaoDialect(FP8Dialect):
@@ -44,7 +45,7 @@ class TorchaoDialect(FP8Dialect):
 
     name = "torchao"
     writes = True
-    weight = WEIGHT_DATA
+    weight = TORCHAO_DATA
     scales = (_SCALE,)
     scale_dtypes = (*SCALE_DTYPES, *POWER_DTYPES)
     ranks = (1, 2, 3)
@@ -94,7 +95,7 @@ class TorchaoDialect(FP8Dialect):
         if qdata.ndim != 2 or is_power(scale) or not divides(shape, size):
             supported = "floating scales of blocks that divide a 2-D weight"
             raise self.cannot(qdata, params, supported)
-        return {WEIGHT_DATA: qdata, _SCALE: scale.float()}
+        return {TORCHAO_DATA: qdata, _SCALE: scale.float()}
 
     def fit_options(
         self, shape: tuple[int, ...], options: Mapping[str, Any]

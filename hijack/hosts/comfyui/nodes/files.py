@@ -10,7 +10,7 @@ from typing import Any
 
 from hijack.errors import HijackError
 from hijack.formats import matching
-from hijack.formats.detection import identify
+from hijack.formats.identification import identify
 from hijack.hosts.comfyui import saving
 from hijack.hosts.comfyui.linear import LIVE
 from hijack.hosts.comfyui.nodes.models import AUTO, file_state
