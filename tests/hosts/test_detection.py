@@ -181,7 +181,7 @@ UNCLAIMED = {
         "a.weight": torch.ones(4, 4).to(E4M3),
         "a.scale_weight": torch.ones(()),
     },
-    "nobody's": {"a.weight": torch.ones(4, 4).to(E4M3), "a.s": torch.ones(3, 3)},
+    "nobody's": {"a.weight": torch.ones(4).to(E4M3), "a.s": torch.ones(3, 3)},
 }
 
 
@@ -430,6 +430,9 @@ def test_a_quantized_tensor_spells_itself_as_its_file_did(quantized):
             "reads a.weight_scale_inv",
         ),
         ({"a.scale_weight": torch.ones(8, 3, 1)}, "reads a.scale_weight"),
+        ({"a.s": torch.ones(8, 3)}, "a: no scheme reads a.s"),
+        ({"a.quantizer.scale": torch.ones(3)}, "a: no scheme reads a.quantizer.scale"),
+        ({"a_scale": torch.ones(3)}, "a: no scheme reads a_scale"),
     ],
 )
 def test_scales_nobody_reads_are_refused_where_no_layer_is_ours(registry, lone, words):

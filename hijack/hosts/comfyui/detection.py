@@ -301,7 +301,8 @@ def _check_orphans(
 ) -> None:
     """Refuse to ignore scales that a weight needs."""
     for key in orphans:
-        layer, _, name = key.rpartition(".")
+        name = key.rpartition(".")[2]
+        layer = _scaled_layer(key, tensors)
         weight = tensors.get(join(layer, "weight"))
         if alone and (
             weight is None or weight.dtype in DENSE_DTYPES or name in _INPUTS
@@ -321,6 +322,16 @@ def _check_orphans(
             orphans[0],
             len(orphans),
         )
+
+
+def _scaled_layer(key: str, tensors: Mapping[str, Tensor]) -> str:
+    """The layer that a scale belongs to, or the one its key stands under."""
+    owner, _, name = key.rpartition(".")
+    modules = owner.split(".")
+    listed = key.removesuffix(".weight").partition(".")[2]
+    layers = [".".join(modules[:end]) for end in range(len(modules), 0, -1)]
+    layers += [join(owner, name.partition("scale")[0].rstrip("_")), listed]
+    return next((la for la in layers if la and join(la, "weight") in tensors), owner)
 
 
 def _quantized(
