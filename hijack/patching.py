@@ -251,7 +251,9 @@ def _owner_now(owner: type | types.ModuleType) -> Any:
     found: Any = sys.modules.get(owner.__module__)
     for name in owner.__qualname__.split("."):
         found = getattr(found, name, None)
-    return found if isinstance(found, type) else owner
+    # a class of somebody else's, put there instead, is no new owner
+    reloaded = isinstance(found, type) and found.__module__ == owner.__module__
+    return found if reloaded else owner
 
 
 def _calls(function: object, ours: object) -> bool:

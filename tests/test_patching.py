@@ -396,6 +396,16 @@ def test_a_wrapper_from_the_owners_own_file_is_not_missed(module):
     assert module.f(1) == ("ours", 1)
 
 
+def test_a_class_that_somebody_derived_and_put_there_keeps_ours(reloadable):
+    """A foreign subclass in the owner's place inherits our patch: nothing is missed."""
+    patches = PatchSet([Patch(reloadable.Box, "g", tagged("ours"))])
+    patches.apply()
+    reloadable.Box = type("Box", (reloadable.Box,), {"__module__": __name__})
+    assert patches.gone() == []
+    assert reloadable.Box().g(1) == ("ours", 1)
+    patches.revert()
+
+
 def test_healing_that_fails_leaves_nothing(owners):
     """If a function cannot be patched again, every patch is taken out."""
     refused = []

@@ -298,6 +298,10 @@ def check_manners(files, meant):
     result["opened"] = same(opened, load_file(path))
     with torch.device("cpu"):
         torch.save(read(path), FOLDER / "pickled.pt")
+    nested = {1: torch.ones(2), "inner": {"a": torch.ones(2)}, "a.weight": codes()}
+    torch.save(nested, FOLDER / "nested.pt")
+    read_nested = read(str(FOLDER / "nested.pt"))
+    result["nested"] = [str(key) for key in read_nested]
     result["pickled"] = same(torch.load(FOLDER / "pickled.pt"), expected)
 
 
@@ -332,6 +336,11 @@ def check_restored():
     patcher = comfy.sd.load_diffusion_model(path)
     result["quantized"] = quantized(patcher.model)
     result["errors"]["healed"] = error(comfy_case.first_output(patcher), reference)
+
+
+def codes():
+    """A weight that was cast to FP8."""
+    return torch.ones(4, 4).to(comfy_case.FP8)
 
 
 def check_plain(files):

@@ -75,6 +75,7 @@ def test_a_file_behaves_as_a_dict_of_dense_weights(case):
     assert manners["pickled"]
     assert manners["hidden"] == [False, 0]
     assert manners["renamed"]
+    assert manners["nested"] == ["1", "inner", "a.weight"]
 
 
 def test_an_opened_file_has_no_scales_of_weights_that_are_gone(case):

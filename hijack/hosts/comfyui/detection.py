@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -210,18 +211,21 @@ def _renamed(
     return metadata
 
 
-def may_be_quantized(tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a file can hold quantized layers, from names and dtypes alone.
+def may_be_quantized(state_dict: Mapping[Any, Any]) -> bool:
+    """Whether a file may hold quantized layers, from names and dtypes alone.
 
     Integers that are no weights, such as positions, are in many dense files.
     """
-    return any(
-        key.rpartition(".")[2] in SCALE_NAMES
-        or tensor_metadata.is_tied(tensor)
-        or (tensor.dtype.itemsize == 1 and tensor.dtype is not torch.bool)
-        or (tensor.dtype not in DENSE_DTYPES and key.endswith("weight"))
-        for key, tensor in tensors.items()
-    )
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor) or not isinstance(key, str):
+            continue
+        dtype, name = tensor.dtype, key.rpartition(".")[2]
+        coded = dtype.itemsize == 1 and dtype is not torch.bool
+        if coded or name in SCALE_NAMES:
+            return True
+        if dtype not in DENSE_DTYPES and name.endswith("weight"):
+            return True
+    return False
 
 
 def _unusual(

@@ -99,7 +99,7 @@ class FileStateDict(_Dict):
         return self._layers or {}
 
     def _find_layers(self) -> dict[str, QuantizedTensor]:
-        stored = {k: t for k, t in self._stored.items() if isinstance(t, Tensor)}
+        stored = {k: t for k, t in self._stored.items() if _is_tensor(k, t)}
         shown = dict(stored)
         encode_claimed(shown, "", _metadata(self._path), native=self._native)
         layers = {k: t for k, t in shown.items() if isinstance(t, QuantizedTensor)}
@@ -187,6 +187,11 @@ class FileStateDict(_Dict):
         self._stored = {}
 
 
+def _is_tensor(key: object, value: object) -> bool:
+    """Whether it is an entry of a model; a pickle may hold anything."""
+    return isinstance(key, str) and isinstance(value, Tensor)
+
+
 def _weight_of(key: str, layers: Mapping[str, QuantizedTensor]) -> str:
     """The key of the weight that a scale or marker belongs to; "" if of none."""
     layer = key
@@ -219,10 +224,10 @@ def make_load_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
         state_dict, *rest = result if isinstance(result, tuple) else (result,)
         if type(state_dict) is FileStateDict or not isinstance(state_dict, dict):
             return result  # of a copy of the reader that is patched too
-        tensor_metadata.tie_header(state_dict, str(ckpt))
-        tensors = {k: t for k, t in state_dict.items() if isinstance(t, Tensor)}
-        if not may_be_quantized(tensors):
+        marked = tensor_metadata.tie_markers(state_dict, str(ckpt))
+        if not marked and not may_be_quantized(state_dict):
             return result
+        tensor_metadata.tie_claims(state_dict, str(ckpt))
         ours = _called_by_comfyui()
         file = FileStateDict(state_dict, str(ckpt), native=ours, strict=ours)
         return (file, *rest) if isinstance(result, tuple) else file

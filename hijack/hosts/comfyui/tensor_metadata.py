@@ -31,17 +31,22 @@ TORCHAO = "tensor_names"
 LONGEST = 100_000_000
 
 
-def tie_header(state_dict: Mapping[str, Any], path: str) -> None:
-    """Tie what a file's header says to the weights that were read from it."""
-    for layer, entry in _marked(path).items():
+def tie_markers(state_dict: Mapping[str, Any], path: str) -> bool:
+    """Tie hijack's own entries in a file's header to the weights read from it.
+
+    Returns:
+        Whether there are any.
+    """
+    marked = _marked(path)
+    for layer, entry in marked.items():
         _tie(state_dict.get(join(layer, "weight")), MARKER, entry)
+    return bool(marked)
+
+
+def tie_claims(state_dict: Mapping[str, Any], path: str) -> None:
+    """Tie what a file's config says to the weights that were read from it."""
     for claim in _configured(path):
         _tie(state_dict.get(claim.keys["weight"]), CLAIM, claim)
-
-
-def is_tied(tensor: Tensor) -> bool:
-    """Whether a header says how to read a weight."""
-    return hasattr(tensor, MARKER) or hasattr(tensor, CLAIM)
 
 
 def metadata_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
