@@ -231,17 +231,31 @@ def loader_of(file):
     return module.load
 
 
+def write_pack(name, text):
+    """A pack whose other file has a text; gives its loader's file."""
+    pack = FOLDER / "custom_nodes" / name
+    pack.mkdir(parents=True, exist_ok=True)
+    (pack / "other.py").write_text(text)
+    return pack / "loader.py"
+
+
 def check_new_loaders(files, meant):
     """Loaders that nobody has written yet load what the file means."""
     model = nn.Module()
     model.ours, model.theirs = nn.Linear(128, 8, dtype=torch.bfloat16), nn.Linear(64, 8)
-    for file in ("comfy_extras/nodes_new.py", "custom_nodes/pack/loader.py"):
+    loaders = {
+        "comfyui": "comfy_extras/nodes_new.py",
+        "ignorant pack": write_pack("ignorant", "upscale = 2"),
+        "knowing pack": write_pack("knowing", "suffix = '.scale_weight'"),
+    }
+    for name, file in loaders.items():
         _, unexpected = loader_of(file)(model, str(files["both"]))
-        found["new"][file] = {
+        found["new"][name] = {
             "ours": torch.equal(model.ours.weight, meant["ours.weight"]),
             "theirs": torch.equal(model.theirs.weight, meant["theirs.weight"].float()),
-            "unexpected": [key for key in unexpected if key.startswith("ours")],
+            "unexpected": sorted(set(unexpected) - set(meant)),
         }
+    found["own formats"] = hasattr(comfy.utils, "convert_old_quants")
     files["int8"] = write(
         "int8",
         {

@@ -55,11 +55,20 @@ def test_a_small_vae_is_exact(case):
 
 def test_new_loaders_load_what_a_file_means(case):
     """A loader that knows no scales gets dense weights, and no key it has not."""
-    new = case["new"]["comfy_extras/nodes_new.py"]
-    assert new == {"ours": True, "theirs": True, "unexpected": []}
-    pack = case["new"]["custom_nodes/pack/loader.py"]
-    assert pack["ours"]  # ComfyUI's own layers it may read itself
-    assert pack["unexpected"] == []
+    new = case["new"]
+    for loader in ("comfyui", "ignorant pack"):
+        assert new[loader] == {"ours": True, "theirs": True, "unexpected": []}
+
+
+def test_packs_that_read_scales_get_comfyuis_own_layers_as_stored(case):
+    """A pack whose code names scales is handed those, and ours decoded."""
+    pack = case["new"]["knowing pack"]
+    assert pack["ours"]
+    if case["own formats"]:  # as without hijack: this pack is not that good
+        assert not pack["theirs"]
+        assert pack["unexpected"] == ["theirs.comfy_quant", "theirs.weight_scale"]
+    else:
+        assert pack["theirs"]
 
 
 def test_layers_that_nobody_reads_are_refused(case):

@@ -9,8 +9,10 @@ the file before it looks, and finds the tensors as they are stored.
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -33,6 +35,11 @@ from hijack.safetensors_io.reader import read_header
 
 log = logging.getLogger(__name__)
 
+#: Folder of packs.
+PACKS = "custom_nodes"
+#: What code has in it that reads scales of weights.
+_SCALES = re.compile("scale_weight|weight_scale|scaled_fp8|comfy_quant|dequant")
+
 
 if TYPE_CHECKING:
     _Dict = dict[str, Any]
@@ -52,17 +59,17 @@ class FileStateDict(_Dict):
     Args:
         tensors: full key to tensor, as the file stores them.
         path: of the file.
-        native: whether ComfyUI's own quantized layers are decoded too; its own loaders
-            that can read them say so, and other packs read them themselves.
-        strict: whether a file that cannot be decoded is refused; else its tensors stay
-            as they are stored, for a loader that may know the format.
+        reads_scales: whether its loader may read some quantized layers itself, so that
+            those in ComfyUI's own formats, and those that no scheme reads, stay as they
+            are stored; else the former are decoded, and the latter refused.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Any], path: str, *, native: bool, strict: bool
+        self, tensors: Mapping[str, Any], path: str, *, reads_scales: bool
     ) -> None:
         self._stored = dict(tensors)
-        self._path, self._native, self._strict = path, native, strict
+        self._path, self._native = path, not reads_scales
+        self._strict = not reads_scales
         self._layers: dict[str, QuantizedTensor] | None = None  # not looked at yet
         self._hidden: dict[str, str] = {}  # key to the weight it belongs to
         self._dense: dict[str, Tensor] = {}
@@ -228,8 +235,8 @@ def make_load_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
         if not marked and not may_be_quantized(state_dict):
             return result
         tensor_metadata.tie_claims(state_dict, str(ckpt))
-        ours = _called_by_comfyui()
-        file = FileStateDict(state_dict, str(ckpt), native=ours, strict=ours)
+        knowing = _knows_scales(_caller())
+        file = FileStateDict(state_dict, str(ckpt), reads_scales=knowing)
         return (file, *rest) if isinstance(result, tuple) else file
 
     return load_torch_file
@@ -311,13 +318,28 @@ def open_if_patched(
     return False
 
 
-def _called_by_comfyui() -> bool:
-    """Whether ComfyUI itself has called our replacement, and no other pack."""
+def _caller() -> Path:
+    """The file of the code that has called our replacement."""
     frame = sys._getframe(1)
     while frame.f_globals.get("__name__", "").partition(".")[0] == "hijack":
         if frame.f_back is None:
-            return False
+            break
         frame = frame.f_back
-    file = Path(frame.f_code.co_filename)
-    root = Path(sys.modules["comfy.utils"].__file__ or "").parents[1]
-    return root in file.parents and "custom_nodes" not in file.relative_to(root).parts
+    return Path(frame.f_code.co_filename)
+
+
+@functools.cache
+def _knows_scales(file: Path) -> bool:
+    """Whether a loader is of a pack that names scales of weights in its code.
+
+    ComfyUI's own loaders say so when they run: they ask which layers are quantized.
+    """
+    pack = next((path for path in file.parents if path.parent.name == PACKS), None)
+    comfyui = Path(sys.modules["comfy"].__path__[0]).parent
+    if pack is None and comfyui in file.parents:
+        return False
+    for each in [file] if pack is None else pack.rglob("*.py"):
+        with contextlib.suppress(OSError):
+            if _SCALES.search(each.read_text("utf-8", "replace")):
+                return True
+    return False
