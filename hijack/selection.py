@@ -1,15 +1,14 @@
 """Which layers of a model are quantized, and what is special about each.
 
 Layers are chosen by name: with the patterns of a model's family, with patterns that
-replace or extend them, and with rules. What a file does not say, the type of a layer's
-module, is guessed from the shape and the name of its weight.
+replace or extend them, and with rules. Of a model that is not known, layers stay dense
+whose like do so in others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from torch import nn
 
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, SchemeError
+from hijack.layer_kinds import delicate, guess_owners, not_a_target
 from hijack.model_families import ModelFamily, detect_family
 from hijack.safetensors_io.header import Header, TensorInfo, join
 from hijack.text import parse_block_size
@@ -29,6 +29,8 @@ Patterns = str | Iterable[str] | None
 #: Given a shape and options, why a scheme leaves a weight dense, or None.
 Declines = Callable[[tuple[int, ...], Mapping[str, Any]], str | None]
 
+#: How reasons begin that are guesses because the model is not known.
+UNKNOWN = "the model is not known, and it looks like"
 #: The word that stands for the patterns of a model's family.
 DEFAULT = "default"
 #: What a rule may say instead of a block size.
@@ -185,64 +187,6 @@ def _expand(patterns: Sequence[str] | None, usual: Sequence[str]) -> list[str]:
     return [pattern for patterns in lists for pattern in patterns]
 
 
-# -- types of modules ------------------------------------------------------------------
-
-#: Number of dimensions of a weight to the modules that may own it.
-_OWNERS: Mapping[int, tuple[type[nn.Module], ...]] = {
-    2: (nn.Linear, nn.Embedding),
-    3: (nn.Conv1d, nn.ConvTranspose1d),
-    4: (nn.Conv2d, nn.ConvTranspose2d),
-    5: (nn.Conv3d, nn.ConvTranspose3d),
-}
-_ANY_OWNER = tuple(owner for owners in _OWNERS.values() for owner in owners)
-#: What an embedding is called: the last part of its name.
-_EMBEDDING = re.compile(
-    r"(.*_)?(embeds?|embeddings?|emb)|(.*_)?embed_tokens|embed_.*|.*embedding_table"
-    r"|wte|wpe|shared|relative_attention_bias"
-)
-
-
-def guess_owners(
-    layer: str, dimensions: int, biased: bool
-) -> tuple[type[nn.Module], ...]:
-    """The types of module that a weight in a file may belong to.
-
-    Args:
-        layer: its name.
-        dimensions: of the weight.
-        biased: whether the layer has a bias, which no embedding has.
-    """
-    if dimensions != 2:
-        return _OWNERS.get(dimensions, ())
-    words = [word for word in layer.split(".") if not word.isdigit()]
-    embedding = not biased and words and _EMBEDDING.fullmatch(words[-1].lower())
-    return (nn.Embedding,) if embedding else (nn.Linear,)
-
-
-def not_a_target(
-    owners: Sequence[type[nn.Module]], targets: Sequence[type[nn.Module]]
-) -> str | None:
-    """Why a scheme does not quantize weights of some types of module, or None.
-
-    Args:
-        owners: types the weight may belong to.
-        targets: those the scheme quantizes. Types nobody can guess from a file may own
-            any weight.
-    """
-    for target in targets:
-        if not issubclass(target, _ANY_OWNER):
-            return None
-        for owner in owners:
-            if issubclass(owner, target) or issubclass(target, owner):
-                return None
-    guess = owners[0].__name__ if owners else "no module that is known"
-    return f"looks like {guess}; the scheme quantizes {_type_names(targets)}"
-
-
-def _type_names(types: Sequence[type[nn.Module]]) -> str:
-    return ", ".join(each.__name__ for each in types)
-
-
 # -- layers of a checkpoint ------------------------------------------------------------
 
 
@@ -284,8 +228,9 @@ def choose(
         header: of a dense checkpoint.
         targets: types of module that are quantized.
         include: as for `Selection`; by default, every layer with a 2-D floating weight
-            that the family includes. Weights of more dimensions are quantized only if a
-            pattern given here names them.
+            that the family includes; without a family, every one that does not look
+            like an embedding, a norm, a head or a router. Weights of more dimensions
+            are quantized only if a pattern given here names them.
         exclude: as for `Selection`.
         rules: as for `Rule.parse`.
         declines: the scheme's reason against a weight of a shape, with the options that
@@ -332,6 +277,8 @@ class _Chooser:
         """Put one layer where it belongs."""
         rule = next((rule for rule in self.rules if rule.matches(layer)), None)
         reason = self.selection.reason(layer) or self._unfit(layer, info)
+        if reason is None and (rule is None or rule.block_size is None):
+            reason = self._delicate(layer, info)
         if rule is not None and rule.block_size is None:
             reason = f"rule {rule.text}"
             self._cast(layer, info, rule)
@@ -371,6 +318,15 @@ class _Chooser:
             return "empty"
         biased = join(layer, "bias") in self.header.tensors
         return not_a_target(guess_owners(layer, dimensions, biased), self.targets)
+
+    def _delicate(self, layer: str, info: TensorInfo) -> str | None:
+        """The reason to leave a layer dense that nobody named, of an unknown model."""
+        if self.family is not None or matches(layer, self.selection.named):
+            return None
+        if not any(issubclass(nn.Linear, target) for target in self.targets):
+            return None  # a scheme for nothing but embeddings is for those
+        kind = delicate(layer, info.shape)
+        return None if kind is None else f"{UNKNOWN} {kind}"
 
     def check(self) -> None:
         """Refuse what was asked for in vain."""

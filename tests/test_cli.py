@@ -245,6 +245,18 @@ def notes(out):
     return [line for line in out.splitlines() if line.startswith("note: ")]
 
 
+def test_a_line_says_that_a_model_is_not_known(run, tmp_path):
+    """And how many layers were left dense for their names, which a pattern can name."""
+    names = ("a.fc", "word_embeddings", "lm_head")
+    source, target = tmp_path / "a.safetensors", tmp_path / "q.safetensors"
+    save_file({f"{name}.weight": torch.ones(2, 64) for name in names}, source)
+    out = run("quantize", source, target)[1]
+    assert "model: not known; 2 layers that look like embeddings, norms, heads" in out
+    out = run("quantize", source, target, "--include", "*", "--force")[1]
+    assert "model: not known; layers are chosen by names and shapes" in out
+    assert "3 layers quantized" in out
+
+
 def test_a_note_says_that_patterns_replace_defaults(run, dense, tmp_path, monkeypatch):
     """Of a known model, unless the word default is among them."""
     toy = ModelFamily("Toy", ("*",), ("*norm*", "*mod*"), "its makers", ())

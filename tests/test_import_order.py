@@ -29,6 +29,7 @@ ROOMS = (
     "safetensors_io",
     "formats",
     "model_families",
+    "layer_kinds",
     "selection",
     "modules",
     "wrap",

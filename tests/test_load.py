@@ -17,6 +17,7 @@ from hijack.errors import (
     UnconsumedScaleError,
 )
 from hijack.modules import Wrapped, dense_weight
+from hijack.safetensors_io.reader import open_tensors, read_header
 from tests.tiny_file import same
 
 
@@ -327,3 +328,22 @@ def test_what_identify_finds_unclear_load_refuses(tmp_path):
         assert not hijack.identify(path).clear
         with pytest.raises(CheckpointError, match=r"0: .*without a scale"):
             hijack.load(model, path, strict=False)
+
+
+@pytest.mark.parametrize("shards", [False, True])
+def test_a_file_replaced_after_its_header_was_read_is_refused(tmp_path, shards):
+    """Shapes of one file and data of another would be a mixture nobody made."""
+    model = nn.Sequential(nn.Linear(64, 8)).bfloat16()
+    hijack.wrap_model(model, "blockwise_fp8")
+    path, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    hijack.save(model, path)
+    save_file(load_file(path), other, {"hijack": "{}"})
+    header = read_header([path] if shards else path)
+    before = open_tensors(header)
+    assert before["0.bias"].shape == (8,)
+    late = open_tensors(header)
+    other.replace(path)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        late["0.bias"]
+    assert before["0.weight"].shape == (8, 64)  # it was mapped in time
+    assert torch.equal(open_tensors(read_header(path))["0.bias"], before["0.bias"])

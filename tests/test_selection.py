@@ -6,9 +6,10 @@ from torch import nn
 
 from hijack import selection
 from hijack.errors import CheckpointError
+from hijack.layer_kinds import delicate, guess_owners, not_a_target
 from hijack.model_families import ModelFamily
 from hijack.safetensors_io.header import Header, TensorInfo
-from hijack.selection import Rule, guess_owners, not_a_target
+from hijack.selection import Rule
 from schemes.blockwise_fp8 import SCHEME
 
 MODEL = ("blocks.0.ffn.0", "blocks.0.ffn.2", "blocks.1.ffn.0", "blocks.1.attn", "head")
@@ -41,10 +42,69 @@ def known(monkeypatch):
     return header(*KNOWN)
 
 
+#: A layer of many a model, the shape of its weight, and what it looks like.
+DELICATE = {
+    "embeddings.word_embeddings": ((30522, 384), "an embedding"),
+    "embeddings.position_embeddings": ((512, 384), "a positional table"),
+    "token_embedding": ((256384, 4096), "an embedding"),
+    "blocks.0.pos_embedding.embedding": ((32, 64), "a positional table"),
+    "model.embed_tokens": ((1000, 64), "an embedding"),
+    "x_embedder": ((64, 64), "an embedding"),
+    "t_embedder.mlp.0": ((64, 64), "an embedding"),
+    "wpe": ((1024, 64), "an embedding"),
+    "position_table": ((1024, 64), "a positional table"),
+    "block.0.layer.0.SelfAttention.relative_attention_bias": (
+        (32, 8),
+        "a positional table",
+    ),
+    "blocks.0.norm1.linear": ((192, 64), "a norm or its modulation"),
+    "blocks.0.adaLN_modulation.1": ((192, 64), "a norm or its modulation"),
+    "blocks.0.img_mod.lin": ((192, 64), "a norm or its modulation"),
+    "scale_shift_table": ((6, 64), "a norm or its modulation"),
+    "lm_head": ((1000, 64), "a head"),
+    "proj_out": ((64, 64), "a head"),
+    "final_layer.linear": ((64, 64), "a head"),
+    "pooler.dense": ((384, 384), "a head"),
+    "model.layers.3.mlp.gate": ((128, 2048), "a router"),
+    "layers.3.block_sparse_moe.router.layer": ((8, 2048), None),
+    "layers.3.router": ((8, 2048), "a router"),
+    "blocks.0.ffn.gate.0": ((10240, 4096), None),
+    "model.layers.3.mlp.gate_proj": ((11008, 4096), None),
+    "encoder.layer.0.attention.output.dense": ((384, 384), None),
+    "blocks.0.attn.to_out.0": ((64, 64), None),
+    "transformer_blocks.0.ff.net.2": ((64, 256), None),
+    "model.layers.0.self_attn.o_proj": ((64, 64), None),
+    "blocks.7.modality_proj": ((64, 64), None),
+    "blocks.0.mlp.fc1": ((256, 64), None),
+}
+
+
+@pytest.mark.parametrize("layer", DELICATE)
+def test_the_delicate_layers_of_an_unknown_model_are_known_by_name(layer):
+    """Embeddings, positions, norms, heads and routers; inner products are none."""
+    shape, kind = DELICATE[layer]
+    assert delicate(layer, shape) == kind
+
+
+def test_the_delicate_layers_of_an_unknown_model_stay_dense_unless_named():
+    """A pattern or a rule with a block size names them; what is left is told."""
+    model = header("a.fc", "a.norm.linear", "lm_head")
+    assert list(choose(model).layers) == ["a.fc"]
+    assert list(choose(model, include="*").layers) == [
+        "a.fc",
+        "a.norm.linear",
+        "lm_head",
+    ]
+    assert sizes(choose(model, rules=["lm_head=8x64"])) == {
+        "a.fc": None,
+        "lm_head": (8, 64),
+    }
+
+
 # -- patterns --------------------------------------------------------------------------
 
 
-def test_every_matrix_of_a_model_nobody_knows_is_quantized():
+def test_the_inner_matrices_of_a_model_nobody_knows_are_quantized():
     """Other weights are left, and why is said of those that are not vectors."""
     found = choose(
         header(
@@ -55,9 +115,10 @@ def test_every_matrix_of_a_model_nobody_knows_is_quantized():
             none=TensorInfo("BF16", (0, 8)),
         )
     )
-    assert list(found.layers) == list(MODEL)
+    assert list(found.layers) == list(MODEL[:-1])
     assert found.family is None
     assert found.skipped == {
+        "head": "the model is not known, and it looks like a head",
         "conv": "4 dimensions",
         "codes": "dtype I8",
         "none": "empty",
@@ -96,8 +157,11 @@ def test_what_patterns_replace_is_told(known):
 
 def test_the_word_default_is_no_pattern_of_an_unknown_model():
     """There it stands for what is done without patterns."""
-    assert list(choose(header(*MODEL), include="default").layers) == list(MODEL)
-    assert list(choose(header(*MODEL), exclude="default").layers) == list(MODEL)
+    usual = list(choose(header(*MODEL)).layers)
+    assert list(choose(header(*MODEL), include="default").layers) == usual
+    assert list(choose(header(*MODEL), exclude="default").layers) == usual
+    everything = choose(header(*MODEL), include=["default", "head"])
+    assert list(everything.layers) == list(MODEL)
 
 
 def test_weights_of_more_dimensions_must_be_named(known):
@@ -120,9 +184,8 @@ def test_the_first_rule_that_matches_counts():
         "blocks.0.ffn.0": (128, 128),
         "blocks.0.ffn.2": "row",
         "blocks.1.ffn.0": (128, 128),
-        "head": None,
     }
-    assert found.skipped == {"blocks.1.attn": "rule blocks.1.attn=skip"}
+    assert found.skipped["blocks.1.attn"] == "rule blocks.1.attn=skip"
 
 
 def test_a_pattern_does_not_match_a_part_of_a_name():

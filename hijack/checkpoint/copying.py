@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hijack.errors import CheckpointError
 from hijack.safetensors_io.header import Header, TensorInfo
-from hijack.safetensors_io.reader import Paths, open_data
+from hijack.safetensors_io.reader import Paths, identity_of, open_data
 from hijack.safetensors_io.shards import Destination
 
 #: Bytes copied at a time.
@@ -58,7 +58,7 @@ def check_output(
 
 
 class SourceSnapshot:
-    """Sizes and modification times of the inputs, to notice if they change.
+    """What the inputs were when their headers were read, to notice if they change.
 
     Args:
         header: of the source.
@@ -67,13 +67,8 @@ class SourceSnapshot:
 
     def __init__(self, header: Header, others: Iterable[Path] = ()) -> None:
         self._source = header.source
-        files = {info.file for info in header.tensors.values() if info.file is not None}
-        self._files = sorted({*files, *others})
-        self._before = self._stats()
-
-    def _stats(self) -> list[tuple[int, int]]:
-        stats = (path.stat() for path in self._files)
-        return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+        self._before = {path: identity_of(path.stat()) for path in others}
+        self._before |= header.files
 
     def check_unchanged(self) -> None:
         """Refuse a result that may mix two versions of the source.
@@ -82,7 +77,10 @@ class SourceSnapshot:
             CheckpointError: if a file has changed.
         """
         try:
-            same = self._stats() == self._before
+            same = all(
+                identity_of(path.stat()) == before
+                for path, before in self._before.items()
+            )
         except OSError:
             same = False
         if not same:

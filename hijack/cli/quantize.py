@@ -184,8 +184,7 @@ def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
         lines += [f"left dense: {name} ({why})" for name, why in report.skipped.items()]
         lines += [f"LoRA left out: {name}" for name in report.unmatched]
         lines = list(map(printable, lines))
-    if report.architecture:
-        lines.append(f"model: {report.architecture}")
+    lines.append(f"model: {report.architecture or _unknown(report)}")
     full = verbose or not report.written
     if full or report.reblocked:
         blocks = [[size, str(count)] for size, count in report.blocks.items()]
@@ -212,4 +211,17 @@ def _patterns(family: ModelFamily) -> str:
     return (
         f"{family.name} ({family.source})\n"
         f"  include: {include or 'all'}\n  exclude: {exclude or 'none'}"
+    )
+
+
+def _unknown(report: hijack.QuantizeReport) -> str:
+    """What stands for the name of a model that is not known."""
+    from hijack.selection import UNKNOWN
+
+    guessed = sum(why.startswith(UNKNOWN) for why in report.skipped.values())
+    if not guessed:
+        return "not known; layers are chosen by names and shapes"
+    return (
+        f"not known; {guessed} layers that look like embeddings, norms, heads or "
+        "routers stay dense (-v lists them, --include names others)"
     )

@@ -74,6 +74,10 @@ def bytes_of(dtype: str, shape: tuple[int, ...]) -> int | None:
     return None if rest else size
 
 
+#: Device, inode, size in bytes and time of the last change in nanoseconds.
+FileIdentity = tuple[int, int, int, int]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorInfo:
     """Dtype, shape and file offsets of one tensor of a checkpoint.
@@ -164,6 +168,8 @@ class Header:
         config: the ``config.json`` beside the file, if there is one.
         source: what to call the checkpoint in messages.
         reader: gives the bytes of a tensor, or None; only for `marker`.
+        files: each file of the checkpoint, to what tells it from one that took its
+            place: device, inode, size and time of the last change.
     """
 
     tensors: Mapping[str, TensorInfo]
@@ -171,6 +177,7 @@ class Header:
     config: Mapping[str, object] | None = None
     source: str = "state dict"
     reader: Callable[[str], bytes | None] | None = None
+    files: Mapping[Path, FileIdentity] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def quantization(self) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from hijack.safetensors_io.files import (
     read_json,
 )
 from hijack.safetensors_io.header import (
+    FileIdentity,
     Header,
     TensorInfo,
     bits_of,
@@ -64,8 +65,9 @@ def read_header(source: Paths) -> Header:
     paths, indexed = _shards(source)
     tensors: dict[str, TensorInfo] = {}
     metadata: dict[str, str] = {}
+    files: dict[Path, FileIdentity] = {}
     for path in paths:
-        infos, shard_metadata = _read_file(path)
+        infos, shard_metadata, files[path] = _read_file(path)
         duplicates = tensors.keys() & infos.keys()
         if duplicates:
             raise HeaderError(
@@ -82,8 +84,8 @@ def read_header(source: Paths) -> Header:
         )
     config = read_configs(paths[0].parent)
     name = _name(source, paths)
-    reader = _MappedTensors(tensors).read_bytes
-    return Header(tensors, metadata, config, name, reader)
+    reader = _MappedTensors(tensors, files).read_bytes
+    return Header(tensors, metadata, config, name, reader, files)
 
 
 def open_tensors(header: Header) -> Mapping[str, Tensor]:
@@ -94,9 +96,12 @@ def open_tensors(header: Header) -> Mapping[str, Tensor]:
 
     Returns:
         Key to tensor on the CPU. Tensors share pages with the files: data is read when
-        it is used, and writing to a tensor does not change the file.
+        it is used, and writing to a tensor does not change the file. Asking for one
+        raises CheckpointError if its file was replaced since the header was read. A
+        file that is written to or cut short while it is mapped changes the tensors, or
+        ends the process: move a new file into its place instead.
     """
-    return _MappedTensors(header.tensors)
+    return _MappedTensors(header.tensors, header.files)
 
 
 class _MappedTensors(Mapping[str, Tensor]):
@@ -106,8 +111,10 @@ class _MappedTensors(Mapping[str, Tensor]):
     lacks some dtypes, and refuses unaligned tensors.
     """
 
-    def __init__(self, tensors: Mapping[str, TensorInfo]) -> None:
-        self._tensors = tensors
+    def __init__(
+        self, tensors: Mapping[str, TensorInfo], files: Mapping[Path, FileIdentity]
+    ) -> None:
+        self._tensors, self._expected = tensors, files
         self._files: dict[Path, tuple[mmap.mmap, Tensor, int]] = {}
 
     def __getitem__(self, key: str) -> Tensor:
@@ -145,6 +152,7 @@ class _MappedTensors(Mapping[str, Tensor]):
         """A file as a map, the map as a tensor, and the offset of its data section."""
         if path not in self._files:
             with open_file(path) as file:
+                _check_identity(path, file, self._expected)
                 start = _data_start(file)
                 pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             data = torch.frombuffer(pages, dtype=torch.uint8)
@@ -175,6 +183,23 @@ def open_data(info: TensorInfo) -> Iterator[BinaryIO]:
         raise CheckpointError(
             f"{info.file}: cannot be read; {error.strerror}"
         ) from error
+
+
+def identity_of(stat: os.stat_result) -> FileIdentity:
+    """What tells a file from another that has its name."""
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+def _check_identity(
+    path: Path, file: BinaryIO, expected: Mapping[Path, FileIdentity]
+) -> None:
+    """Refuse a file that took the place of the one whose header was read."""
+    known = expected.get(path)
+    if known is not None and identity_of(os.fstat(file.fileno())) != known:
+        raise CheckpointError(
+            f"{path}: changed while it was read; expected it to stay unchanged; start "
+            "again"
+        )
 
 
 def _data_start(file: BinaryIO | io.FileIO) -> int:
@@ -261,15 +286,18 @@ def _blobs(folder: Path) -> Iterator[Path]:
 # -- one file --------------------------------------------------------------------------
 
 
-def _read_file(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+def _read_file(
+    path: Path,
+) -> tuple[dict[str, TensorInfo], dict[str, str], FileIdentity]:
     with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        stat = os.fstat(file.fileno())
+        size = stat.st_size
         text = _header_bytes(path, file, size)
     table = _parse(path, text)
     metadata = _metadata(path, table.pop("__metadata__", {}))
     infos = {key: _tensor_info(path, key, entry) for key, entry in table.items()}
     _check_layout(path, infos, size - 8 - len(text))
-    return infos, metadata
+    return infos, metadata, identity_of(stat)
 
 
 def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from hijack import selection
-from hijack.checkpoint.copying import SourceSnapshot
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError, SchemeError
 from hijack.formats.identification import identify
@@ -216,8 +215,7 @@ def load_quantized(
         HijackError: if no layer is chosen, or one cannot be quantized.
     """
     sd = sys.modules["comfy.sd"]
-    snapshot = SourceSnapshot(read_header(path))
-    header = read_header(path)  # of what the snapshot was taken of
+    header = read_header(path)
     _refuse_quantized(header)
     detection = sys.modules["comfy.model_detection"]
     plain = {key: _file_tensor(header, key) for key in header.tensors}
@@ -233,21 +231,15 @@ def load_quantized(
     marked = quantizer.mark(network, Path(path).name, include, exclude)
     state_dict = plain | {f"{prefix}{key}": tensor for key, tensor in marked.items()}
     options = {"disable_dynamic": True} if disable_dynamic else {}
-    try:
-        result = sd.load_diffusion_model_state_dict(
-            state_dict, model_options=dict(model_options or {}), **options
-        )
-        if result is not None:
-            _settle(getattr(result.model, NETWORK))
-    except Exception:
-        snapshot.check_unchanged()  # which says more than what came of it
-        raise
-    snapshot.check_unchanged()
+    result = sd.load_diffusion_model_state_dict(
+        state_dict, model_options=dict(model_options or {}), **options
+    )
     if result is None:
         raise CheckpointError(
             f"{Path(path).name}: ComfyUI does not know this architecture; expected a "
             "diffusion model it can load"
         )
+    _settle(getattr(result.model, NETWORK))
     if hasattr(result, "cached_patcher_init"):
         arguments = (path, config, include, exclude, None, model_options)
         result.cached_patcher_init = (load_quantized, arguments)

@@ -13,6 +13,7 @@ from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.progress import Progress
 from hijack.quantized import QuantizationConfig
 from hijack.registry import current_registry
+from hijack.safetensors_io.reader import identity_of
 from hijack.text import parse_block_size
 
 AUTO = "auto"
@@ -85,8 +86,7 @@ def load_quantized(
 
 def file_state(path: str) -> str:
     """What is another once a file is replaced or written to."""
-    found = os.stat(path)
-    return f"{path} {found.st_ino} {found.st_size} {found.st_mtime_ns}"
+    return f"{path} {identity_of(os.stat(path))}"
 
 
 def _loaded(unet_name: str) -> str:
