@@ -7,6 +7,7 @@ else has wrapped meanwhile cannot be taken out without breaking them, so it stay
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
@@ -29,6 +30,8 @@ class _Missing:
 
 #: Stands for an attribute that its owner did not define itself.
 MISSING: Final = _Missing()
+#: How many objects are looked into for our function.
+_MOST_WRAPPERS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +44,15 @@ class Patch:
         make_replacement: given the original function (without ``staticmethod`` or
             ``classmethod`` around it), returns the one to call instead.
         define: also allow an attribute that ``owner`` inherits; reverting deletes it.
+        copied: the function is another module's, which ``owner`` imported by name; so
+            it is nobody's patch there.
     """
 
     owner: type | types.ModuleType
     attribute: str
     make_replacement: Callable[[Function], Function]
     define: bool = False
+    copied: bool = False
 
     @property
     def where(self) -> str:
@@ -89,6 +95,18 @@ class _Gate:
     def in_place(self) -> bool:
         return self.current() is self.installed
 
+    def is_gone(self) -> bool:
+        """Whether the owner's own function is there again, or a new owner is.
+
+        Somebody else's function is taken for a wrapper, which calls ours.
+        """
+        owner, current = self.patch.owner, self.current()
+        if _owner_now(owner) is not owner:
+            return True
+        if current is self.installed or _calls(current, self.installed):
+            return False
+        return current in (self.before, MISSING) or _belongs(_bare(current), owner)
+
     def install(self) -> None:
         function = self._function(self.patch.make_replacement(self.original))
         kind = type(self.before)
@@ -109,7 +127,7 @@ class _Gate:
         """Restore what was there; False if somebody else has patched over it."""
         self.on = False
         if not self.in_place():
-            return False
+            return self.installed is MISSING
         if self.before is MISSING:
             delattr(self.patch.owner, self.patch.attribute)
         else:
@@ -133,45 +151,69 @@ class PatchSet:
 
     @property
     def applied(self) -> bool:
-        """Whether the patches are on."""
+        """Whether the patches are on, as far as nobody has taken one out."""
         return bool(self._gates)
 
+    def in_force(self, where: str) -> bool:
+        """Whether what has that dotted name is patched, and nobody took it out."""
+        return any(g.patch.where == where and not g.is_gone() for g in self._gates)
+
+    def gone(self) -> list[str]:
+        """Dotted names of what was patched and is not any more.
+
+        Somebody has restored what was there before, or imported the owner anew.
+        """
+        return [gate.patch.where for gate in self._gates if gate.is_gone()]
+
     def apply(self) -> None:
-        """Put every patch in place; once applied, does nothing.
+        """Put every patch in place that is not there.
 
         Raises:
             PatchError: if one cannot be applied; none is then.
         """
         with self._lock:
-            if self._gates:
+            gone = [gate for gate in self._gates if gate.is_gone()]
+            if self._gates and not gone:
                 return
-            self._found.clear()
+            if not self._gates:
+                self._found.clear()
+            for gate in gone:
+                self._gates.remove(gate)
+                gate.remove()
+            owners = [
+                dataclasses.replace(gate.patch, owner=_owner_now(gate.patch.owner))
+                for gate in gone
+            ]
+            where = ""
             try:
-                for patch in self.patches:
-                    self._gates.append(self._gate(patch))
-            except Exception as error:
+                for patch in owners or self.patches:
+                    where = patch.where
+                    self._put(patch)
+            except BaseException as error:  # an interruption leaves no patch either
                 self.revert()
                 self._found.clear()
-                if isinstance(error, PatchError):
+                if isinstance(error, PatchError) or not isinstance(error, Exception):
                     raise
                 raise PatchError(
-                    f"{patch.where}: cannot be patched; {type(error).__name__}: {error}"
+                    f"{where}: cannot be patched; {type(error).__name__}: {error}"
                 ) from error
 
-    def _gate(self, patch: Patch) -> _Gate:
+    def _put(self, patch: Patch) -> None:
         for gate in self._buried:  # nobody is over it any more: use it again
-            if gate.patch is patch and gate.in_place():
+            if gate.patch == patch and gate.in_place():
                 self._buried.remove(gate)
+                self._gates.append(gate)
                 gate.on = True
-                return gate
+                return
         before = vars(patch.owner).get(patch.attribute, MISSING)
         gate = _Gate(patch, before, _original(patch, before))
-        if before is not MISSING and not _belongs(gate.original, patch.owner):
+        patched = before is not MISSING and not patch.copied
+        if patched and not _belongs(gate.original, patch.owner):
             self._found.append(
                 Foreign(patch.where, describe(gate.original), over=False)
             )
+        self._gates.append(gate)  # first, so that an interruption finds it
         gate.install()
-        return gate
 
     def revert(self) -> list[Foreign]:
         """Restore everything, last patch first; once reverted, does nothing.
@@ -194,9 +236,41 @@ class PatchSet:
         over = [
             Foreign(gate.patch.where, describe(gate.current()), over=True)
             for gate in self._gates
-            if not gate.in_place()
+            if not gate.in_place() and (not gate.is_gone() or gate.current() is MISSING)
         ]
         return [*self._found, *over]
+
+
+def _owner_now(owner: type | types.ModuleType) -> Any:
+    """The module or class that has an owner's name today; it may have been reloaded."""
+    if isinstance(owner, types.ModuleType):
+        return sys.modules.get(owner.__name__, owner)
+    found: Any = sys.modules.get(owner.__module__)
+    for name in owner.__qualname__.split("."):
+        found = getattr(found, name, None)
+    # a class of somebody else's, put there instead, is no new owner
+    reloaded = isinstance(found, type) and found.__module__ == owner.__module__
+    return found if reloaded else owner
+
+
+def _calls(function: object, ours: object) -> bool:
+    """Whether a function holds ours, as wrappers do, also one of several."""
+    found, seen = [function], set[int]()
+    while found:
+        each = found.pop()
+        if each is ours:
+            return True
+        if id(each) in seen or len(seen) > _MOST_WRAPPERS:
+            continue
+        seen.add(id(each))
+        inner = _bare(each)
+        found += [] if inner is each else [inner]
+        found += [getattr(inner, name, None) for name in ("__wrapped__", "func")]
+        for cell in getattr(inner, "__closure__", None) or ():
+            with contextlib.suppress(ValueError):  # one that is empty yet
+                found.append(cell.cell_contents)
+        found += getattr(inner, "__defaults__", None) or ()
+    return False
 
 
 def describe(function: object) -> str:

@@ -148,6 +148,78 @@ def test_a_half_imported_host_is_patched_when_it_is_ready(toy):
     assert hijack.hosts.status()[toy.NAME].patched
 
 
+def test_arming_twice_in_the_middle_of_an_import_patches_once(toy):
+    """However often a host is armed while it is imported, it is patched once."""
+    write(
+        toy.folder.parent,
+        toy.NAME,
+        f"""
+        import threading
+        import hijack.hosts
+        for _ in range(2):
+            hijack.hosts.arm({toy.NAME!r})
+        thread = threading.Thread(target=hijack.hosts.arm, args=({toy.NAME!r},))
+        thread.start()
+        thread.join()
+
+        def detect(state_dict, prefix):
+            return prefix
+        """,
+    )
+    host = load(toy)
+    assert host.detect({}, "a") == ("patched", "a")
+    assert type(host.__spec__) is importlib.machinery.ModuleSpec
+    hijack.hosts.unpatch(toy.NAME)
+    assert host.detect({}, "a") == "a"
+
+
+def test_unpatching_in_the_middle_of_an_import_disarms(toy):
+    """A host that is armed and unpatched while it is imported stays as it is."""
+    write(
+        toy.folder.parent,
+        toy.NAME,
+        f"""
+        import hijack.hosts
+        hijack.hosts.arm({toy.NAME!r})
+        hijack.hosts.unpatch({toy.NAME!r})
+
+        def detect(state_dict, prefix):
+            return prefix
+        """,
+    )
+    host = load(toy)
+    assert host.detect({}, "a") == "a"
+    assert not hijack.hosts.status()[toy.NAME].patched
+    assert type(host.__spec__) is importlib.machinery.ModuleSpec
+    assert hijack.hosts.patch(toy.NAME).patched
+
+
+@pytest.mark.parametrize("how", ["restored", "reloaded", "imported anew"])
+def test_status_looks_and_patch_heals(toy, how):
+    """A host that lost our patch is not called patched, and patch() puts it back."""
+    host = load(toy)
+    original = host.detect
+    hijack.hosts.patch(toy.NAME)
+    if how == "restored":
+        host.detect = original
+    elif how == "reloaded":
+        importlib.reload(host)
+    else:
+        del sys.modules[toy.MODULE]
+        host = load(toy)
+    status = hijack.hosts.status()[toy.NAME]
+    assert not status.patched
+    assert f"{toy.MODULE}.detect" in status.reason
+    assert "hijack.patch" in status.reason
+    assert status.foreign == ()
+    assert host.detect({}, "a") == ("a", [])
+    healed = hijack.hosts.patch(toy.NAME)
+    assert (healed.patched, healed.reason) == (True, "")
+    assert host.detect({}, "a") == ("patched", ("a", []))
+    hijack.hosts.unpatch(toy.NAME)
+    assert host.detect({}, "a") == ("a", [])
+
+
 def test_a_half_imported_host_that_fails_is_left_alone(toy):
     """If the host's import fails after arming, nothing is patched and nothing hangs."""
     write(

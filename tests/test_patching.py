@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import sys
 import types
 
 import pytest
@@ -280,3 +283,221 @@ def test_a_deleted_attribute_is_noticed(module):
     (foreign,) = patches.revert()
     assert "deleted" in foreign.who
     assert not hasattr(module, "f")
+
+
+# -- what others do to our patches -----------------------------------------------------
+
+
+def test_an_original_that_somebody_restored_is_missed_and_put_back(owners):
+    """What is not in place any more is told, and applying again puts it there once."""
+    original = Base.method
+    patches = PatchSet([Patch(Base, "method", tagged("ours"))])
+    patches.apply()
+    assert patches.gone() == []
+    Base.method = original
+    assert patches.gone() == [f"{__name__}.Base.method"]
+    assert patches.foreign() == []
+    assert Base().method(1) == ("base", 1)
+    patches.apply()
+    assert patches.gone() == []
+    assert Base().method(1) == ("ours", ("base", 1))
+    patches.revert()
+    assert Base.method is original
+
+
+@pytest.fixture
+def reloadable(tmp_path, monkeypatch):
+    """A module on disk with a function and a class."""
+    (tmp_path / "reloaded_host.py").write_text(
+        "def f(x):\n    return x\n\nclass Box:\n    def g(self, x):\n        return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("reloaded_host")
+    del sys.modules["reloaded_host"]
+
+
+def test_a_reloaded_module_is_missed_and_patched_again(reloadable):
+    """Reloading replaces functions and classes; applying again patches the new ones."""
+    patches = PatchSet(
+        [
+            Patch(reloadable, "f", tagged("ours")),
+            Patch(reloadable.Box, "g", tagged("ours")),
+        ]
+    )
+    patches.apply()
+    old = reloadable.Box
+    importlib.reload(reloadable)
+    assert patches.gone() == ["reloaded_host.f", "reloaded_host.Box.g"]
+    patches.apply()
+    assert patches.gone() == []
+    assert reloadable.f(1) == reloadable.Box().g(1) == ("ours", 1)
+    assert old().g(1) == 1
+    patches.revert()
+    assert reloadable.f(1) == reloadable.Box().g(1) == 1
+
+
+def wrapped_plainly(ours):
+    return lambda x: ("theirs", ours(x))
+
+
+def wrapped_by_functools(ours):
+    @functools.wraps(ours)
+    def theirs(x):
+        return ("theirs", ours(x))
+
+    return theirs
+
+
+def wrapped_by_partial(ours):
+    return functools.partial(lambda inner, x: ("theirs", inner(x)), ours)
+
+
+def wrapped_by_default(ours):
+    def theirs(x, inner=ours):
+        return ("theirs", inner(x))
+
+    return theirs
+
+
+def wrapped_in_two(ours):
+    return wrapped_plainly(wrapped_by_functools(ours))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        wrapped_plainly,
+        wrapped_by_functools,
+        wrapped_by_partial,
+        wrapped_by_default,
+        wrapped_in_two,
+    ],
+)
+def test_a_wrapper_over_ours_is_not_missed(module, wrap):
+    """A function that calls ours leaves it at work; nothing is put over it."""
+    patches = PatchSet([Patch(module, "f", tagged("ours"))])
+    patches.apply()
+    theirs = module.f = wrap(module.f)
+    assert patches.gone() == []
+    patches.apply()
+    assert module.f is theirs
+    patches.revert()
+
+
+def test_a_wrapper_from_the_owners_own_file_is_not_missed(module):
+    """The host itself may wrap what we patched, as its own later modules do."""
+    patches = PatchSet([Patch(module, "f", tagged("ours"))])
+    patches.apply()
+    code = "def make(ours):\n    return lambda x: ours(x)"
+    names = {}
+    exec(compile(code, "/toy/host.py", "exec"), names)
+    module.f = names["make"](module.f)
+    assert patches.gone() == []
+    assert module.f(1) == ("ours", 1)
+
+
+def test_a_class_that_somebody_derived_and_put_there_keeps_ours(reloadable):
+    """A foreign subclass in the owner's place inherits our patch: nothing is missed."""
+    patches = PatchSet([Patch(reloadable.Box, "g", tagged("ours"))])
+    patches.apply()
+    reloadable.Box = type("Box", (reloadable.Box,), {"__module__": __name__})
+    assert patches.gone() == []
+    assert reloadable.Box().g(1) == ("ours", 1)
+    patches.revert()
+
+
+def test_healing_that_fails_leaves_nothing(owners):
+    """If a function cannot be patched again, every patch is taken out."""
+    refused = []
+
+    def make(original):
+        if refused:
+            raise RuntimeError("no luck")
+        return lambda *args: ("ours", original(*args))
+
+    original = Base.method
+    patches = PatchSet(
+        [Patch(Base, "method", make), Patch(Base, "static", tagged("ours"))]
+    )
+    patches.apply()
+    Base.method = original
+    refused.append(True)
+    with pytest.raises(PatchError, match="no luck"):
+        patches.apply()
+    assert not patches.applied
+    assert Base.static(1) == ("static", 1)
+
+
+@pytest.mark.parametrize("interrupted", [KeyboardInterrupt, SystemExit])
+def test_an_interruption_leaves_nothing(owners, interrupted):
+    """Stopped in the middle, patching takes out what it had put in, and says why."""
+
+    def stop(original):
+        raise interrupted
+
+    patches = PatchSet(
+        [Patch(Base, "method", tagged("ours")), Patch(Base, "static", stop)]
+    )
+    with pytest.raises(interrupted):
+        patches.apply()
+    assert not patches.applied
+    assert Base().method(1) == ("base", 1)
+    assert patches.foreign() == []
+
+
+def test_an_interruption_behind_the_last_step_leaves_nothing(module, monkeypatch):
+    """Stopped right after a function was replaced, it is restored."""
+    original = module.f
+
+    class Host(types.ModuleType):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "f" and value is not original:
+                raise KeyboardInterrupt
+
+    host = Host("toyhost")
+    vars(host).update(vars(module))
+    patches = PatchSet([Patch(host, "f", tagged("ours"))])
+    with pytest.raises(KeyboardInterrupt):
+        patches.apply()
+    assert host.f is original
+    assert not patches.applied
+
+
+@pytest.mark.parametrize("theirs", [len, functools.partial(len), type("C", (), {})])
+def test_a_foreign_function_without_a_file_is_named(module, theirs):
+    """Built-ins and callable objects that replaced a function are told by module."""
+    module.f = theirs
+    patches = PatchSet([Patch(module, "f", tagged("ours"))])
+    patches.apply()
+    (foreign,) = patches.foreign()
+    kind = theirs if hasattr(theirs, "__module__") else type(theirs)
+    assert foreign.who.startswith(f"{kind.__module__}.")
+    assert foreign.who.endswith("(no file)")
+    patches.revert()
+
+
+def test_a_hosts_own_function_without_a_file_is_not_foreign(module):
+    """A compiled function of the host's package is the host's own."""
+
+    class Compiled:
+        def __call__(self, x):
+            return x
+
+    Compiled.__module__ = "toyhost.compiled"
+    module.f = Compiled()
+    patches = PatchSet([Patch(module, "f", tagged("ours"))])
+    patches.apply()
+    assert patches.foreign() == []
+    patches.revert()
+
+
+def test_a_function_that_was_imported_by_name_is_not_foreign(module):
+    """A copy of another module's function is patched without a word about it."""
+    module.copy = len
+    patches = PatchSet([Patch(module, "copy", tagged("ours"), copied=True)])
+    patches.apply()
+    assert patches.foreign() == []
+    assert module.copy("ab") == ("ours", 2)
+    patches.revert()
+    assert module.copy is len

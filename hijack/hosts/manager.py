@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import wrapt
 
@@ -59,6 +59,7 @@ class Control:
         self._patches: PatchSet | None = None
         self._armed = False
         self._watching = False
+        self._awaited: ModuleType | None = None  # whose import is to end
         self._reason = "not armed; call hijack.patch"
         self._lock = threading.RLock()
 
@@ -71,16 +72,29 @@ class Control:
     def status(self) -> HostStatus:
         """Where hijack stands with the host."""
         imported = _imported(self.adapter.MODULE)
-        patches = self._patches
-        patched = patches is not None and patches.applied
+        patches, gone = self._patches, self.restored()
+        reason = self._reason
+        if gone:
+            reason = (
+                f"{', '.join(gone)}: ours was taken out by somebody; call hijack.patch "
+                "to put it back"
+            )
         return HostStatus(
             self.name,
             self.adapter.get_version() if imported else None,
-            patched,
-            self._reason,
+            patches is not None and patches.applied and not gone,
+            reason,
             tuple(map(str, patches.foreign())) if patches is not None else (),
             self.adapter.live(),
         )
+
+    def restored(self) -> list[str]:
+        """Dotted names of what hijack patched and somebody has restored."""
+        return [] if self._patches is None else self._patches.gone()
+
+    def in_force(self, where: str) -> bool:
+        """Whether hijack's patch of what has that dotted name is on."""
+        return self._patches is not None and self._patches.in_force(where)
 
     # -- patching ----------------------------------------------------------------------
 
@@ -101,7 +115,9 @@ class Control:
                 self._watch()
             elif _initializing(module):
                 self._reason = f"waiting until {self.adapter.MODULE} is imported"
-                _when_initialized(module, self._imported)
+                if self._awaited is not module:
+                    self._awaited = module
+                    _when_initialized(module, self._imported)
             else:
                 self._try_patch()
 
@@ -112,6 +128,7 @@ class Control:
 
     def _imported(self, module: ModuleType) -> None:
         with self._lock:
+            self._awaited = None
             if self._armed:
                 self._try_patch()
 
@@ -126,7 +143,7 @@ class Control:
                 log.warning("hijack: %s not patched: %s", self.name, self._reason)
 
     def _patch(self) -> None:
-        if self._patches is not None and self._patches.applied:
+        if self._patches is not None and self._patches.applied and not self.restored():
             return
         problems = [probe.problem() for probe in self.adapter.PROBES]
         version = self.adapter.get_version()
@@ -134,7 +151,9 @@ class Control:
             if problem is not None:
                 raise PatchError(f"{self.name} {version}: {problem}")
         if self._patches is None:
-            self._patches = PatchSet(self.adapter.patches())
+            self._patches = PatchSet(())
+        if not self._patches.applied:
+            self._patches.patches = tuple(self.adapter.patches())
         self._patches.apply()
         self._reason = ""
         if not tested(version, self.adapter.SUPPORTED):
@@ -254,6 +273,16 @@ def status() -> dict[str, HostStatus]:
     return {name: control.status() for name, control in _CONTROLS.items()}
 
 
+def restored(host: str = "comfyui") -> list[str]:
+    """Dotted names of what hijack patched in a host and somebody has restored."""
+    return _control(host).restored()
+
+
+def in_force(where: str, host: str = "comfyui") -> bool:
+    """Whether hijack's patch of what has that dotted name in a host is on."""
+    return _control(host).in_force(where)
+
+
 def _control(host: str) -> Control:
     if host not in _CONTROLS:
         known = ", ".join(sorted(_CONTROLS))
@@ -280,10 +309,10 @@ def _when_initialized(module: ModuleType, call: Callable[[ModuleType], None]) ->
     Python has no event for that, and an import hook comes too late. But the import
     system switches a flag of the spec off at the end, so the flag becomes a property.
     """
-    spec = module.__spec__
-    callbacks = [call]
+    spec: Any = module.__spec__
+    kind: Any = type(spec)
 
-    class Watched(type(spec)):  # type: ignore[misc]
+    class Watched(kind):  # type: ignore[misc]
         @property
         def _initializing(self) -> bool:
             return bool(self.__dict__["_initializing"])
@@ -291,7 +320,9 @@ def _when_initialized(module: ModuleType, call: Callable[[ModuleType], None]) ->
         @_initializing.setter
         def _initializing(self, value: bool) -> None:
             self.__dict__["_initializing"] = value
-            if not value and callbacks and sys.modules.get(module.__name__) is module:
-                callbacks.pop()(module)
+            if not value:
+                spec.__class__ = kind
+                if sys.modules.get(module.__name__) is module:  # it did not fail
+                    call(module)
 
     spec.__class__ = Watched

@@ -8,6 +8,7 @@ import comfy_harness
 import node_workflows as flows
 import pytest
 import safetensors
+import safetensors.torch
 import torch
 from comfy_harness import PromptError, relative_error
 from node_workflows import chain, load, load_quantized, lora, quantize, sample, save
@@ -132,6 +133,30 @@ def test_a_classic_node_gives_its_text_to_the_page():
     }
 
 
+def test_nodes_that_depend_on_more_than_inputs_say_so(classic, monkeypatch, tmp_path):
+    """ComfyUI is told when a file was replaced, and never keeps a status."""
+    classes, _ = classic
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(b"one")
+    fake = sys.modules["folder_paths"]
+    fake.get_full_path = fake.get_full_path_or_raise = lambda *_: str(file)
+    asked = {
+        "HijackInspectCheckpoint": {"file": "diffusion_models/a.safetensors"},
+        "HijackLoadQuantized": {"unet_name": "a.safetensors", "scheme": "x"},
+    }
+    before = {name: classes[name].IS_CHANGED(**given) for name, given in asked.items()}
+    again = {name: classes[name].IS_CHANGED(**given) for name, given in asked.items()}
+    assert again == before
+    other = tmp_path / "b"
+    other.write_bytes(b"two")
+    other.replace(file)
+    after = {name: classes[name].IS_CHANGED(**given) for name, given in asked.items()}
+    assert all(after[name] != before[name] for name in asked)
+    status = classes["HijackStatus"].IS_CHANGED()
+    assert status != status
+    assert not hasattr(classes["HijackQuantizeModel"], "IS_CHANGED")
+
+
 def _result(text):
     return nodes.spec.Result((5,), text)
 
@@ -189,6 +214,31 @@ def test_a_checkpoint_is_described(server):
     assert "diffusion_models/fp8.safetensors" in text
     assert "blockwise_fp8" in text
     assert "musubi" in text
+
+
+def test_a_replaced_checkpoint_is_described_anew(server, models):
+    """The same workflow says what the file is now; an unchanged one is not read."""
+    path, asked = models / "looked-at.safetensors", "diffusion_models/looked-at"
+    graph = {
+        "look": {
+            "class_type": "HijackInspectCheckpoint",
+            "inputs": {"file": f"{asked}.safetensors"},
+        },
+        "status": {"class_type": "HijackStatus", "inputs": {}},
+    }
+    texts = []
+    for count in (1, 1, 2):
+        if len(texts) != 1:
+            tensors = {f"{n}.weight": torch.ones(8) for n in range(count)}
+            safetensors.torch.save_file(tensors, models / "spare")
+            (models / "spare").replace(path)
+        entry = server.run(graph)
+        texts.append(entry["outputs"]["look"]["text"])
+        messages = dict(entry["status"]["messages"])
+        cached = messages["execution_cached"]["nodes"]
+        assert ("look" in cached) == (len(texts) == 2)
+        assert "status" not in cached
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_the_report_is_a_picture(server):

@@ -22,7 +22,7 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "comfyui"), str(HERE)]
 
 import comfy_models
 import launch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 ROOT, FOLDER = sys.argv[1], Path(sys.argv[2])
 launch.prepare(ROOT, *(a for a in sys.argv[3:] if a.startswith("--")))
@@ -144,6 +144,23 @@ def lora(state_dict, amplitude, layers=2):
     return made
 
 
+def lora_copies(module):
+    """Devices of what a quantized layer's LoRAs keep for the next forward."""
+    functions = [
+        *getattr(module, "weight_function", ()),
+        getattr(module, "_deferred_patch", None),
+        getattr(module, "_visible_patch", None),
+    ]
+    kept = [getattr(function, "hijack_patches", None) for function in functions]
+    kept += getattr(module, "_weight_patches", ())
+    return {
+        device
+        for patches in kept
+        if patches is not None
+        for device in (*patches._moved, *(device for device, _ in patches._ready))
+    }
+
+
 def with_lora(patcher, made):
     """A clone with the LoRA, as the LoRA loader node makes it."""
     return comfy.sd.load_lora_for_models(patcher, None, made, 1.0, 0)[0]
@@ -246,7 +263,7 @@ def check_saving(patcher, quantized_sd, reference):
     """ModelSave's file holds the layers as they came, and loads again."""
     path = str(FOLDER / "saved.safetensors")
     comfy.sd.save_checkpoint(path, patcher)
-    saved = comfy.utils.load_torch_file(path)
+    saved = load_file(path)
     cut = {key.removeprefix(PREFIX): tensor for key, tensor in saved.items()}
     claimed = {k for k in quantized_sd if "scale_weight" in k}
     claimed |= {k.replace("scale_weight", "weight") for k in claimed}

@@ -29,7 +29,7 @@ import comfy_case as case
 import comfy_models
 from aimdo_double import MEMORY
 from device_double import CPU, DEVICE
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 comfy = case.comfy
 #: Whether every weight fits, none, or about half of them, of which some are evicted.
@@ -158,7 +158,7 @@ def check_saving(patcher, quantized_sd):
         path = str(case.FOLDER / f"saved-{mode}.safetensors")
         try:
             comfy.sd.save_checkpoint(path, patcher)
-            saved = comfy.utils.load_torch_file(path)
+            saved = load_file(path)
         except Exception as caught:
             found["saved"][mode] = f"{type(caught).__name__}: {caught}"
             continue
@@ -201,7 +201,7 @@ def check_unloading(patcher, made):
         "loras": [
             name
             for name, module in patcher.model.named_modules()
-            if getattr(module, "_known", None) is not None
+            if case.lora_copies(module)
         ],
     }
 

@@ -28,7 +28,7 @@ if DYNAMIC:
 
 import comfy_case as case  # prepares ComfyUI
 import comfy_models
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 comfy = case.comfy
 management = comfy.model_management
@@ -121,7 +121,7 @@ def check_saving(patcher, quantized_sd):
     whole(patcher)
     path = str(case.FOLDER / "saved.safetensors")
     comfy.sd.save_checkpoint(path, patcher)
-    saved = comfy.utils.load_torch_file(path)
+    saved = load_file(path)
     cut = {
         key.removeprefix(case.PREFIX): tensor.clone() for key, tensor in saved.items()
     }

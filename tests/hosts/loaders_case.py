@@ -28,7 +28,7 @@ from loaders_files import (
     vae_weights,
 )
 from loaders_nets import check_controlnets, check_mixed, check_native_only
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 # -- text encoders ---------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ def check_encoder_saving(clip):
     }
     path = str(FOLDER / "saved-t5.safetensors")
     comfy.utils.save_torch_file(tensors, path)
-    saved = comfy.utils.load_torch_file(path)
+    saved = load_file(path)
     output = encode(load_clip(saved, kind="MOCHI"))
     quantized_sd, meant = musubi(text_encoder("t5"))
     found["encoder saved"] = {

@@ -139,14 +139,14 @@ def coded_vae(dense):
 
 def native(key, tensor, kind):
     """A layer as ComfyUI itself quantizes it."""
-    from comfy import quant_ops
-
     layer = key.removesuffix(".weight")
     text = json.dumps({"format": kind}).encode()
     made = {f"{layer}.comfy_quant": torch.tensor(list(text)).byte()}
     if kind == "float8_e4m3fn":
         made[key], scale, _ = comfy_models.quantize(tensor.float(), "tensor")
         return {**made, f"{layer}.weight_scale": scale}
+    from comfy import quant_ops
+
     layout = quant_ops.get_layout_class(
         quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"]
     )

@@ -127,8 +127,7 @@ def left_on_device(model):
     names = [n for n, t in model.named_parameters() if t.device == DEVICE]
     names += [n for n, t in model.named_buffers() if t.device == DEVICE]
     for name, module in model.named_modules():
-        known = getattr(module, "_known", None)
-        if known is not None and any(d == DEVICE for d in known[1].devices()):
+        if DEVICE in case.lora_copies(module):
             names.append(f"{name} LoRA")
     return names
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import weakref
 
 import comfy_case  # prepares ComfyUI, so it comes first  # isort: skip
@@ -29,6 +30,7 @@ from comfy_case import (
     snapshot,
     with_lora,
 )
+from safetensors.torch import save_file
 
 found = {}
 
@@ -186,6 +188,36 @@ def check_memory(tensors, config, online):
     found["still works"] = bool(first_output(made).isfinite().all())
 
 
+def check_replaced(tensors, config, online):
+    """A file that is replaced or written to while it is read gives no model."""
+    dense = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    other = {key: tensor.flip(0).contiguous() for key, tensor in dense.items()}
+    path, spare = (comfy_case.FOLDER / f"{name}.safetensors" for name in "ab")
+
+    def replace():
+        save_file(other, spare)
+        os.replace(spare, path)
+
+    def cut():
+        os.truncate(path, 8)
+
+    for name, change in (("replaced", replace), ("cut", cut)):
+        save_file(dense, path)
+
+        def progress(done, *_, change=change):
+            if done == 3:
+                change()
+
+        try:
+            online.load_quantized(str(path), config, progress=progress)
+        except Exception as caught:
+            found[name] = f"{type(caught).__name__}: {caught}"
+    save_file(dense, path)
+    kept = online.load_quantized(str(path), config)
+    plain = online.quantize_model(load(tensors), config)
+    found["kept"] = error(first_output(kept), first_output(plain))
+
+
 def main():
     """All checks; what they found is printed as the last line."""
     import hijack
@@ -214,6 +246,7 @@ def main():
     check_sampling(tensors, config, online)
     check_bypass(dense, tensors, config, online)
     check_native(tensors, config, online)
+    check_replaced(tensors, config, online)
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ UNCLAIMED = {
         "a.weight": torch.ones(4, 4).to(E4M3),
         "a.scale_weight": torch.ones(()),
     },
-    "nobody's": {"a.weight": torch.ones(4, 4).to(E4M3), "a.s": torch.ones(3, 3)},
+    "nobody's": {"a.weight": torch.ones(4).to(E4M3), "a.s": torch.ones(3, 3)},
 }
 
 
@@ -215,6 +215,23 @@ def test_unclaimed_files_are_left_to_comfyui():
     assert patched(state_dict, "", metadata={"x": "y"}) is answer
     assert seen == [((state_dict, ""), {"metadata": {"x": "y"}})]
     assert vars(answer) == {}
+
+
+def test_clip_vision_in_a_checkpoint_is_decoded():
+    """A checkpoint's image encoder, which ComfyUI builds next, gets dense weights."""
+    import schemes.blockwise_fp8  # noqa: F401
+
+    config = types.SimpleNamespace(clip_vision_prefix="embedder.visual.")
+    patched = make_model_config_from_unet(lambda *_: config)
+    state_dict = {"model.b.weight": torch.ones(2, 2), **block_file("embedder.visual.")}
+    state_dict |= block_file("embedder.text.")
+    key = "embedder.visual.a"
+    expected = decoded(state_dict[f"{key}.weight"], state_dict[f"{key}.scale_weight"])
+    patched(state_dict, "model.")
+    assert type(state_dict[f"{key}.weight"]) is torch.Tensor
+    assert torch.equal(state_dict[f"{key}.weight"], expected.bfloat16())
+    assert f"{key}.scale_weight" not in state_dict
+    assert isinstance(state_dict["embedder.text.a.weight"], QuantizedTensor)
 
 
 # -- markers and errors ----------------------------------------------------------------
@@ -413,6 +430,9 @@ def test_a_quantized_tensor_spells_itself_as_its_file_did(quantized):
             "reads a.weight_scale_inv",
         ),
         ({"a.scale_weight": torch.ones(8, 3, 1)}, "reads a.scale_weight"),
+        ({"a.s": torch.ones(8, 3)}, "a: no scheme reads a.s"),
+        ({"a.quantizer.scale": torch.ones(3)}, "a: no scheme reads a.quantizer.scale"),
+        ({"a_scale": torch.ones(3)}, "a: no scheme reads a_scale"),
     ],
 )
 def test_scales_nobody_reads_are_refused_where_no_layer_is_ours(registry, lone, words):

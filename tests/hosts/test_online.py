@@ -80,3 +80,11 @@ def test_comfyui_s_own_scaled_layers_are_quantized(case):
     """Their scales go into the decoded weight, and have no place in the new model."""
     assert case["native"] < 0.01
     assert case["native works"]
+
+
+@pytest.mark.parametrize("what", ["replaced", "cut"])
+def test_a_file_that_changes_while_it_is_read_is_refused(case, what):
+    """No model is made of two files; the error says what happened."""
+    assert case[what].startswith("CheckpointError")
+    assert "a.safetensors: changed while it was read" in case[what]
+    assert case["kept"] < 0.01  # of one that does not change there is a model

@@ -13,6 +13,7 @@ import importlib
 import re
 import sys
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from hijack.hosts.adapter import Probe
@@ -72,6 +73,8 @@ LOADERS = (
     Probe("comfy.model_detection.convert_diffusers_mmdit", ("state_dict",)),
     Probe("comfy.model_detection.model_config_from_diffusers_unet", ("state_dict",)),
     Probe("comfy.utils.load_torch_file", ("ckpt",)),
+    Probe("comfy.sd.load_diffusion_model_state_dict", ("sd",)),
+    Probe("comfy.sd.load_state_dict_guess_config", ("sd",)),
 )
 
 log = logger(__name__)
@@ -101,13 +104,36 @@ def patches() -> list[Patch]:
     from hijack.hosts.comfyui.saving import make_save_torch_file
 
     detection = sys.modules["comfy.model_detection"]
-    return [
+    found = [
         Patch(detection, "model_config_from_unet", make_model_config_from_unet),
         Patch(sys.modules["comfy.lora"], "calculate_weight", make_calculate_weight),
         Patch(sys.modules["comfy.utils"], "copy_to_param", make_copy_to_param),
         Patch(sys.modules["comfy.utils"], "save_torch_file", make_save_torch_file),
         *_patcher_methods(),
         *_other_loaders(),
+        *_native_readers(),
+    ]
+    return [*_reader_copies(), *found]
+
+
+def _reader_copies() -> list[Patch]:
+    """The same patch where ``from comfy.utils import`` has copied the file reader.
+
+    ComfyUI does so itself, and so do packs that were imported before us.
+    """
+    from hijack.hosts.comfyui.reader import make_load_torch_file
+
+    utils, name = sys.modules["comfy.utils"], "load_torch_file"
+    return [
+        Patch(module, copy, make_load_torch_file, copied=True)
+        for module in list(sys.modules.values())
+        for copy, value in list(getattr(module, "__dict__", {}).items())
+        # whoever has replaced the reader did so after some have copied it
+        if type(value) is FunctionType
+        and value.__globals__ is vars(utils)
+        and value.__qualname__ == name
+        and module is not utils
+        and getattr(module, "__name__", "__main__") != "__main__"
     ]
 
 
@@ -129,10 +155,9 @@ def _patcher_methods() -> list[Patch]:
 
 def _other_loaders() -> list[Patch]:
     """The loaders of other models and other spellings, as far as they are there."""
-    from hijack.hosts.comfyui import text_encoders
+    from hijack.hosts.comfyui import reader, text_encoders
     from hijack.hosts.comfyui.fused_rows import make_convert_diffusers_mmdit
     from hijack.hosts.comfyui.loaders import make_diffusers_unet
-    from hijack.hosts.comfyui.tensor_metadata import make_load_torch_file
 
     makers = (
         text_encoders.make_load_text_encoders,
@@ -142,7 +167,9 @@ def _other_loaders() -> list[Patch]:
         text_encoders.make_weight_dtype,
         make_convert_diffusers_mmdit,
         make_diffusers_unet,
-        make_load_torch_file,
+        reader.make_load_torch_file,
+        reader.make_taking_quantized,
+        reader.make_taking_quantized,
     )
     found = []
     with contextlib.suppress(Exception):  # the probe says what is missing
@@ -156,6 +183,22 @@ def _other_loaders() -> list[Patch]:
         else:
             log.warning("hijack: %s; quantized files are not read there", problem)
     return found
+
+
+def _native_readers() -> list[Patch]:
+    """What loaders of ComfyUI's own quantized layers call, where it is there."""
+    from hijack.hosts.comfyui import reader
+
+    utils = sys.modules["comfy.utils"]
+    makers = {
+        "convert_old_quants": reader.make_convert_old_quants,
+        "detect_layer_quantization": reader.make_detect_layer_quantization,
+    }
+    return [
+        Patch(utils, name, make)
+        for name, make in makers.items()
+        if hasattr(utils, name)
+    ]
 
 
 def _owner(path: str) -> Any:

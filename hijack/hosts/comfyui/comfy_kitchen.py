@@ -100,9 +100,9 @@ class KitchenTensors:
 
 def saving_is_patched() -> bool:
     """Whether what ComfyUI saves passes through `hijack.hosts.comfyui.saving`."""
-    from hijack.hosts.manager import status
+    from hijack.hosts.manager import in_force
 
-    return status()["comfyui"].patched
+    return in_force("comfy.utils.save_torch_file")
 
 
 @functools.cache

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +41,8 @@ def encode_claimed(
     prefix: str = "",
     metadata: Mapping[str, str] | None = None,
     registry: Registry | None = None,
+    *,
+    native: bool = False,
 ) -> bool:
     """Turn every claimed layer of a model into one `QuantizedTensor` tensor, in place.
 
@@ -48,6 +51,7 @@ def encode_claimed(
         prefix: only keys that start with it are looked at.
         metadata: the file's header metadata, if the host knows it.
         registry: whose schemes are asked.
+        native: whether the layers that ComfyUI itself reads are claimed too.
 
     Returns:
         Whether the model has quantized layers now.
@@ -57,7 +61,7 @@ def encode_claimed(
             layer equally, or if a scale is left that nobody consumed.
     """
     keys = [key for key in state_dict if key.startswith(prefix)]
-    return _encode_keys(state_dict, keys, metadata, registry)
+    return _encode_keys(state_dict, keys, metadata, registry, native)
 
 
 def encode_others(
@@ -113,6 +117,7 @@ def _encode_keys(
     keys: Iterable[str],
     metadata: Mapping[str, str] | None,
     registry: Registry | None,
+    native: bool = False,
 ) -> bool:
     chosen = {key: state_dict[key] for key in keys}
     if any(isinstance(tensor, QuantizedTensor) for tensor in chosen.values()):
@@ -128,7 +133,7 @@ def _encode_keys(
         return False
     registry = current_registry(registry)
     tensors = markers.read_through(unusual)
-    claims = _claims(tensors, metadata, registry)
+    claims = _claims(tensors, metadata, registry, native)
     used = {key for claim in claims.values() for key in claim.keys.values()}
     dtype = _dense_dtype(t for key, t in chosen.items() if key not in used)
     quantized = {
@@ -136,7 +141,8 @@ def _encode_keys(
         for layer, claim in claims.items()
     }
     for key in unusual if claims else ():
-        if key in used or key not in tensors:  # or ComfyUI renamed it or put it in
+        # or ComfyUI renamed it or put it in, or it marks layers that are claimed
+        if key in used or key not in tensors or (native and markers.is_marker(key)):
             del state_dict[key]
     state_dict.update(quantized)
     return bool(claims)
@@ -146,21 +152,27 @@ def _claims(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     registry: Registry,
+    native: bool,
 ) -> dict[str, Claim]:
-    """The claim to each layer that is not ComfyUI's own."""
+    """The claim to each layer that is not ComfyUI's own, unless those count too."""
     given = tensor_metadata.claims_of(tensors)
     used = {key for claim in given.values() for key in claim.keys.values()}
     rest = {key: tensor for key, tensor in tensors.items() if key not in used}
     header = Header.from_state_dict(tensors, metadata)
     found = identify(Header.from_state_dict(rest, metadata), registry)
     every = {**given, **found.claims()}
-    claims = {la: c for la, c in every.items() if not markers.native(header, la)}
+
+    def comfyuis(layer: str) -> bool:
+        return not native and markers.native(header, layer)
+
+    claims = {la: c for la, c in every.items() if not comfyuis(la)}
     if claims and not markers.reads_layers():
         claims = every  # it cannot have layers of its own kind beside ours
-    _check_unknown(found, header, registry)
-    _check_foreign(found, header, alone=not claims)
-    _check_orphans(_orphans(found, header), tensors, alone=not claims)
-    bare = [la for la in found.unscaled if not markers.native(header, la)]
+    _check_unknown(found, comfyuis, registry)
+    _check_foreign(found, header, comfyuis, alone=not claims, native=native)
+    orphans = sorted(k for k in found.unconsumed if not comfyuis(k.rpartition(".")[0]))
+    _check_orphans(orphans, tensors, alone=not claims)
+    bare = [la for la in found.unscaled if not comfyuis(la)]
     if claims and bare:
         log.warning(
             "hijack: %d layers hold quantized data without a scale, such as %s, while "
@@ -198,6 +210,23 @@ def _renamed(
     return metadata
 
 
+def may_be_quantized(state_dict: Mapping[Any, Any]) -> bool:
+    """Whether a file may hold quantized layers, from names and dtypes alone.
+
+    Integers that are no weights, such as positions, are in many dense files.
+    """
+    for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor) or not isinstance(key, str):
+            continue
+        dtype, name = tensor.dtype, key.rpartition(".")[2]
+        coded = dtype.itemsize == 1 and dtype is not torch.bool
+        if coded or name in SCALE_NAMES:
+            return True
+        if dtype not in DENSE_DTYPES and name.endswith("weight"):
+            return True
+    return False
+
+
 def _unusual(
     tensors: Mapping[str, Tensor], marked: Container[str]
 ) -> dict[str, Tensor]:
@@ -225,10 +254,12 @@ def _unusual(
     return found if quantized else {}
 
 
-def _check_unknown(found: Identification, header: Header, registry: Registry) -> None:
+def _check_unknown(
+    found: Identification, comfyuis: Callable[[str], bool], registry: Registry
+) -> None:
     """Refuse layers of a scheme that is not there: their data is no weight."""
     for layer, scheme in found.unknown.items():
-        if not markers.native(header, layer):
+        if not comfyuis(layer):
             raise UnknownSchemeError(
                 f"{layer}: was written by scheme {excerpt(scheme)}, as "
                 f"{len(found.unknown)} layers were, which is not registered; expected "
@@ -237,18 +268,26 @@ def _check_unknown(found: Identification, header: Header, registry: Registry) ->
             )
 
 
-def _check_foreign(found: Identification, header: Header, *, alone: bool) -> None:
+def _check_foreign(
+    found: Identification,
+    header: Header,
+    comfyuis: Callable[[str], bool],
+    *,
+    alone: bool,
+    native: bool,
+) -> None:
     """Refuse layers that neither a scheme nor this ComfyUI reads.
 
     Where no layer is ours that is ComfyUI's business, unless it would take quantized
-    data that nothing marks for weights.
+    data that nothing marks for weights, or that its loader knows no marker of.
     """
     for layer, other in found.unsupported.items():
-        if markers.reads_layers() and markers.native(header, layer):
+        if markers.reads_layers() and comfyuis(layer):
             continue
         weight = header.tensors.get(join(layer, "weight"))
         silent = weight is not None and weight.torch_dtype not in DENSE_DTYPES
-        if alone and not (silent and layer_marker(header, layer) is None):
+        unmarked = native or layer_marker(header, layer) is None
+        if alone and not (silent and unmarked):
             continue
         what = "and others are read by a scheme; this ComfyUI cannot read both"
         if alone:
@@ -265,7 +304,8 @@ def _check_orphans(
 ) -> None:
     """Refuse to ignore scales that a weight needs."""
     for key in orphans:
-        layer, _, name = key.rpartition(".")
+        name = key.rpartition(".")[2]
+        layer = _scaled_layer(key, tensors)
         weight = tensors.get(join(layer, "weight"))
         if alone and (
             weight is None or weight.dtype in DENSE_DTYPES or name in _INPUTS
@@ -287,13 +327,14 @@ def _check_orphans(
         )
 
 
-def _orphans(found: Identification, header: Header) -> list[str]:
-    """Scales that neither a scheme nor ComfyUI consumes."""
-    return sorted(
-        key
-        for key in found.unconsumed
-        if not markers.native(header, key.rpartition(".")[0])
-    )
+def _scaled_layer(key: str, tensors: Mapping[str, Tensor]) -> str:
+    """The layer that a scale belongs to, or the one its key stands under."""
+    owner, _, name = key.rpartition(".")
+    modules = owner.split(".")
+    listed = key.removesuffix(".weight").partition(".")[2]
+    layers = [".".join(modules[:end]) for end in range(len(modules), 0, -1)]
+    layers += [join(owner, name.partition("scale")[0].rstrip("_")), listed]
+    return next((la for la in layers if la and join(la, "weight") in tensors), owner)
 
 
 def _quantized(

@@ -38,6 +38,8 @@ from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, join
 from hijack.scheme import Scheme
 
+#: Attribute of ComfyUI's LoRAs for low VRAM that holds them as `Patches`.
+PATCHES = "hijack_patches"
 #: Every quantized layer alive, so that unpatching can say how many there are.
 LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -95,8 +97,6 @@ class QuantizedLinear:
     _deferred_patch: Any = None
     #: One that it may merge.
     _visible_patch: Any = None
-    #: The last function asked for its patches, and the answer.
-    _known: tuple[Any, Patches] | None = None
 
     # -- becoming quantized ------------------------------------------------------------
 
@@ -154,7 +154,6 @@ class QuantizedLinear:
         show = merging() or all(isinstance(entry, Merge) for entry in entries)
         self._visible_patch = function if show else None
         self._deferred_patch = None if show else function
-        self._known = None  # a new function each time; the last one's copies can go
 
     def _load_from_state_dict(
         self: Any, state_dict: Any, prefix: str, *args: Any, **kwargs: Any
@@ -275,12 +274,13 @@ class QuantizedLinear:
         return patches, functions
 
     def _patches_of(self: Any, function: Any) -> Patches:
-        known = self._known  # once: another thread may put its own there
-        if known is None or known[0] is not function:
+        # kept on the function, which ComfyUI makes anew for each module and LoRA
+        patches: Patches | None = vars(function).get(PATCHES)
+        if patches is None:
             entries = function.patches[function.key]
-            known = function, Patches(entries, function.key, dense_shape(self))
-            self._known = known
-        return known[1]  # type: ignore[no-any-return]
+            patches = Patches(entries, function.key, dense_shape(self))
+            setattr(function, PATCHES, patches)
+        return patches
 
     def _cast(self: Any, input: Tensor) -> Any:
         """Weight and bias where the input is; ComfyUI moves them, and nothing else."""
@@ -404,9 +404,11 @@ class QuantizedLinear:
 
     def drop_copies(self: Any) -> None:
         """Give back what was kept on a device for the next forward."""
-        self._known = None
-        for patches in self._weight_patches:
-            patches.drop_copies()
+        functions = (*self.weight_function, self._deferred_patch, self._visible_patch)
+        kept = (getattr(function, PATCHES, None) for function in functions)
+        for patches in (*self._weight_patches, *kept):
+            if patches is not None:
+                patches.drop_copies()
 
     def _apply(self: Any, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         self.drop_copies()

@@ -21,6 +21,7 @@ from hijack.errors import HijackError
 from hijack.hosts.comfyui.detection import encode_claimed, encode_others
 from hijack.hosts.comfyui.file_tensors import file_tensors
 from hijack.hosts.comfyui.operations import make_operations
+from hijack.hosts.comfyui.reader import open_file
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import join
 from hijack.text import logger
@@ -44,6 +45,7 @@ def make_model_config_from_unet(original: Callable[..., Any]) -> Callable[..., A
         state_dict, prefix = given.get("state_dict"), given.get("unet_key_prefix")
         if not isinstance(state_dict, dict) or not isinstance(prefix, str):
             return original(*args, **kwargs)
+        open_file(state_dict)
         file = dict(state_dict)
         try:
             quantized = encode_claimed(state_dict, prefix, given.get("metadata"))
@@ -56,12 +58,22 @@ def make_model_config_from_unet(original: Callable[..., Any]) -> Callable[..., A
         if prefix:  # a whole checkpoint, whose other models are built from it next
             encode_others(state_dict, prefix, given.get("metadata"))
         config = original(*args, **kwargs)
+        vision = getattr(config, "clip_vision_prefix", None)
+        if prefix and vision:  # is built next too, without a way to keep them quantized
+            _decode(state_dict, vision)
         if quantized and config is not None:
             _check(config)
             adopt(config, state_dict, prefix, file)
         return config
 
     return model_config_from_unet
+
+
+def _decode(state_dict: dict[str, Tensor], prefix: str) -> None:
+    """Turn the quantized weights whose keys start with a prefix into dense ones."""
+    for key, tensor in state_dict.items():
+        if key.startswith(prefix) and isinstance(tensor, QuantizedTensor):
+            state_dict[key] = tensor.value(tensor.dtype)
 
 
 def make_diffusers_unet(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -74,6 +86,7 @@ def make_diffusers_unet(original: Callable[..., Any]) -> Callable[..., Any]:
     def model_config_from_diffusers_unet(
         state_dict: dict[str, Tensor], *args: Any, **kwargs: Any
     ) -> Any:
+        open_file(state_dict)
         file = dict(state_dict)
         quantized = encode_claimed(state_dict)
         config = original(state_dict, *args, **kwargs)

@@ -83,10 +83,11 @@ class Patches:
     def apply_dense(self, weight: Tensor) -> Tensor:
         """The dense weight with what is no low-rank pair added; may write into it."""
         device = weight.device
-        if device not in self._moved:
+        moved = self._moved.get(device)  # once: another thread may drop it
+        if moved is None:
             moved = [_moved(entry, device) for entry in self.dense_entries]
             self._moved[device] = moved
-        return self._calculate(self._moved[device], weight)
+        return self._calculate(moved, weight)
 
     def low_rank(
         self, device: torch.device, dtype: torch.dtype

@@ -80,6 +80,11 @@ def native(header: Header, layer: str) -> bool:
     return file_marker(header, layer) is not None
 
 
+def is_marker(key: str) -> bool:
+    """Whether a key is that of one of ComfyUI's own markers."""
+    return key.rpartition(".")[2] in (LAYER_MARKER, FILE_MARKER)
+
+
 def reads_layers() -> bool:
     """Whether this release reads a marker in each layer, and leaves others to us."""
     utils = sys.modules.get("comfy.utils")  # none in a test of this file alone

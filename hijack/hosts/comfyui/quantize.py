@@ -210,8 +210,8 @@ def load_quantized(
         A ModelPatcher.
 
     Raises:
-        CheckpointError: if the file is quantized already, or ComfyUI does not know its
-            architecture.
+        CheckpointError: if the file is quantized already or changes while it is read,
+            or ComfyUI does not know its architecture.
         HijackError: if no layer is chosen, or one cannot be quantized.
     """
     sd = sys.modules["comfy.sd"]

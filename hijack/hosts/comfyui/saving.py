@@ -21,6 +21,7 @@ from hijack.errors import HijackError
 from hijack.formats import matching
 from hijack.hosts.comfyui.file_tensors import dialect_of
 from hijack.hosts.comfyui.linear import LIVE, Source
+from hijack.hosts.comfyui.reader import FileStateDict
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import join
 from hijack.safetensors_io.writer import write_checkpoint
@@ -37,6 +38,8 @@ def make_save_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_torch_file(
         sd: dict[str, Any], ckpt: Any, metadata: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
+        if isinstance(sd, FileStateDict):  # a copy of a file
+            sd = sd.stored()
         layers = find_layers(sd)
         if layers:
             sd, metadata = spell(sd, layers, metadata)

@@ -8,8 +8,7 @@ renames keys on the way, but the tensors it hands on are the ones it read.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -32,20 +31,22 @@ TORCHAO = "tensor_names"
 LONGEST = 100_000_000
 
 
-def make_load_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The replacement of ``comfy.utils.load_torch_file``."""
+def tie_markers(state_dict: Mapping[str, Any], path: str) -> bool:
+    """Tie hijack's own entries in a file's header to the weights read from it.
 
-    @functools.wraps(original)
-    def load_torch_file(ckpt: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(ckpt, *args, **kwargs)
-        state_dict = result[0] if isinstance(result, tuple) else result
-        for layer, entry in _marked(str(ckpt)).items():
-            _tie(state_dict.get(join(layer, "weight")), MARKER, entry)
-        for claim in _configured(str(ckpt)):
-            _tie(state_dict.get(claim.keys["weight"]), CLAIM, claim)
-        return result
+    Returns:
+        Whether there are any.
+    """
+    marked = _marked(path)
+    for layer, entry in marked.items():
+        _tie(state_dict.get(join(layer, "weight")), MARKER, entry)
+    return bool(marked)
 
-    return load_torch_file
+
+def tie_claims(state_dict: Mapping[str, Any], path: str) -> None:
+    """Tie what a file's config says to the weights that were read from it."""
+    for claim in _configured(path):
+        _tie(state_dict.get(claim.keys["weight"]), CLAIM, claim)
 
 
 def metadata_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

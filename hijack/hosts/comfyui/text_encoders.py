@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hijack.hosts.comfyui.detection import decode_claimed, encode_claimed
 from hijack.hosts.comfyui.linear import QuantizedLinear
 from hijack.hosts.comfyui.operations import make_operations
+from hijack.hosts.comfyui.reader import FileStateDict, open_file, open_if_patched
 from hijack.quantized import QuantizedTensor
 
 #: Keys of ControlNets that ComfyUI does arithmetic with instead of building layers.
@@ -33,8 +34,10 @@ def make_load_text_encoders(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_text_encoder_state_dicts(*args: Any, **kwargs: Any) -> Any:
         # Before ComfyUI looks at shapes, at markers, and renames keys.
         options = kwargs.get("model_options", args[3] if len(args) > 3 else None)
-        if not _own_operations(options):
-            for state_dict in args[0] if args else kwargs.get("state_dicts", ()):
+        for state_dict in args[0] if args else kwargs.get("state_dicts", ()):
+            if _own_operations(options):
+                open_file(state_dict)
+            elif open_if_patched(state_dict):
                 encode_claimed(state_dict)
         return original(*args, **kwargs)
 
@@ -60,7 +63,7 @@ def make_vae_init(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - its name
         state_dict = args[0] if args else kwargs.get("sd")
-        if state_dict:
+        if state_dict and not isinstance(state_dict, FileStateDict):  # which decodes
             decode_claimed(state_dict, "VAE", kwargs.get("metadata"))
         original(self, *args, **kwargs)
 
@@ -79,6 +82,7 @@ def make_load_controlnet(original: Callable[..., Any]) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         options = dict(model_options or {})
+        open_file(state_dict)
         if _own_operations(options):
             pass
         elif any(key in state_dict for key in ARITHMETIC):

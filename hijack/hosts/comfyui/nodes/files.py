@@ -13,7 +13,7 @@ from hijack.formats import matching
 from hijack.formats.identification import identify
 from hijack.hosts.comfyui import saving
 from hijack.hosts.comfyui.linear import LIVE
-from hijack.hosts.comfyui.nodes.models import AUTO
+from hijack.hosts.comfyui.nodes.models import AUTO, file_state
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.hosts.manager import status
 from hijack.registry import current_registry
@@ -72,6 +72,16 @@ def inspect_checkpoint(file: str) -> Result:
     size = os.path.getsize(path) / 1e6
     text = f"{file}: {found.tensors} tensors, {size:,.1f} MB\n\n{rest}"
     return Result((text,), text)
+
+
+def _inspected(file: str) -> str:
+    """What *Inspect Checkpoint*'s report depends on: the file of that name."""
+    return file_state(_full_path(file))
+
+
+def _always() -> float:
+    """Never equal to what it was."""
+    return float("nan")
 
 
 def show_status() -> Result:
@@ -151,6 +161,7 @@ NODES = (
         (Output("STRING", "report", "The report as text."),),
         inspect_checkpoint,
         terminal=True,
+        fingerprint=_inspected,
     ),
     Node(
         "HijackStatus",
@@ -162,5 +173,6 @@ NODES = (
         (Output("STRING", "status", "The status as text."),),
         show_status,
         terminal=True,
+        fingerprint=_always,
     ),
 )

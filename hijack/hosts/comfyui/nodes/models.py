@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -12,6 +13,7 @@ from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.progress import Progress
 from hijack.quantized import QuantizationConfig
 from hijack.registry import current_registry
+from hijack.safetensors_io.reader import identity_of
 from hijack.text import parse_block_size
 
 AUTO = "auto"
@@ -80,6 +82,18 @@ def load_quantized(
     config = make_config(scheme, block_size)
     result = quantize.load_quantized(path, config, include, exclude, progress_bar())
     return Result((result,))
+
+
+def file_state(path: str) -> str:
+    """What is another once a file is replaced or written to."""
+    return f"{path} {identity_of(os.stat(path))}"
+
+
+def _loaded(unet_name: str) -> str:
+    """What *Load Diffusion Model (quantize)*'s model depends on: the file."""
+    folder_paths = sys.modules["folder_paths"]
+    path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+    return file_state(path)
 
 
 def merge_loras(model: Any) -> Result:
@@ -165,6 +179,7 @@ NODES = (
         ),
         (Output("MODEL", "model", "The quantized model."),),
         load_quantized,
+        fingerprint=_loaded,
     ),
     Node(
         "HijackMergeLoras",

@@ -79,6 +79,8 @@ class Node:
         outputs: in the order of the result's values.
         run: the function; it takes inputs by name, and those of `HIDDEN` it names.
         terminal: whether it is run for its own sake.
+        fingerprint: given the inputs by name, what else the result depends on, such as
+            a file; ComfyUI runs the node again when it changes. None if on nothing.
     """
 
     id: str
@@ -89,6 +91,7 @@ class Node:
     outputs: tuple[Output, ...]
     run: Callable[..., Result]
     terminal: bool = False
+    fingerprint: Callable[..., Any] | None = None
     category: str = "hijack"
 
     @property
@@ -132,7 +135,19 @@ def classic_class(node: Node) -> type:
         "run": run,
         "__doc__": node.description,
     }
+    if node.fingerprint is not None:
+        namespace["IS_CHANGED"] = classmethod(_fingerprint(node.fingerprint))
     return type(node.id, (), namespace)
+
+
+def _fingerprint(fingerprint: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a node's class; it is given what the node's inputs are linked to."""
+
+    def ask(cls: Any, /, **inputs: Any) -> Any:
+        known = inspect.signature(fingerprint).parameters
+        return fingerprint(**{k: v for k, v in inputs.items() if k in known})
+
+    return ask
 
 
 # -- v3 --------------------------------------------------------------------------------
@@ -195,6 +210,8 @@ def v3_class(node: Node, latest: Any) -> type:
         "execute": classmethod(execute),
         "__doc__": node.description,
     }
+    if node.fingerprint is not None:
+        namespace["fingerprint_inputs"] = classmethod(_fingerprint(node.fingerprint))
     return type(node.id, (io.ComfyNode,), namespace)
 
 
