@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from hijack.checkpoint.quantize_run import RunOptions, count_workers, run
 from hijack.errors import CheckpointError
 from hijack.formats import matching
 from hijack.formats.detection import identify
-from hijack.lora.delta import SUFFIXES
+from hijack.lora.delta import is_factor
 from hijack.lora.files import Loras, Spec, parse_loras
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry
@@ -32,9 +31,6 @@ from hijack.safetensors_io.writer import open_writer
 from hijack.scheme import Scheme
 from hijack.selection import Choice, Patterns, choose
 from hijack.text import block_text
-
-#: Suffixes of keys that only LoRA, LoHa and LoKr have.
-_LORA_PARTS = tuple(end for end in SUFFIXES if re.search("lora|hada|lokr", end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,7 +277,7 @@ def _refuse_source(header: Header, include: Patterns, registry: Registry) -> Non
 
 def _is_lora(header: Header) -> bool:
     """Whether all layers of a file are parts of LoRAs."""
-    parts = [key for key in header.tensors if key.endswith(_LORA_PARTS)]
+    parts = [key for key in header.tensors if is_factor(key)]
     layers = (join(layer, "weight") for layer in header.layers())
     matrices = {key for key in layers if len(header.tensors[key].shape) > 1}
     return bool(parts) and matrices <= set(parts)

@@ -1,0 +1,113 @@
+"""Words in the names of layers that stand for wrappers, not for parts of a network.
+
+``torch.compile``, FSDP and checkpointing put a word anywhere in a name; trainers and
+hosts put words in front of it. Without them, a layer has one name in all files.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator
+
+#: Modules that only wrap another one, anywhere in a name.
+_TRANSPARENT = frozenset(
+    {
+        "_orig_mod",
+        "_fsdp_wrapped_module",
+        "_checkpoint_wrapped_module",
+        "_forward_module",
+        "original_module",
+        "base_layer",
+        "module",
+    }
+)
+#: The same, in names whose dots are underscores.
+_FLAT_TRANSPARENT = re.compile(
+    r"_{1,2}(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)_"
+)
+#: Modules that hold a whole network, at the start of a name.
+_WRAPPERS = frozenset(
+    {
+        "backbone",
+        "base_model",
+        "decoder",
+        "denoiser",
+        "diffusion",
+        "diffusion_model",
+        "dit",
+        "ema",
+        "ema_model",
+        "generator",
+        "model",
+        "model_ema",
+        "net",
+        "network",
+        "pipe",
+        "pipeline",
+        "prior",
+        "state_dict",
+        "student",
+        "transformer",
+        "unet",
+        "velocity_model",
+    }
+)
+#: What kohya and others put before names whose dots are underscores.
+_FLAT_START = re.compile(
+    r"lora_(?:unet|transformer|prior_unet|dit|net|model|denoiser)_+|lycoris_+"
+)
+#: Wrappers in such names; ``transformer_blocks`` is no wrapper.
+_FLAT_WRAPPER = re.compile(
+    r"(?:unet|transformer|diffusion_model|diffusion|base_model|model|net|dit|pipe"
+    r"|decoder|module)_(?!blocks?_|layers?_|model_\d)"
+)
+
+
+def plain(name: str) -> str:
+    """A name without the modules that `torch.compile` and the like put in it."""
+    words = [word for word in name.split(".") if word not in _TRANSPARENT]
+    return ".".join(words) if words else name
+
+
+def shorter_names(name: str) -> Iterator[str]:
+    """A name, and what is left of it as wrappers are taken from its start.
+
+    Args:
+        name: of a layer or a parameter in a checkpoint or a LoRA file; its dots may be
+            underscores.
+    """
+    yield name
+    if (unwrapped := _FLAT_TRANSPARENT.sub("_", plain(name))) != name:
+        yield from shorter_names(unwrapped)
+        return
+    first, _, rest = name.partition(".")
+    if rest and first in _WRAPPERS:
+        yield from shorter_names(rest)
+    elif not rest:
+        match = _FLAT_START.match(name) or _FLAT_WRAPPER.match(name)
+        if match is not None and match.end() < len(name):
+            yield from shorter_names(name[match.end() :])
+    elif (match := _FLAT_START.match(name)) is not None and match.end() < len(first):
+        yield from shorter_names(name[match.end() :])
+
+
+def common_wrapper(names: Iterable[str]) -> str:
+    """What precedes the blocks of a network in all names, with a dot; or nothing.
+
+    Wrappers that nobody has heard of are told by this: they are in front of all layers.
+
+    Args:
+        names: of a file, with dots. Those without the number of a block do not count.
+    """
+    paths = [name.split(".") for name in names]
+    paths = [path for path in paths if any(map(str.isdecimal, path))]
+    if not paths:
+        return ""
+    block = next(i for i, word in enumerate(paths[0]) if word.isdecimal()) - 1
+    shared = ""
+    for words in itertools.islice(zip(*paths, strict=False), max(block, 0)):
+        if len(set(words)) > 1:
+            break
+        shared += f"{words[0]}."
+    return shared

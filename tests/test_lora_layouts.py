@@ -1,0 +1,482 @@
+"""LoRAs in one program's names and layers on checkpoints in another's, by structure.
+
+Each model is written down once for each program: its layers, and the projections that
+share each layer's rows. A LoRA for one is merged into the other; the dense sum of each
+projection, computed here, must be in the rows that it has there.
+"""
+
+import itertools
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hijack.errors import CheckpointError
+from hijack.lora.files import Loras
+from hijack.safetensors_io.reader import read_header
+from tests.test_lora_files import near
+
+K, R = 12, 3
+
+#: Rows of projections, where they are not K.
+ROWS = {
+    "mlp": 30,
+    "m1": 30,
+    "t1": 30,
+    "gate": 20,
+    "up": 20,
+    "k2": 6,
+    "v2": 6,
+    "ada": 24,
+}
+
+#: Model to program to its layers, each with its projections.
+MODELS = {
+    "FLUX, HunyuanVideo": {
+        "own": """
+            double_blocks.0.img_attn.qkv=iq,ik,iv double_blocks.0.img_attn.proj=io
+            double_blocks.0.txt_attn.qkv=tq,tk,tv double_blocks.0.txt_attn.proj=to
+            double_blocks.0.img_mlp.0=m1 double_blocks.0.txt_mlp.0=t1
+            double_blocks.0.img_mod.lin=imod single_blocks.3.modulation.lin=smod
+            single_blocks.3.linear1=q,k,v,mlp single_blocks.3.linear2=o""",
+        "Tencent's": """
+            double_blocks.0.img_attn_qkv=iq,ik,iv double_blocks.0.img_attn_proj=io
+            double_blocks.0.txt_attn_qkv=tq,tk,tv double_blocks.0.txt_attn_proj=to
+            double_blocks.0.img_mlp.fc1=m1 double_blocks.0.txt_mlp.fc1=t1
+            double_blocks.0.img_mod.linear=imod single_blocks.3.modulation.linear=smod
+            single_blocks.3.linear1=q,k,v,mlp single_blocks.3.linear2=o""",
+        "Tencent's, apart": """
+            double_blocks.0.img_attn_q=iq double_blocks.0.img_attn_k=ik
+            double_blocks.0.img_attn_v=iv double_blocks.0.img_attn_proj=io
+            double_blocks.0.txt_attn_q=tq double_blocks.0.txt_attn_k=tk
+            double_blocks.0.txt_attn_v=tv double_blocks.0.txt_attn_proj=to
+            double_blocks.0.img_mlp.fc1=m1 double_blocks.0.txt_mlp.fc1=t1
+            double_blocks.0.img_mod.linear=imod single_blocks.3.modulation.linear=smod
+            single_blocks.3.linear1=q,k,v,mlp single_blocks.3.linear2=o""",
+        "diffusers": """
+            transformer_blocks.0.attn.to_q=iq transformer_blocks.0.attn.to_k=ik
+            transformer_blocks.0.attn.to_v=iv transformer_blocks.0.attn.to_out.0=io
+            transformer_blocks.0.attn.add_q_proj=tq
+            transformer_blocks.0.attn.add_k_proj=tk
+            transformer_blocks.0.attn.add_v_proj=tv
+            transformer_blocks.0.attn.to_add_out=to
+            transformer_blocks.0.ff.net.0.proj=m1
+            transformer_blocks.0.ff_context.net.0.proj=t1
+            transformer_blocks.0.norm1.linear=imod
+            single_transformer_blocks.3.norm.linear=smod
+            single_transformer_blocks.3.attn.to_q=q
+            single_transformer_blocks.3.attn.to_k=k
+            single_transformer_blocks.3.attn.to_v=v
+            single_transformer_blocks.3.proj_mlp=mlp
+            single_transformer_blocks.3.proj_out=o""",
+        "diffusers, fused": """
+            transformer_blocks.0.attn.to_qkv=iq,ik,iv
+            transformer_blocks.0.attn.to_out.0=io
+            transformer_blocks.0.attn.to_added_qkv=tq,tk,tv
+            transformer_blocks.0.attn.to_add_out=to
+            transformer_blocks.0.ff.net.0.proj=m1
+            transformer_blocks.0.ff_context.net.0.proj=t1
+            transformer_blocks.0.norm1.linear=imod
+            single_transformer_blocks.3.norm.linear=smod
+            single_transformer_blocks.3.attn.to_qkv_mlp_proj=q,k,v,mlp
+            single_transformer_blocks.3.attn.to_out=o""",
+        "OneTrainer": """
+            double_blocks.0.img_attn.qkv.0=iq double_blocks.0.img_attn.qkv.1=ik
+            double_blocks.0.img_attn.qkv.2=iv double_blocks.0.img_attn.proj=io
+            double_blocks.0.txt_attn.qkv.0=tq double_blocks.0.txt_attn.qkv.1=tk
+            double_blocks.0.txt_attn.qkv.2=tv double_blocks.0.txt_attn.proj=to
+            double_blocks.0.img_mlp.0=m1 double_blocks.0.txt_mlp.0=t1
+            double_blocks.0.img_mod.lin=imod single_blocks.3.modulation.lin=smod
+            single_blocks.3.linear1.0=q single_blocks.3.linear1.1=k
+            single_blocks.3.linear1.2=v single_blocks.3.linear1.3=mlp
+            single_blocks.3.linear2=o""",
+        "XLabs": """
+            double_blocks.0.processor.qkv_lora1=iq,ik,iv
+            double_blocks.0.processor.proj_lora1=io
+            double_blocks.0.processor.qkv_lora2=tq,tk,tv
+            double_blocks.0.processor.proj_lora2=to
+            double_blocks.0.img_mlp.0=m1 double_blocks.0.txt_mlp.0=t1
+            double_blocks.0.img_mod.lin=imod single_blocks.3.modulation.lin=smod
+            single_blocks.3.processor.qkv=q,k,v single_blocks.3.processor.proj=o
+            single_blocks.3.linear1.3=mlp""",
+    },
+    "Z-Image, Lumina 2 (fewer keys than queries)": {
+        "own": """
+            layers.1.attention.qkv=q,k2,v2 layers.1.attention.out=o
+            layers.1.feed_forward.w1=gate layers.1.feed_forward.w3=up
+            x_embedder=x final_layer.linear=f""",
+        "diffusers": """
+            layers.1.attention.to_q=q layers.1.attention.to_k=k2
+            layers.1.attention.to_v=v2 layers.1.attention.to_out.0=o
+            layers.1.feed_forward.w1=gate layers.1.feed_forward.w3=up
+            all_x_embedder.2-1=x all_final_layer.2-1.linear=f""",
+        "fused": """
+            layers.1.attention.to_qkv=q,k2,v2 layers.1.attention.to_out=o
+            layers.1.feed_forward.w13=gate,up x_embedder=x final_layer.linear=f""",
+        "in two": """
+            layers.1.attention.q=q layers.1.attention.kv=k2,v2 layers.1.attention.o=o
+            layers.1.feed_forward.w1=gate layers.1.feed_forward.w3=up
+            x_embedder=x final_layer.linear=f""",
+    },
+    "Krea 2": {
+        "own": """
+            blocks.0.attn.wq=q blocks.0.attn.wk=k blocks.0.attn.wv=v blocks.0.attn.wo=o
+            blocks.0.attn.gate=g blocks.0.mlp.gate=gate blocks.0.mlp.up=up
+            txtfusion.refiner_blocks.0.attn.wq=rq txtfusion.refiner_blocks.0.mlp.up=rup
+            first=x tmlp.0=e1 tmlp.2=e2 txtmlp.1=t txtmlp.3=t2 last.linear=f""",
+        "diffusers": """
+            transformer_blocks.0.attn.to_q=q transformer_blocks.0.attn.to_k=k
+            transformer_blocks.0.attn.to_v=v transformer_blocks.0.attn.to_out.0=o
+            transformer_blocks.0.attn.to_gate=g transformer_blocks.0.ff.gate=gate
+            transformer_blocks.0.ff.up=up text_fusion.refiner_blocks.0.attn.to_q=rq
+            text_fusion.refiner_blocks.0.ff.up=rup img_in=x time_embed.linear_1=e1
+            time_embed.linear_2=e2 txt_in.linear_1=t txt_in.linear_2=t2
+            final_layer.linear=f""",
+        "fused": """
+            transformer_blocks.0.attn.to_qkv=q,k,v transformer_blocks.0.attn.to_out.0=o
+            transformer_blocks.0.attn.to_gate=g transformer_blocks.0.ff.gate_up=gate,up
+            text_fusion.refiner_blocks.0.attn.to_q=rq
+            text_fusion.refiner_blocks.0.ff.up=rup img_in=x time_embed.linear_1=e1
+            time_embed.linear_2=e2 txt_in.linear_1=t txt_in.linear_2=t2
+            final_layer.linear=f""",
+    },
+    "Wan": {
+        "own": """
+            blocks.2.self_attn.q=q blocks.2.self_attn.k=k blocks.2.self_attn.v=v
+            blocks.2.self_attn.o=o blocks.2.cross_attn.q=q1 blocks.2.cross_attn.k=k1
+            blocks.2.cross_attn.v=v1 blocks.2.cross_attn.k_img=k3
+            blocks.2.cross_attn.v_img=v3 blocks.2.ffn.0=m1 blocks.2.ffn.2=m2
+            time_embedding.0=e1 time_projection.1=e2 text_embedding.2=e3
+            img_emb.proj.1=e4 head.head=f""",
+        "diffusers": """
+            blocks.2.attn1.to_q=q blocks.2.attn1.to_k=k blocks.2.attn1.to_v=v
+            blocks.2.attn1.to_out.0=o blocks.2.attn2.to_q=q1 blocks.2.attn2.to_k=k1
+            blocks.2.attn2.to_v=v1 blocks.2.attn2.add_k_proj=k3
+            blocks.2.attn2.add_v_proj=v3 blocks.2.ffn.net.0.proj=m1
+            blocks.2.ffn.net.2=m2 condition_embedder.time_embedder.linear_1=e1
+            condition_embedder.time_proj=e2 condition_embedder.text_embedder.linear_2=e3
+            condition_embedder.image_embedder.ff.net.0.proj=e4 proj_out=f""",
+        "fused": """
+            blocks.2.attn1.to_qkv=q,k,v blocks.2.attn1.to_out.0=o blocks.2.attn2.to_q=q1
+            blocks.2.attn2.to_kv=k1,v1 blocks.2.attn2.to_added_kv=k3,v3
+            blocks.2.ffn.net.0.proj=m1 blocks.2.ffn.net.2=m2
+            condition_embedder.time_embedder.linear_1=e1 condition_embedder.time_proj=e2
+            condition_embedder.text_embedder.linear_2=e3
+            condition_embedder.image_embedder.ff.net.0.proj=e4 proj_out=f""",
+    },
+    "SD3": {
+        "own": """
+            joint_blocks.1.x_block.attn.qkv=q,k,v joint_blocks.1.x_block.attn.proj=o
+            joint_blocks.1.x_block.attn2.qkv=q2,k1,v1
+            joint_blocks.1.context_block.attn.qkv=tq,tk,tv
+            joint_blocks.1.x_block.mlp.fc1=m1 joint_blocks.1.context_block.mlp.fc2=t2
+            joint_blocks.1.x_block.adaLN_modulation.1=imod t_embedder.mlp.0=e1
+            y_embedder.mlp.2=e2 final_layer.linear=f
+            final_layer.adaLN_modulation.1=shift,scale""",
+        "diffusers": """
+            transformer_blocks.1.attn.to_q=q transformer_blocks.1.attn.to_k=k
+            transformer_blocks.1.attn.to_v=v transformer_blocks.1.attn.to_out.0=o
+            transformer_blocks.1.attn2.to_q=q2 transformer_blocks.1.attn2.to_k=k1
+            transformer_blocks.1.attn2.to_v=v1 transformer_blocks.1.attn.add_q_proj=tq
+            transformer_blocks.1.attn.add_k_proj=tk
+            transformer_blocks.1.attn.add_v_proj=tv
+            transformer_blocks.1.ff.net.0.proj=m1
+            transformer_blocks.1.ff_context.net.2=t2
+            transformer_blocks.1.norm1.linear=imod
+            time_text_embed.timestep_embedder.linear_1=e1
+            time_text_embed.text_embedder.linear_2=e2 proj_out=f
+            norm_out.linear=scale,shift""",
+    },
+    "PixArt": {
+        "own": """
+            blocks.1.attn.qkv=q,k,v blocks.1.attn.proj=o blocks.1.cross_attn.q_linear=q2
+            blocks.1.cross_attn.kv_linear=k1,v1 blocks.1.cross_attn.proj=o2
+            blocks.1.mlp.fc1=m1 t_block.1=t t_embedder.mlp.0=e1
+            y_embedder.y_proj.fc2=e2""",
+        "diffusers": """
+            transformer_blocks.1.attn1.to_q=q transformer_blocks.1.attn1.to_k=k
+            transformer_blocks.1.attn1.to_v=v transformer_blocks.1.attn1.to_out.0=o
+            transformer_blocks.1.attn2.to_q=q2 transformer_blocks.1.attn2.to_k=k1
+            transformer_blocks.1.attn2.to_v=v1 transformer_blocks.1.attn2.to_out.0=o2
+            transformer_blocks.1.ff.net.0.proj=m1 adaln_single.linear=t
+            adaln_single.emb.timestep_embedder.linear_1=e1
+            caption_projection.linear_2=e2""",
+    },
+    "Cosmos, Anima": {
+        "own": """
+            blocks.0.self_attn.q_proj=q blocks.0.self_attn.k_proj=k
+            blocks.0.self_attn.v_proj=v blocks.0.self_attn.output_proj=o
+            blocks.0.cross_attn.k_proj=k1 blocks.0.mlp.layer1=m1 blocks.0.mlp.layer2=m2
+            blocks.0.adaln_modulation_mlp.1=a1 x_embedder.proj.1=x
+            final_layer.linear=f""",
+        "diffusers": """
+            transformer_blocks.0.attn1.to_q=q transformer_blocks.0.attn1.to_k=k
+            transformer_blocks.0.attn1.to_v=v transformer_blocks.0.attn1.to_out.0=o
+            transformer_blocks.0.attn2.to_k=k1 transformer_blocks.0.ff.net.0.proj=m1
+            transformer_blocks.0.ff.net.2=m2 transformer_blocks.0.norm3.linear_1=a1
+            patch_embed.proj=x proj_out=f""",
+    },
+    "AuraFlow": {
+        "own": """
+            double_layers.0.attn.w2q=q double_layers.0.attn.w1q=tq
+            double_layers.0.attn.w1o=to double_layers.0.mlpX.c_fc1=m1
+            double_layers.0.mlpX.c_fc2=m2 double_layers.0.mlpX.c_proj=m3
+            double_layers.0.mlpC.c_proj=c3 single_layers.0.attn.w1v=v
+            single_layers.0.mlp.c_proj=s3 modF.1=shift,scale""",
+        "diffusers": """
+            joint_transformer_blocks.0.attn.to_q=q
+            joint_transformer_blocks.0.attn.add_q_proj=tq
+            joint_transformer_blocks.0.attn.to_add_out=to
+            joint_transformer_blocks.0.ff.linear_1=m1
+            joint_transformer_blocks.0.ff.linear_2=m2
+            joint_transformer_blocks.0.ff.out_projection=m3
+            joint_transformer_blocks.0.ff_context.out_projection=c3
+            single_transformer_blocks.0.attn.to_v=v
+            single_transformer_blocks.0.ff.out_projection=s3
+            norm_out.linear=scale,shift""",
+    },
+    "LTX-2": {
+        "own": """
+            transformer_blocks.0.attn1.to_q=q transformer_blocks.0.audio_attn1.to_k=k
+            transformer_blocks.0.audio_to_video_attn.to_out.0=o patchify_proj=x
+            audio_patchify_proj=ax adaln_single.emb.timestep_embedder.linear_1=e1
+            audio_adaln_single.linear=e2 av_ca_a2v_gate_adaln_single.linear=e3
+            av_ca_video_scale_shift_adaln_single.linear=e4 proj_out=f
+            video_embeddings_connector.transformer_1d_blocks.0.attn1.to_v=cv""",
+        "diffusers": """
+            transformer_blocks.0.attn1.to_q=q transformer_blocks.0.audio_attn1.to_k=k
+            transformer_blocks.0.audio_to_video_attn.to_out.0=o proj_in=x
+            audio_proj_in=ax time_embed.emb.timestep_embedder.linear_1=e1
+            audio_time_embed.linear=e2 av_cross_attn_video_a2v_gate.linear=e3
+            av_cross_attn_video_scale_shift.linear=e4 proj_out=f
+            video_connector.transformer_blocks.0.attn1.to_v=cv""",
+    },
+    "language model": {
+        "apart": """
+            layers.3.self_attn.q_proj=q layers.3.self_attn.k_proj=k2
+            layers.3.self_attn.v_proj=v2 layers.3.self_attn.o_proj=o
+            layers.3.mlp.gate_proj=gate layers.3.mlp.up_proj=up
+            layers.3.mlp.down_proj=d""",
+        "fused": """
+            layers.3.self_attn.qkv_proj=q,k2,v2 layers.3.self_attn.o_proj=o
+            layers.3.mlp.gate_up_proj=gate,up layers.3.mlp.down_proj=d""",
+    },
+    "UNet": {
+        "own": """
+            input_blocks.4.1.transformer_blocks.0.attn1.to_q=q
+            input_blocks.4.1.transformer_blocks.0.attn1.to_k=k
+            input_blocks.4.1.transformer_blocks.0.attn1.to_v=v
+            input_blocks.4.1.transformer_blocks.0.ff.net.0.proj=m1
+            input_blocks.4.0.emb_layers.1=e middle_block.1.proj_in=p
+            output_blocks.5.1.proj_out=p2 time_embed.0=e1 label_emb.0.2=e2""",
+        "diffusers": """
+            down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q=q
+            down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k=k
+            down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_v=v
+            down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj=m1
+            down_blocks.1.resnets.0.time_emb_proj=e mid_block.attentions.0.proj_in=p
+            up_blocks.1.attentions.2.proj_out=p2 time_embedding.linear_1=e1
+            add_embedding.linear_2=e2""",
+        "fused": """
+            down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_qkv=q,k,v
+            down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj=m1
+            down_blocks.1.resnets.0.time_emb_proj=e mid_block.attentions.0.proj_in=p
+            up_blocks.1.attentions.2.proj_out=p2 time_embedding.linear_1=e1
+            add_embedding.linear_2=e2""",
+    },
+}
+PAIRS = [
+    (model, lora, base)
+    for model, programs in MODELS.items()
+    for lora, base in itertools.product(programs, repeat=2)
+    if base not in ("XLabs", "OneTrainer")
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where files go; random numbers repeat."""
+    torch.manual_seed(0)
+    return tmp_path
+
+
+def layout(model, program):
+    """Name of each layer to its projections."""
+    pairs = (word.split("=") for word in MODELS[model][program].split())
+    return {name: parts.split(",") for name, parts in pairs}
+
+
+def rows_of(parts):
+    """Rows of each of some projections."""
+    return [ROWS.get(part, K) for part in parts]
+
+
+def lora_of(layers, spell, style=("lora_down", "lora_up"), adapter="", alpha=None):
+    """A LoRA of layers, and the difference of each projection in float64."""
+    tensors, deltas = {}, {}
+    for name, parts in layers.items():
+        down, up = torch.randn(R, K), torch.randn(sum(rows_of(parts)), R)
+        key = spell(name)
+        tensors[f"{key}.{style[0]}{adapter}.weight"] = down
+        tensors[f"{key}.{style[1]}{adapter}.weight"] = up
+        if alpha is not None:
+            tensors[f"{key}.alpha"] = torch.tensor(alpha)
+        whole = (1 if alpha is None else alpha / R) * up.double() @ down.double()
+        deltas |= dict(zip(parts, whole.split(rows_of(parts)), strict=True))
+    return tensors, deltas
+
+
+def checkpoint_of(layers, wrap=str):
+    """Dense weights of layers."""
+    return {
+        f"{wrap(name)}.weight": torch.randn(sum(rows_of(parts)), K)
+        for name, parts in layers.items()
+    }
+
+
+def check_merged(folder, base, tensors, layers, wrap, deltas):
+    """Every weight is the dense sum, and every LoRA found its layer."""
+    save_file(base, folder / "base.safetensors")
+    save_file(tensors, folder / "lora.safetensors")
+    header = read_header(folder / "base.safetensors")
+    loras = Loras.open([folder / "lora.safetensors"], header)
+    assert loras.unmatched == ()
+    for name, parts in layers.items():
+        key = f"{wrap(name)}.weight"
+        added = torch.cat([deltas[part] for part in parts])
+        assert near(loras.merge(key, base[key]), base[key].double() + added), key
+
+
+def flat(name):
+    """A name in kohya's keys."""
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+@pytest.mark.parametrize(("model", "lora", "base"), PAIRS)
+def test_a_lora_of_one_program_fits_another_programs_file(folder, model, lora, base):
+    """Fused and split layers, either way, with kohya's names and with dots."""
+    ours, theirs = layout(model, base), layout(model, lora)
+    weights = checkpoint_of(ours)
+    for spell, alpha in ((flat, 1.5), (lambda name: f"diffusion_model.{name}", None)):
+        if lora == "XLabs" and spell is flat:
+            continue
+        tensors, deltas = lora_of(theirs, spell, alpha=alpha)
+        check_merged(folder, weights, tensors, ours, str, deltas)
+
+
+#: What precedes or is within the names of a checkpoint.
+WRAPPERS = [
+    *(
+        f"{prefix}{{}}"
+        for prefix in (
+            "",
+            "_orig_mod.",
+            "model.",
+            "decoder.",
+            "net.",
+            "dit.",
+            "pipe.dit.",
+            "diffusion.model.",
+            "diffusion_model.",
+            "model.diffusion_model.",
+            "module.",
+            "module._orig_mod.",
+            "_orig_mod.module.",
+            "transformer.",
+            "unet.",
+            "base_model.model.",
+            "model._orig_mod.diffusion_model.",
+            "_fsdp_wrapped_module.",
+            "somebodys.own_trainer.",
+        )
+    ),
+    "middle _orig_mod",
+    "middle _checkpoint_wrapped_module",
+    "end _orig_mod",
+    "end base_layer",
+]
+
+
+def wrapped(wrapper):
+    """A function that puts a wrapper into names with dots."""
+    place, _, word = wrapper.partition(" ")
+    if place == "middle":
+
+        def wrap(name):
+            block, number, *rest = name.split(".")
+            return ".".join([block, number, word, *rest])
+
+    elif place == "end":
+
+        def wrap(name):
+            return f"{name}.{word}"
+
+    else:
+        wrap = wrapper.format
+    return wrap
+
+
+KOHYA, PEFT = ("lora_down", "lora_up"), ("lora_A", "lora_B")
+#: How programs spell keys: what the name becomes, and the rest of the key.
+SPELLINGS = {
+    "kohya, musubi-tuner": (flat, KOHYA, "", 1.0),
+    "VideoX-Fun": (lambda n: flat(n).replace("unet_", "unet__"), KOHYA, "", 1.0),
+    "OneTrainer": (lambda n: f"lora_transformer_{flat(n)[10:]}", KOHYA, "", 1.0),
+    "SimpleTuner, LyCORIS": (lambda n: f"lycoris_{flat(n)[10:]}", KOHYA, "", 1.0),
+    "ComfyUI": (lambda n: f"diffusion_model.{n}", KOHYA, "", None),
+    "ai-toolkit": (lambda n: f"transformer.{n}", PEFT, "", None),
+    "PEFT": (lambda n: f"base_model.model.{n}", PEFT, "", None),
+    "PEFT, default": (lambda n: f"base_model.model.{n}", PEFT, ".default", None),
+    "DiffSynth": (lambda n: n, PEFT, ".default", None),
+    "DiffSynth, pipe": (lambda n: f"pipe.dit.{n}", PEFT, ".default", None),
+    "several adapters": (lambda n: f"transformer.{n}", PEFT, ".default_0", None),
+    "a name of one's own": (lambda n: n, PEFT, ".my-style", None),
+    "older diffusers": (lambda n: f"unet.{n}", ("lora.down", "lora.up"), "", None),
+    "diffusers, linear": (
+        lambda n: f"transformer.{n}",
+        ("lora_linear_layer.down", "lora_linear_layer.up"),
+        "",
+        None,
+    ),
+    "torch.compile": (lambda n: f"_orig_mod.{n}", PEFT, "", None),
+    "compiled, PEFT": (lambda n: f"base_model.model._orig_mod.{n}", PEFT, "", 2.0),
+    "compiled blocks": (
+        lambda n: n.replace(".self_attn", "._orig_mod.self_attn"),
+        PEFT,
+        "",
+        None,
+    ),
+    "compiled blocks, kohya": (
+        lambda n: flat(n.replace(".self_attn", "._orig_mod.self_attn")),
+        KOHYA,
+        "",
+        1.0,
+    ),
+    "compiled, kohya": (lambda n: flat(f"_orig_mod.{n}"), KOHYA, "", 1.0),
+    "DDP": (lambda n: f"module.{n}", PEFT, "", None),
+    "NVIDIA": (lambda n: f"net.{n}", PEFT, "", None),
+    "whole checkpoint": (lambda n: f"model.diffusion_model.{n}", PEFT, "", None),
+    "nobody knows": (lambda n: f"somebodys.own_model.{n}", PEFT, "", None),
+}
+FUSED = {
+    "blocks.2.self_attn.qkv": ["q", "k2", "v2"],
+    "blocks.2.mlp.gate_up_proj": ["gate", "up"],
+}
+SPLIT = {
+    "blocks.2.self_attn.q_proj": ["q"],
+    "blocks.2.self_attn.k_proj": ["k2"],
+    "blocks.2.self_attn.v_proj": ["v2"],
+    "blocks.2.mlp.gate_proj": ["gate"],
+    "blocks.2.mlp.up_proj": ["up"],
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize("style", SPELLINGS)
+def test_every_spelling_on_every_wrapper(folder, style, wrapper):
+    """Whole, fused onto split, and split onto fused."""
+    spell, halves, adapter, alpha = SPELLINGS[style]
+    wrap = wrapped(wrapper)
+    for theirs, ours in itertools.product((FUSED, SPLIT), repeat=2):
+        tensors, deltas = lora_of(theirs, spell, halves, adapter, alpha)
+        check_merged(folder, checkpoint_of(ours, wrap), tensors, ours, wrap, deltas)
