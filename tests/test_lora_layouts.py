@@ -11,7 +11,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hijack.errors import CheckpointError
 from hijack.lora.files import Loras
 from hijack.safetensors_io.reader import read_header
 from tests.test_lora_files import near

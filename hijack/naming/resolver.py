@@ -298,6 +298,7 @@ class _Others:
         found += [
             each.replace(".processor.", ".") for each in found if "processor" in each
         ]
+        found += [each.removesuffix(".scale") for each in found]
         return list(dict.fromkeys(found))
 
     def facts(self, stem: str) -> Sequence[tuple[tuple[str, ...], int]]:
