@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from hijack.errors import CheckpointError
 from hijack.lora.files import Loras
 from hijack.safetensors_io.reader import read_header
 from tests.test_lora_files import near
@@ -479,3 +480,258 @@ def test_every_spelling_on_every_wrapper(folder, style, wrapper):
     for theirs, ours in itertools.product((FUSED, SPLIT), repeat=2):
         tensors, deltas = lora_of(theirs, spell, halves, adapter, alpha)
         check_merged(folder, checkpoint_of(ours, wrap), tensors, ours, wrap, deltas)
+
+
+# -- kinds -----------------------------------------------------------------------------
+
+QKV = "transformer_blocks.0.attn.to_qkv"
+APART = [f"blocks.0.attn.{part}" for part in ("wq", "wk", "wv")]
+SIZES = [12, 6, 6]
+N = sum(SIZES)
+
+
+def separate(folder, tensors, biased=False, strength=1.0):
+    """Merge a LoRA of one fused layer into three; returns before and after, fused."""
+    base = {
+        f"{name}.weight": torch.randn(n, K)
+        for name, n in zip(APART, SIZES, strict=True)
+    }
+    if biased:
+        base |= {
+            f"{name}.bias": torch.randn(n) for name, n in zip(APART, SIZES, strict=True)
+        }
+    save_file(base, folder / "base.safetensors")
+    save_file(tensors, folder / "lora.safetensors")
+    header = read_header(folder / "base.safetensors")
+    loras = Loras.open([(folder / "lora.safetensors", strength)], header)
+    fused = []
+    for leaf in ("weight", "bias") if biased else ("weight",):
+        keys = [f"{name}.{leaf}" for name in APART]
+        fused.append(torch.cat([base[key] for key in keys]).double())
+        fused.append(torch.cat([loras.merge(key, base[key]) for key in keys]))
+    return fused
+
+
+def test_factors_that_are_no_rows_are_split_as_their_product(folder):
+    """LoHa, LoKr and plain differences, with alpha and a strength."""
+    halves = {f"hada_w{i}_a": torch.randn(N, R) for i in (1, 2)}
+    halves |= {f"hada_w{i}_b": torch.randn(R, K) for i in (1, 2)}
+    first = halves["hada_w1_a"].double() @ halves["hada_w1_b"].double()
+    second = halves["hada_w2_a"].double() @ halves["hada_w2_b"].double()
+    blocks = {"lokr_w1": torch.randn(8, 3), "lokr_w2_a": torch.randn(3, R)}
+    blocks["lokr_w2_b"] = torch.randn(R, 4)
+    inner = blocks["lokr_w2_a"].double() @ blocks["lokr_w2_b"].double()
+    whole = torch.randn(N, K)
+    for parts, added in (
+        (halves, 2 / R * first * second),
+        (blocks, 2 / R * torch.kron(blocks["lokr_w1"].double(), inner)),
+        ({"diff": whole}, whole.double()),
+    ):
+        tensors = {f"{QKV}.{part}": tensor for part, tensor in parts.items()}
+        if "diff" not in parts:
+            tensors[f"{QKV}.alpha"] = torch.tensor(2.0)
+        before, after = separate(folder, tensors, strength=0.5)
+        assert near(after, before + 0.5 * added)
+
+
+def test_biases_are_split_with_their_weights(folder):
+    """A difference of the bias, and PEFT's bias of the upper half."""
+    tensors, deltas = lora_of({QKV: ["q", "k2", "v2"]}, str, PEFT, "", 1.5)
+    tensors[f"{QKV}.lora_B.bias"] = torch.randn(N)
+    before, after, bias, biased = separate(folder, tensors, biased=True)
+    assert near(after, before + torch.cat(list(deltas.values())))
+    assert near(biased, bias + 1.5 / R * tensors[f"{QKV}.lora_B.bias"])
+    before, after, bias, biased = separate(
+        folder, {f"{QKV}.diff_b": torch.arange(1.0, N + 1)}, biased=True
+    )
+    assert torch.equal(after.double(), before)
+    assert near(biased, bias + torch.arange(1.0, N + 1))
+
+
+@pytest.mark.parametrize(
+    ("part", "shape"),
+    [("dora_scale", (N, 1)), ("lora_magnitude_vector.default.weight", (N,))],
+)
+def test_lengths_of_rows_are_split_with_the_rows(folder, part, shape):
+    """LyCORIS' and PEFT's magnitudes of DoRA."""
+    tensors, deltas = lora_of({QKV: ["q", "k2", "v2"]}, str, alpha=1.5)
+    lengths = torch.rand(shape) + 0.5
+    tensors[f"{QKV}.{part}"] = lengths
+    before, after = separate(folder, tensors, strength=0.5)
+    whole = before + torch.cat(list(deltas.values()))
+    whole *= lengths.double().view(N, 1) / whole.norm(dim=1, keepdim=True)
+    assert near(after, before + 0.5 * (whole - before))
+
+
+def test_lengths_of_columns_that_layers_share_are_refused(folder):
+    """Each length is of a whole column, which no layer of the checkpoint has."""
+    tensors, _ = lora_of({QKV: ["q", "k2", "v2"]}, str)
+    tensors[f"{QKV}.dora_scale"] = torch.rand(1, K)
+    with pytest.raises(
+        CheckpointError, match=r"magnitudes \[1, 12\] of columns, which"
+    ):
+        separate(folder, tensors)
+
+
+def test_wans_modulation_is_no_layer(folder):
+    """lightx2v's diff_m is the difference of a parameter, in any wrapper."""
+    base = {"_orig_mod.blocks.0.modulation": torch.randn(1, 6, K)}
+    added = torch.randn(1, 6, K)
+    for name in ("diffusion_model.blocks.0", "lora_unet_blocks_0", "pipe.dit.blocks.0"):
+        save_file(base, folder / "base.safetensors")
+        save_file({f"{name}.diff_m": added}, folder / "lora.safetensors")
+        header = read_header(folder / "base.safetensors")
+        ((key, tensor),) = base.items()
+        loras = Loras.open([folder / "lora.safetensors"], header)
+        assert near(loras.merge(key, tensor), tensor.double() + added)
+
+
+# -- what is refused -------------------------------------------------------------------
+
+
+def refused(folder, base, tensors, match, **options):
+    """The shapes of a checkpoint and a LoRA that do not go together."""
+    base = {f"{name}.weight": torch.ones(shape) for name, shape in base.items()}
+    save_file(base, folder / "base.safetensors")
+    save_file(tensors, folder / "lora.safetensors")
+    header = read_header(folder / "base.safetensors")
+    with pytest.raises(CheckpointError, match=match) as caught:
+        Loras.open([folder / "lora.safetensors"], header, **options)
+    assert str(folder / "lora.safetensors") in str(caught.value)
+
+
+def plain(name, n, k=K):
+    """A LoRA of one layer."""
+    return {
+        f"{name}.lora_A.weight": torch.ones(R, k),
+        f"{name}.lora_B.weight": torch.ones(n, R),
+    }
+
+
+def test_an_order_of_rows_that_programs_disagree_on_is_refused(folder):
+    """By heads or one after the other; but the same layer needs no order."""
+    apart = {f"h.0.attn.{part}": (K, K) for part in ("q_proj", "k_proj", "v_proj")}
+    message = "wqkv: is divided in another way .* differ in the order of its rows"
+    refused(folder, apart, plain("h.0.attn.wqkv", 3 * K), message)
+    message = "q_proj: is divided in another way .* differ in the order of its rows"
+    refused(
+        folder,
+        {"h.0.attn.query_key_value": (3 * K, K)},
+        plain("h.0.attn.q_proj", K),
+        message,
+    )
+    save_file(
+        {"h.0.attn.wqkv.weight": torch.ones(3 * K, K)}, folder / "base.safetensors"
+    )
+    save_file(plain("h.0.attn.wqkv", 3 * K), folder / "lora.safetensors")
+    header = read_header(folder / "base.safetensors")
+    loras = Loras.open([folder / "lora.safetensors"], header)
+    assert loras.keys == {"h.0.attn.wqkv.weight"}
+
+
+def test_rows_that_do_not_add_up_are_refused(folder):
+    """The message has both shapes."""
+    apart = {f"h.0.attn.{part}": (K, K) for part in ("to_q", "to_k", "to_v")}
+    message = r"to_qkv: is \[35, 12\], q and k and v, which does not fit h.0.attn.to_q"
+    refused(folder, apart, plain("h.0.attn.to_qkv", 35), message)
+    apart["h.0.attn.to_v"] = (K, 8)
+    refused(
+        folder, apart, plain("h.0.attn.to_qkv", 3 * K), "to_qkv: is .* does not fit"
+    )
+
+
+@pytest.mark.parametrize("rows", [40, 36, 11])
+def test_rows_that_shapes_do_not_tell_are_refused(folder, rows):
+    """More rows than there are, none left for the others, and a half of a row."""
+    message = (
+        r"to_q: is q of h.0.attn.qkv \[36, 12\], of q, k, v, and the shapes do not tell"
+    )
+    base = {"h.0.attn.qkv": (3 * K, K)}
+    refused(folder, base, plain("h.0.attn.to_q", rows), message)
+    refused(folder, base, {"h.0.attn.to_q.diff_b": torch.ones(rows)}, message)
+
+
+def test_one_of_two_layers_is_refused(folder):
+    """Both are named; two networks in one file have layers of the same names."""
+    base = {"ema.blocks.0.q": (K, K), "model.blocks.0.q": (K, K)}
+    message = (
+        "blocks.0.q: may be one of two layers of the checkpoint, ema.blocks.0.q or "
+        "model.blocks.0.q; expected names that differ"
+    )
+    refused(folder, base, plain("blocks.0.q", K), message)
+    refused(folder, base, plain("lora_unet_blocks_0_q", K), "may be one of two layers")
+    save_file(
+        {f"{k}.weight": torch.ones(K, K) for k in base}, folder / "base.safetensors"
+    )
+    save_file(plain("ema.blocks.0.q", K), folder / "lora.safetensors")
+    header = read_header(folder / "base.safetensors")
+    loras = Loras.open([folder / "lora.safetensors"], header)
+    assert loras.keys == {"ema.blocks.0.q.weight"}
+
+
+def test_the_same_rows_twice_are_refused(folder):
+    """Fused and split names for one projection in one file."""
+    base = {"double_blocks.0.img_attn.qkv": (3 * K, K)}
+    tensors = plain("double_blocks.0.img_attn.qkv", 3 * K)
+    tensors |= plain("transformer.transformer_blocks.0.attn.to_k", K)
+    refused(folder, base, tensors, "targets double_blocks.0.img_attn.qkv.weight, as ")
+
+
+def test_two_adapters_in_one_file_are_refused(folder):
+    """Which of them is meant, the file does not say."""
+    tensors = plain("a", K)
+    tensors["a.lora_A.other.weight"] = tensors["a.lora_A.weight"].clone()
+    refused(
+        folder, {"a": (K, K)}, tensors, r"is the same part as a\.lora_A\.(weight|ot)"
+    )
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"a.lora_down.weight": torch.ones(0, K), "a.lora_up.weight": torch.ones(K, 0)},
+        {
+            "a.hada_w1_a": torch.ones(K, 0),
+            "a.hada_w1_b": torch.ones(0, K),
+            "a.hada_w2_a": torch.ones(K, 0),
+            "a.hada_w2_b": torch.ones(0, K),
+        },
+        {
+            "a.lokr_w1": torch.ones(2, 2),
+            "a.lokr_w2_a": torch.ones(6, 0),
+            "a.lokr_w2_b": torch.ones(0, 6),
+        },
+    ],
+)
+def test_a_rank_of_zero_is_refused(folder, tensors):
+    """It says nothing about the layer, whatever its alpha is."""
+    tensors = {**tensors, "a.alpha": torch.tensor(1.0)}
+    refused(folder, {"a": (K, K)}, tensors, r"lora.safetensors: a: .* of rank 0")
+
+
+def test_what_would_be_left_unchanged_is_told(folder):
+    """By what the layers do, with the name of each kind, and no advice to drop them."""
+    tensors = plain("blocks.0.ffn.0", K)
+    for i in range(3):
+        for leaf in ("img_attn.qkv", "img_attn.proj", "img_mlp.2", "img_mod.lin"):
+            tensors |= plain(f"lora_unet_double_blocks_{i}_{leaf.replace('.', '_')}", K)
+    tensors |= plain("lora_te_text_model_encoder_layers_0_mlp_fc1", K)
+    message = (
+        r"has no layer for lora_unet_double_blocks_0_.*, \.\.\. \(13 of 14\), 1 of "
+        r"them of text encoders; 6 layers of attention \(img_attn_\w+, img_attn_\w+\),"
+        r" 3 layers of (feed-forward \(img_mlp_2\)|modulation \(img_mod_lin\)), .* "
+        r"would be left unchanged, .*\(--ignore-unmatched\) merges the others alone "
+        r"and loses these"
+    )
+    refused(folder, {"blocks.0.ffn.0": (K, K)}, tensors, message)
+
+
+def test_a_text_encoders_own_file_has_no_diffusion_model(folder):
+    """What else the LoRA has belongs into another file."""
+    base = {"model.layers.0.mlp.up_proj": (K, K), "model.embed_tokens": (K, K)}
+    tensors = plain("lora_te_layers_0_mlp_up_proj", K) | plain("lora_unet_a_0_b", K)
+    message = (
+        r"lora_unet_a_0_b \(1 of 2\) are of a diffusion model, of which .* has no such "
+        r"layers; .* merge the LoRA into the diffusion model's own file, too"
+    )
+    refused(folder, base, tensors, message)

@@ -238,14 +238,14 @@ class _LoraFile:
     Attributes:
         updates: key of the checkpoint and its change.
         unmatched: names that the checkpoint lacks, and unknown keys.
-        merged: how many names it has.
+        merged: names that it has.
     """
 
     def __init__(self, source: Header, strength: float, header: Header) -> None:
         self.source, self.strength, self.header = source, strength, header
         self.updates: list[tuple[str, _Update]] = []
         self.unmatched: list[str] = []
-        self.merged = 0
+        self.merged: list[str] = []
 
     @functools.cached_property
     def peft_config(self) -> Mapping[str, Any]:
@@ -260,7 +260,7 @@ class _LoraFile:
         for name, problem in found.problems.items():
             raise CheckpointError(f"{self.source.source}: {name}: {problem}")
         self.unmatched += found.unmatched
-        self.merged = len(found.pieces)
+        self.merged = list(found.pieces)
         taken: dict[str, list[tuple[str, Piece]]] = {}
         for name, pieces in found.pieces.items():
             for piece in pieces:
@@ -273,6 +273,8 @@ class _LoraFile:
     def _shape(self, parts: Mapping[str, str]) -> tuple[int, ...] | None:
         """The shape of the weight that a LoRA is for, as far as it tells."""
         delta = {p: k for p, k in parts.items() if p not in _SEPARATE}
+        if not delta and "bias" in parts:
+            delta = {"diff": parts["bias"]}  # which has as many rows
         return delta_shape({p: _empty(self.source, k) for p, k in delta.items()})
 
     def _refuse_twice(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from hijack.naming.encoders import of_encoder
 from hijack.naming.wrappers import shorter_names
@@ -28,7 +28,7 @@ _KINDS_SHOWN = 4
 
 
 def unmatched_message(
-    source: Header, header: Header, unmatched: Sequence[str], merged: int
+    source: Header, header: Header, unmatched: Sequence[str], merged: Collection[str]
 ) -> str:
     """The message that a LoRA file is wholly or partly for another model.
 
@@ -36,34 +36,37 @@ def unmatched_message(
         source: header of the LoRA file.
         header: of the checkpoint.
         unmatched: names in the LoRA file of layers that the checkpoint lacks.
-        merged: how many others there are.
+        merged: the others.
     """
     count = len(unmatched)
     encoders = [name for name in unmatched if of_encoder(name)]
     others = [name for name in unmatched if not of_encoder(name)]
-    some = ", ".join([*others, *encoders][:3])
-    many = f"({count} of {count + merged})"
+    some = ", ".join([*others, *encoders][:3]) + (", ..." if count > 3 else "")
+    many = f"({count} of {count + len(merged)})"
     if not merged:
         only = "" if others else "; they are of text encoders alone"
         return (
             f"{source.source}: none of its {count} names, such as {some}, is of a "
             f"layer of {header.source}{only}; expected a LoRA for this model"
         )
+    component = ""
     if not others:
+        component, own = "text encoders", "text encoder's"
+    elif not encoders and all(map(of_encoder, merged)):
+        component, own = "a diffusion model", "diffusion model's"
+    if component:
         return (
-            f"{source.source}: {some}{', ...' if count > 3 else ''} {many} are of "
-            f"text encoders, of which {header.source} has no such layers; expected a "
-            "checkpoint with them, or a LoRA without; pass ignore_unmatched "
-            "(--ignore-unmatched) to merge the rest alone, and merge the LoRA into the "
-            "text encoder's own file, too"
+            f"{source.source}: {some} {many} are of {component}, of which "
+            f"{header.source} has no such layers; expected a checkpoint with them, or "
+            "a LoRA without; pass ignore_unmatched (--ignore-unmatched) to merge the "
+            f"rest alone, and merge the LoRA into the {own} own file, too"
         )
     also = f", {len(encoders)} of them of text encoders" if encoders else ""
     return (
-        f"{source.source}: {header.source} has no layer for {some}"
-        f"{', ...' if count > 3 else ''} {many}{also}; {_losses(others)} would be left "
-        "unchanged, and the model would not be what the LoRA was made for; expected a "
-        "LoRA for this model; ignore_unmatched (--ignore-unmatched) merges the others "
-        "alone and loses these"
+        f"{source.source}: {header.source} has no layer for {some} {many}{also}; "
+        f"{_losses(others)} would be left unchanged, and the model would not be what "
+        "the LoRA was made for; expected a LoRA for this model; ignore_unmatched "
+        "(--ignore-unmatched) merges the others alone and loses these"
     )
 
 

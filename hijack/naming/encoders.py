@@ -123,9 +123,6 @@ def _labels(
 
 def _names(layer: str) -> Iterator[str]:
     """The names that trainers may give a layer of an encoder."""
-    yield layer
+    yield from shorter_names(layer)  # kohya trains what is inside the language head
     if layer.startswith(("encoder.layers.", "embeddings.", "final_layer_norm.")):
         yield f"text_model.{layer}"  # files from before transformers had that prefix
-    for wrapper in ("model.language_model.", "language_model.model.", "model."):
-        if layer.startswith(wrapper):  # kohya trains the model inside the language head
-            yield layer.removeprefix(wrapper)

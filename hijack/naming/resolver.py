@@ -245,35 +245,25 @@ class LayerNames:
             if layer.size
         ]
         sizes = _solve([*facts, *others.facts(spelling.stem)])
-        spans = [_spans(own.parts, sizes) for own in layers.values()]
-        mine = _spans(spelling.parts, sizes)
-        by_layer = dict(zip(layers, spans, strict=True))
-        rows: dict[Layer, list[Span]] = {layer: [] for layer in layers}
-        own: dict[Layer, list[Span]] = {layer: [] for layer in layers}
-        for part, (layer, _) in zip(spelling.parts, holders, strict=True):
-            theirs, ours = by_layer[layer].get(part), mine.get(part)
-            if theirs is None or ours is None:
-                held = ", ".join(layers[layer].parts)
-                return _Reading(
-                    pieces,
-                    f"is {' and '.join(spelling.parts)} of {_names(pieces)}, which "
-                    f"{'hold' if len(pieces) > 1 else 'holds'} {held}, and the shapes "
-                    "do not tell how many rows each has; expected a LoRA of all of "
-                    "them, or names as in the checkpoint",
-                )
-            _extend(rows[layer], theirs)
-            _extend(own[layer], ours)
         problem = _misfit(spelling, layers, size, sizes)
+        if problem:
+            return _Reading(pieces, problem)
+        mine = _spans(spelling.parts, sizes)
+        theirs = {layer: _spans(own.parts, sizes) for layer, own in layers.items()}
+        rows: dict[Layer, list[Span]] = {layer: [] for layer in layers}
+        own_rows: dict[Layer, list[Span]] = {layer: [] for layer in layers}
+        for part, (layer, _) in zip(spelling.parts, holders, strict=True):
+            _extend(rows[layer], theirs[layer][part])
+            _extend(own_rows[layer], mine[part])
         return _Reading(
             tuple(
                 Piece(
                     layer,
                     _unless_all(rows[layer], layer.size),
-                    _unless_all(own[layer], size),
+                    _unless_all(own_rows[layer], size),
                 )
                 for layer in layers
-            ),
-            problem,
+            )
         )
 
 
@@ -298,7 +288,8 @@ class _Others:
         found += [
             each.replace(".processor.", ".") for each in found if "processor" in each
         ]
-        found += [each.removesuffix(".scale") for each in found]
+        for end in (".scale", ".weight"):
+            found += [each.removesuffix(end) for each in found]
         return list(dict.fromkeys(found))
 
     def facts(self, stem: str) -> Sequence[tuple[tuple[str, ...], int]]:
@@ -362,7 +353,12 @@ def _whole(layer: Layer, size: Shape | None, swapped: bool) -> _Reading:
         first, second = (0, half), (half, 2 * half)
         piece = Piece(layer, (second, first), (first, second))
     problem = ""
-    if size is not None and known is not None and size != known:
+    if (
+        size
+        and known
+        and (size if len(size) > 1 else size[0])
+        != (known if len(size) > 1 else known[0])
+    ):
         problem = (
             f"is {list(size)}, which does not fit {layer.name} {list(known)}; is it "
             "for another model?"
@@ -395,11 +391,9 @@ def _solve(facts: Sequence[tuple[tuple[str, ...], int]]) -> dict[str, int]:
 
 
 def _spans(parts: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Span]:
-    """The rows of each part, up to the first of unknown size."""
+    """The rows of each part."""
     spans, start = {}, 0
     for part in parts:
-        if part not in sizes:
-            break
         spans[part] = (start, start + sizes[part])
         start += sizes[part]
     return spans
@@ -426,18 +420,20 @@ def _misfit(
     """Why the rows of some layers are not those of another one, or nothing."""
     pairs = [(layer.size, own.parts) for layer, own in layers.items()]
     pairs.append((size, spelling.parts))
-    widths = set()
-    good = True
-    for shape, parts in pairs:
-        if shape is not None:
-            widths.add(shape[1:])
-            total = sum(sizes.get(part, 0) for part in parts)
-            every = all(part in sizes for part in parts)
-            good &= total == shape[0] if every else total < shape[0]
-    if good and len(widths) <= 1:
-        return ""
+    what = " and ".join(spelling.parts)
     shapes = " and ".join(f"{layer.name} {list(layer.size or ())}" for layer in layers)
+    if not all(part in sizes for _, parts in pairs for part in parts):
+        held = ", ".join(part for own in layers.values() for part in own.parts)
+        return (
+            f"is {what} of {shapes}, of {held}, and the shapes do not tell how many "
+            "rows each has; expected a LoRA of all of them, or one whose layers are "
+            "divided as the checkpoint's are; is it for another model?"
+        )
+    known = [(shape, parts) for shape, parts in pairs if shape is not None]
+    heights = all(s[0] == sum(sizes[part] for part in parts) for s, parts in known)
+    if heights and len({shape[1] for shape, _ in known if len(shape) > 1}) <= 1:
+        return ""
     return (
-        f"is {list(size or ())}, {' and '.join(spelling.parts)}, which does not fit "
-        f"{shapes}; is it for another model?"
+        f"is {list(size or ())}, {what}, which does not fit {shapes}; is it for "
+        "another model?"
     )

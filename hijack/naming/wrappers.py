@@ -39,6 +39,7 @@ _WRAPPERS = frozenset(
         "ema",
         "ema_model",
         "generator",
+        "language_model",
         "model",
         "model_ema",
         "net",
@@ -59,8 +60,8 @@ _FLAT_START = re.compile(
 )
 #: Wrappers in such names; ``transformer_blocks`` is no wrapper.
 _FLAT_WRAPPER = re.compile(
-    r"(?:unet|transformer|diffusion_model|diffusion|base_model|model|net|dit|pipe"
-    r"|decoder|module)_(?!blocks?_|layers?_|model_\d)"
+    r"(?:unet|transformer(?!_blocks?_)|diffusion_model|diffusion|base_model"
+    r"|language_model|model|net|dit|pipe|decoder|module)_"
 )
 
 
