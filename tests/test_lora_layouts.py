@@ -112,7 +112,8 @@ MODELS = {
             all_x_embedder.2-1=x all_final_layer.2-1.linear=f""",
         "fused": """
             layers.1.attention.to_qkv=q,k2,v2 layers.1.attention.to_out=o
-            layers.1.feed_forward.w13=gate,up x_embedder=x final_layer.linear=f""",
+            layers.1.feed_forward.gate_up_proj=gate,up x_embedder=x
+            final_layer.linear=f""",
         "in two": """
             layers.1.attention.q=q layers.1.attention.kv=k2,v2 layers.1.attention.o=o
             layers.1.feed_forward.w1=gate layers.1.feed_forward.w3=up
@@ -250,6 +251,13 @@ MODELS = {
             audio_time_embed.linear=e2 av_cross_attn_video_a2v_gate.linear=e3
             av_cross_attn_video_scale_shift.linear=e4 proj_out=f
             video_connector.transformer_blocks.0.attn1.to_v=cv""",
+        "SimpleTuner": """
+            transformer_blocks.0.attn1.to_q=q transformer_blocks.0.audio_attn1.to_k=k
+            transformer_blocks.0.audio_to_video_attn.to_out.0=o patchify_proj=x
+            audio_patchify_proj=ax time_embed.emb.timestep_embedder.linear_1=e1
+            audio_time_embed.linear=e2 av_cross_attn_video_a2v_gate.linear=e3
+            av_cross_attn_video_scale_shift.linear=e4 proj_out=f
+            connectors.video_connector.transformer_blocks.0.attn1.to_v=cv""",
     },
     "language model": {
         "apart": """
@@ -611,15 +619,18 @@ def plain(name, n, k=K):
 def test_an_order_of_rows_that_programs_disagree_on_is_refused(folder):
     """By heads or one after the other; but the same layer needs no order."""
     apart = {f"h.0.attn.{part}": (K, K) for part in ("q_proj", "k_proj", "v_proj")}
-    message = "wqkv: is divided in another way .* differ in the order of its rows"
+    message = "wqkv: is divided in another way .* differ in the order of such rows"
     refused(folder, apart, plain("h.0.attn.wqkv", 3 * K), message)
-    message = "q_proj: is divided in another way .* differ in the order of its rows"
+    message = "q_proj: is divided in another way .* differ in the order of such rows"
     refused(
         folder,
         {"h.0.attn.query_key_value": (3 * K, K)},
         plain("h.0.attn.q_proj", K),
         message,
     )
+    apart = {f"h.0.feed_forward.{part}": (K, K) for part in ("w1", "w2", "w3")}
+    message = "w13: is divided in another way than h.0.feed_forward.w1, h.0.feed_"
+    refused(folder, apart, plain("h.0.feed_forward.w13", 2 * K), message)
     save_file(
         {"h.0.attn.wqkv.weight": torch.ones(3 * K, K)}, folder / "base.safetensors"
     )

@@ -66,6 +66,8 @@ def encoder_layers(keys: Iterable[str]) -> Iterator[tuple[str, str]]:
     encoders: dict[str, dict[str, str]] = {}
     plain_keys = {plain(key): key for key in keys}
     for name, key in plain_keys.items():
+        if numbered := encoder_names(name):  # as folders of diffusers are named
+            yield numbered[0], key
         if (match := _PREFIX.match(name)) is not None:
             encoders.setdefault(match[1], {})[name[match.end() :]] = key
     if not encoders:

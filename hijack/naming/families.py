@@ -209,6 +209,9 @@ transformer_blocks.{} transformer_blocks.{}
   video_embeddings_connector.transformer_1d_blocks video_connector.transformer_blocks
   audio_embeddings_connector.transformer_1d_blocks audio_connector.transformer_blocks
   text_embedding_projection.aggregate_embed text_proj_in
+  connectors.video_connector video_connector
+  connectors.audio_connector audio_connector
+  connectors.text_proj_in text_proj_in
 """
 
 #: OpenCLIP's own names and transformers'; see `hijack.naming.encoders`.

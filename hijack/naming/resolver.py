@@ -234,10 +234,10 @@ class LayerNames:
         if not all(each.certain for each in (spelling, *layers.values())):
             return _Reading(
                 pieces,
-                f"is divided in another way than {_names(pieces)}, and programs differ "
-                "in the order of its rows: q, k and v one after the other, or the "
-                "heads one after the other; expected a LoRA whose layers are divided "
-                "as the checkpoint's are; convert one of the two",
+                f"is divided in another way than {_names(pieces)}, and programs "
+                "differ in the order of such rows: q, k and v one after the other or "
+                "by heads, w1 before w3 or behind it; expected a LoRA whose layers are "
+                "divided as the checkpoint's are; convert one of the two",
             )
         facts = [
             (own.parts, layer.size[0])

@@ -77,8 +77,10 @@ def _attention() -> dict[str, str]:
 
 
 #: Spellings of which programs disagree: the rows of q, k and v follow one another, or
-#: alternate by heads.
-_UNCERTAIN = frozenset({"wqkv", "w_qkv", "query_key_value", "linear_qkv", "c_attn"})
+#: alternate by heads; w1 comes first, or w3 as in Nunchaku.
+_UNCERTAIN = frozenset(
+    {"wqkv", "w_qkv", "query_key_value", "linear_qkv", "c_attn", "w13", "w1_w3"}
+)
 
 #: The last words of a name to the module within the stem that the parts are in, a dot
 #: being the stem itself, and the parts. Feed-forward layers have an ``in`` and an
@@ -91,7 +93,7 @@ _ANYWHERE: Mapping[str, str] = {
     **_fused("to_added_kv add_kv_proj kv_img", "added k v"),
     **_fused("qk to_qk qk_proj", ". q k"),
     **_fused("linear1 to_qkv_mlp_proj", ". q k v mlp"),
-    **_each(" ".join(_UNCERTAIN), ". q k v"),
+    **_each("wqkv w_qkv query_key_value linear_qkv c_attn", ". q k v"),
     **_each("linear1_qkv", ". q k v"),
     **_each("proj_mlp", ". mlp"),
     **_each("to_out to_out_0 o_proj wo w_o out_proj output_proj", ". o"),
@@ -115,7 +117,7 @@ _IN_FEED_FORWARD = {
     **_each("w1", ". gate"),
     **_each("w2", ". down"),
     **_each("w3", ". up"),
-    **_fused("w13 w1_w3", ". gate up"),
+    **_each("w13 w1_w3", ". gate up"),
 }
 _LEAVES: tuple[tuple[re.Pattern[str], Mapping[str, str]], ...] = (
     (re.compile(r"(attn|attention)\d?(_added)?$", re.IGNORECASE), _IN_ATTENTION),
