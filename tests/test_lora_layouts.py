@@ -90,6 +90,12 @@ MODELS = {
             single_blocks.3.linear1.0=q single_blocks.3.linear1.1=k
             single_blocks.3.linear1.2=v single_blocks.3.linear1.3=mlp
             single_blocks.3.linear2=o""",
+        "DiffSynth": """
+            blocks.0.attn.a_to_qkv=iq,ik,iv blocks.0.attn.a_to_out=io
+            blocks.0.attn.b_to_qkv=tq,tk,tv blocks.0.attn.b_to_out=to
+            blocks.0.ff_a.0=m1 blocks.0.ff_b.0=t1 blocks.0.norm1_a.linear=imod
+            single_blocks.3.norm.linear=smod single_blocks.3.to_qkv_mlp=q,k,v,mlp
+            single_blocks.3.proj_out=o""",
         "XLabs": """
             double_blocks.0.processor.qkv_lora1=iq,ik,iv
             double_blocks.0.processor.proj_lora1=io
@@ -461,6 +467,9 @@ SPELLINGS = {
         1.0,
     ),
     "compiled, kohya": (lambda n: flat(f"_orig_mod.{n}"), KOHYA, "", 1.0),
+    "Tencent": (lambda n: f"HV_lora_{flat(n)[10:]}", KOHYA, "", 1.0),
+    "SimpleTuner, once": (lambda n: f"{flat(n)}_", KOHYA, "", 1.0),
+    "diffusers, PEFT": (lambda n: f"transformer.base_model.model.{n}", PEFT, "", None),
     "DDP": (lambda n: f"module.{n}", PEFT, "", None),
     "NVIDIA": (lambda n: f"net.{n}", PEFT, "", None),
     "whole checkpoint": (lambda n: f"model.diffusion_model.{n}", PEFT, "", None),

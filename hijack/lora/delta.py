@@ -107,7 +107,8 @@ _ANY_KIND = frozenset({"alpha", "magnitudes", "row_magnitudes", "bias", "up_bias
 def split_key(key: str) -> tuple[str, str] | None:
     """The module of a LoRA and the part of it that a key names; None for others."""
     if key.endswith(_MODULATION):
-        return f"{key.removesuffix(_MODULATION)}.modulation", "diff"
+        block = key.removesuffix(_MODULATION)  # kohya's names have no dots
+        return f"{block}{'.' if '.' in block else '_'}modulation", "diff"
     key = _ADAPTER.sub(r"\1", key)
     suffix = next((end for end in SUFFIXES if key.endswith(end)), None)
     return (key.removesuffix(suffix), SUFFIXES[suffix]) if suffix else None

@@ -63,6 +63,19 @@ txt_in.individual_token_refiner context_embedder.token_refiner
   blocks.{}.adaLN_modulation.1 refiner_blocks.{}.norm_out.linear
 """
 
+#: DiffSynth's names of Flux: a is the image, b the text.
+_DIFFSYNTH = """
+blocks.{} transformer_blocks.{}
+  attn.a_to attn.to
+  attn.b_to attn.added.to
+  ff_a ff
+  ff_b ff_context
+  norm1_a norm1
+  norm1_b norm1_context
+single_blocks.{} single_transformer_blocks.{}
+  to_qkv_mlp linear1
+"""
+
 _WAN = """
 blocks.{} blocks.{}
   self_attn attn1
@@ -236,6 +249,7 @@ _CLASSES = """
 
 _TABLES = (
     _FLUX,
+    _DIFFSYNTH,
     _WAN,
     _LUMINA,
     _SD3,

@@ -54,14 +54,12 @@ _WRAPPERS = frozenset(
         "velocity_model",
     }
 )
-#: What kohya and others put before names whose dots are underscores.
-_FLAT_START = re.compile(
-    r"lora_(?:unet|transformer|prior_unet|dit|net|model|denoiser)_+|lycoris_+"
-)
+#: What trainers put before names whose dots are underscores; some put their own before.
+_FLAT_START = re.compile(r"(?:[A-Za-z0-9]+_)*?(?:lora|lycoris)_+(?:prior_)?")
 #: Wrappers in such names; ``transformer_blocks`` is no wrapper.
 _FLAT_WRAPPER = re.compile(
-    r"(?:unet|transformer(?!_blocks?_)|diffusion_model|diffusion|base_model"
-    r"|language_model|model|net|dit|pipe|decoder|module)_"
+    r"(?:unet|transformer(?!_+blocks?_)|diffusion_model|diffusion|base_model"
+    r"|language_model|model|net|dit|pipe|decoder|module)_+"
 )
 
 
@@ -79,17 +77,17 @@ def shorter_names(name: str) -> Iterator[str]:
             underscores.
     """
     yield name
-    if (unwrapped := _FLAT_TRANSPARENT.sub("_", plain(name))) != name:
+    # SimpleTuner has written names that end in an underscore
+    unwrapped = _FLAT_TRANSPARENT.sub("_", plain(name)).rstrip("_")
+    if unwrapped and unwrapped != name:
         yield from shorter_names(unwrapped)
         return
     first, _, rest = name.partition(".")
     if rest and first in _WRAPPERS:
         yield from shorter_names(rest)
-    elif not rest:
-        match = _FLAT_START.match(name) or _FLAT_WRAPPER.match(name)
-        if match is not None and match.end() < len(name):
-            yield from shorter_names(name[match.end() :])
-    elif (match := _FLAT_START.match(name)) is not None and match.end() < len(first):
+        return
+    match = _FLAT_START.match(first) or (not rest and _FLAT_WRAPPER.match(first))
+    if match and match.end() < len(first):
         yield from shorter_names(name[match.end() :])
 
 
