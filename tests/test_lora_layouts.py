@@ -106,6 +106,74 @@ MODELS = {
             single_blocks.3.processor.qkv=q,k,v single_blocks.3.processor.proj=o
             single_blocks.3.linear1.3=mlp""",
     },
+    "HunyuanVideo, outside the blocks": {
+        "own": """
+            txt_in.individual_token_refiner.blocks.1.self_attn.qkv=q,k,v
+            txt_in.individual_token_refiner.blocks.1.self_attn.proj=o
+            txt_in.individual_token_refiner.blocks.1.mlp.0=m1
+            txt_in.individual_token_refiner.blocks.1.adaLN_modulation.1=a
+            txt_in.input_embedder=t txt_in.t_embedder.in_layer=e1
+            txt_in.c_embedder.out_layer=e2 img_in.proj=x time_in.in_layer=e3
+            vector_in.out_layer=e4 guidance_in.in_layer=e5 final_layer.linear=f
+            final_layer.adaLN_modulation.1=shift,scale""",
+        "Tencent's": """
+            txt_in.individual_token_refiner.blocks.1.self_attn_qkv=q,k,v
+            txt_in.individual_token_refiner.blocks.1.self_attn_proj=o
+            txt_in.individual_token_refiner.blocks.1.mlp.fc1=m1
+            txt_in.individual_token_refiner.blocks.1.adaLN_modulation.1=a
+            txt_in.input_embedder=t txt_in.t_embedder.mlp.0=e1
+            txt_in.c_embedder.linear_2=e2 img_in.proj=x time_in.mlp.0=e3
+            vector_in.out_layer=e4 guidance_in.mlp.0=e5 final_layer.linear=f
+            final_layer.adaLN_modulation.1=shift,scale""",
+        "diffusers, FramePack": """
+            context_embedder.token_refiner.refiner_blocks.1.attn.to_q=q
+            context_embedder.token_refiner.refiner_blocks.1.attn.to_k=k
+            context_embedder.token_refiner.refiner_blocks.1.attn.to_v=v
+            context_embedder.token_refiner.refiner_blocks.1.attn.to_out.0=o
+            context_embedder.token_refiner.refiner_blocks.1.ff.net.0.proj=m1
+            context_embedder.token_refiner.refiner_blocks.1.norm_out.linear=a
+            context_embedder.proj_in=t
+            context_embedder.time_text_embed.timestep_embedder.linear_1=e1
+            context_embedder.time_text_embed.text_embedder.linear_2=e2 x_embedder.proj=x
+            time_text_embed.timestep_embedder.linear_1=e3
+            time_text_embed.text_embedder.linear_2=e4
+            time_text_embed.guidance_embedder.linear_1=e5 proj_out=f
+            norm_out.linear=scale,shift""",
+    },
+    "Chroma": {
+        "own": """
+            distilled_guidance_layer.in_proj=a
+            distilled_guidance_layer.layers.1.in_layer=b
+            distilled_guidance_layer.layers.1.out_layer=c img_in=x txt_in=t
+            single_blocks.0.linear1=q,k,v,mlp final_layer.linear=f""",
+        "diffusers": """
+            distilled_guidance_layer.in_proj=a
+            distilled_guidance_layer.layers.1.linear_1=b
+            distilled_guidance_layer.layers.1.linear_2=c x_embedder=x context_embedder=t
+            single_transformer_blocks.0.attn.to_q=q
+            single_transformer_blocks.0.attn.to_k=k
+            single_transformer_blocks.0.attn.to_v=v
+            single_transformer_blocks.0.proj_mlp=mlp
+            proj_out=f""",
+    },
+    "Qwen-Image": {
+        "own": """
+            transformer_blocks.0.attn.to_q=q transformer_blocks.0.attn.to_k=k
+            transformer_blocks.0.attn.to_v=v transformer_blocks.0.attn.add_q_proj=tq
+            transformer_blocks.0.attn.add_k_proj=tk
+            transformer_blocks.0.attn.add_v_proj=tv
+            transformer_blocks.0.attn.to_out.0=o transformer_blocks.0.attn.to_add_out=to
+            transformer_blocks.0.img_mod.1=imod
+            transformer_blocks.0.img_mlp.net.0.proj=m1
+            transformer_blocks.0.txt_mlp.net.2=t1 img_in=x proj_out=f""",
+        "fused": """
+            transformer_blocks.0.attn.to_qkv=q,k,v
+            transformer_blocks.0.attn.add_qkv_proj=tq,tk,tv
+            transformer_blocks.0.attn.to_out.0=o transformer_blocks.0.attn.to_add_out=to
+            transformer_blocks.0.img_mod.1=imod
+            transformer_blocks.0.img_mlp.net.0.proj=m1
+            transformer_blocks.0.txt_mlp.net.2=t1 img_in=x proj_out=f""",
+    },
     "Z-Image, Lumina 2 (fewer keys than queries)": {
         "own": """
             layers.1.attention.qkv=q,k2,v2 layers.1.attention.out=o
