@@ -224,7 +224,7 @@ def guess_owners(
     """
     if dimensions != 2:
         return _OWNERS.get(dimensions, ())
-    words = [word for word in layer.split(".") if not word.isdigit()]
+    words = [word for word in plain(layer).split(".") if not word.isdigit()]
     embedding = not biased and words and _EMBEDDING.fullmatch(words[-1].lower())
     return (nn.Embedding,) if embedding else (nn.Linear,)
 

@@ -236,8 +236,8 @@ class LayerNames:
                 pieces,
                 f"is divided in another way than {_names(pieces)}, and programs "
                 "differ in the order of such rows: q, k and v one after the other or "
-                "by heads, w1 before w3 or behind it; expected a LoRA whose layers are "
-                "divided as the checkpoint's are; convert one of the two",
+                "by heads, w1 before w3 or behind it; expected layers that are divided "
+                "alike in both files; convert one of the two",
             )
         facts = [
             (own.parts, layer.size[0])
@@ -426,8 +426,8 @@ def _misfit(
         held = ", ".join(part for own in layers.values() for part in own.parts)
         return (
             f"is {what} of {shapes}, of {held}, and the shapes do not tell how many "
-            "rows each has; expected a LoRA of all of them, or one whose layers are "
-            "divided as the checkpoint's are; is it for another model?"
+            "rows each has; expected all of them, or layers that are divided alike in "
+            "both files; is it for another model?"
         )
     known = [(shape, parts) for shape, parts in pairs if shape is not None]
     heights = all(s[0] == sum(sizes[part] for part in parts) for s, parts in known)
