@@ -619,6 +619,51 @@ def test_factors_that_are_no_rows_are_split_as_their_product(folder):
         assert near(after, before + 0.5 * added)
 
 
+@pytest.mark.parametrize("sizes", [SIZES, [9, 9, 6]])
+def test_each_piece_of_a_fused_layer_may_have_a_lora_of_its_own(folder, sizes):
+    """kohya's trainers number the pairs; their alpha is of all of them."""
+    tensors, products = {f"{QKV}.alpha": torch.tensor(2.0)}, []
+    for i, n in enumerate(sizes):
+        down, up = torch.randn(R, K), torch.randn(n, R)
+        tensors |= {
+            f"{QKV}.lora_down.{i}.weight": down,
+            f"{QKV}.lora_up.{i}.weight": up,
+        }
+        products.append(up.double() @ down.double())
+    before, after = separate(folder, tensors, strength=0.5)
+    assert near(after, before + 0.5 * 2 / R * torch.cat(products))
+    del tensors[f"{QKV}.lora_up.1.weight"]
+    with pytest.raises(CheckpointError, match="this is not a LoRA"):
+        separate(folder, tensors)
+    tensors[f"{QKV}.lora_up.1.weight"] = torch.randn(sizes[1], 2)
+    tensors[f"{QKV}.lora_down.1.weight"] = torch.randn(2, K)
+    with pytest.raises(CheckpointError, match="do not fit each other"):
+        separate(folder, tensors)
+
+
+def test_values_may_be_wider_than_keys(folder):
+    """Qwen 3.5's linear attention; where nothing tells, nothing is guessed."""
+    stem = "model.language_model.layers.0.linear_attn.in_proj"
+    base = {f"{stem}_qkv.weight": torch.randn(24, K)}
+    apart = {f"layers.0.linear_attn.in_proj_{p}": [p] for p in "qkv"}
+    tensors, products = {}, []
+    for name, n in zip(apart, (6, 6, 12), strict=True):
+        down, up = torch.randn(R, K), torch.randn(n, R)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = down
+        tensors[f"base_model.model.{name}.lora_B.weight"] = up
+        products.append(up.double() @ down.double())
+    save_file(base, folder / "base.safetensors")
+    save_file(tensors, folder / "lora.safetensors")
+    header = read_header(folder / "base.safetensors")
+    loras = Loras.open([folder / "lora.safetensors"], header)
+    ((key, weight),) = base.items()
+    assert near(loras.merge(key, weight), weight.double() + torch.cat(products))
+    tensors = plain("layers.0.linear_attn.in_proj_k", 6)
+    refused(
+        folder, {f"{stem}_qkv": (24, K)}, tensors, "the shapes do not tell how many"
+    )
+
+
 def test_biases_are_split_with_their_weights(folder):
     """A difference of the bias, and PEFT's bias of the upper half."""
     tensors, deltas = lora_of({QKV: ["q", "k2", "v2"]}, str, PEFT, "", 1.5)
@@ -705,6 +750,12 @@ def test_an_order_of_rows_that_programs_disagree_on_is_refused(folder):
         plain("h.0.attn.q_proj", K),
         message,
     )
+    by_heads = {
+        "model.layers.0.self_attn.qkv_proj": (3 * K, K),
+        "model.layers.0.self_attn.query_layernorm": (4,),
+    }
+    message = "q_proj: is divided in another way than model.layers.0.self_attn.qkv_proj"
+    refused(folder, by_heads, plain("layers.0.self_attn.q_proj", K), message)
     apart = {f"h.0.feed_forward.{part}": (K, K) for part in ("w1", "w2", "w3")}
     message = "w13: is divided in another way than h.0.feed_forward.w1, h.0.feed_"
     refused(folder, apart, plain("h.0.feed_forward.w13", 2 * K), message)
@@ -823,3 +874,12 @@ def test_a_text_encoders_own_file_has_no_diffusion_model(folder):
         r"layers; .* merge the LoRA into the diffusion model's own file, too"
     )
     refused(folder, base, tensors, message)
+
+
+def test_hostile_names_take_no_time(folder):
+    """Thousands of wrappers, of spellings of one layer, and of underscores."""
+    base = {f"{'model.' * 3000}a.0.q": (K, K), f"{'_' * 3000}": (K, K)}
+    base |= {f"{'net.' * i}a.0.to_q": (K, K) for i in range(300)}
+    base |= {f"{'unet_' * 3000}b.0.v": (K, K), f"{'x_' * 3000}lora": (K, K)}
+    tensors = plain("a.0.qkv", 3 * K) | plain(f"{'lora_' * 3000}c", K)
+    refused(folder, base, tensors, "none of its 2 names")

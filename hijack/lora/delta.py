@@ -1,9 +1,10 @@
 """Compute what a LoRA adds to a weight.
 
-Kinds, in the notation of LyCORIS: LoRA (down, up, and mid for convolutions), LoHa (two
-products, multiplied elementwise), LoKr (a Kronecker product), full differences, and
-each of the first three with DoRA's magnitudes. References: arXiv 2106.09685,
-2108.06098, 2309.14859, 2402.09353.
+Kinds, in the notation of LyCORIS: LoRA (down, up, and mid for convolutions; or numbered
+pairs, one for each piece of a fused layer), LoHa (two products, multiplied
+elementwise), LoKr (a Kronecker product), full differences, and each of the first three
+with DoRA's magnitudes. References: arXiv 2106.09685, 2108.06098, 2309.14859,
+2402.09353.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ _ADAPTER = re.compile(
     r"(?=$|\.(?:weight|bias)$)"
 )
 _FACTOR = re.compile(r"lora|\.hada_|\.lokr_")
+#: kohya's trainers give each piece of a fused layer a LoRA of its own.
+_NUMBERED = re.compile(r"(.+)\.lora_(down|up)\.(\d+)\.weight")
 #: lightx2v's difference of a parameter that belongs to no layer.
 _MODULATION = ".diff_m"
 #: Kinds that cannot be merged, by a part of the key.
@@ -109,6 +112,8 @@ def split_key(key: str) -> tuple[str, str] | None:
     if key.endswith(_MODULATION):
         block = key.removesuffix(_MODULATION)  # kohya's names have no dots
         return f"{block}{'.' if '.' in block else '_'}modulation", "diff"
+    if match := _NUMBERED.fullmatch(key):
+        return match[1], f"{match[2]}_{match[3]}"
     key = _ADAPTER.sub(r"\1", key)
     suffix = next((end for end in SUFFIXES if key.endswith(end)), None)
     return (key.removesuffix(suffix), SUFFIXES[suffix]) if suffix else None
@@ -130,7 +135,13 @@ def check_parts(parts: Mapping[str, str], where: str) -> None:
         CheckpointError: naming the keys.
     """
     kind = parts.keys() - _ANY_KIND
-    if kind in _KINDS or (not kind and parts.keys() == {"bias"}):
+    count = len(kind) // 2
+    numbered = {f"{half}_{i}" for i in range(count) for half in ("down", "up")}
+    if (
+        kind in _KINDS
+        or (kind and kind == numbered)
+        or (not kind and parts.keys() == {"bias"})
+    ):
         return
     key, *others = parts.values()
     near = [known for known in _KINDS if kind < known]
@@ -283,6 +294,15 @@ def _delta(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
             middle = parts["mid"].movedim(1, -1) @ down
             down = middle.movedim(-1, 1).flatten(1)
         return parts["up"].flatten(1) @ down, len(parts["down"])
+    if "down_0" in parts:
+        halves = [
+            (parts[f"up_{i}"], parts[f"down_{i}"])
+            for i in range(sum(name.startswith("down_") for name in parts))
+        ]
+        if len({len(down) for _, down in halves}) > 1:
+            raise RuntimeError("alpha is of one rank, and the pieces have several")
+        pieces = [up.flatten(1) @ down.flatten(1) for up, down in halves]
+        return torch.cat(pieces), len(parts["down_0"])
     if "w1_a" in parts:
         first = _product(parts["w1_a"], parts["w1_b"], parts.get("t1"))
         second = _product(parts["w2_a"], parts["w2_b"], parts.get("t2"))

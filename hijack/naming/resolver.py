@@ -115,6 +115,8 @@ class LayerNames:
         #: Stem and part to the layers that hold it.
         self._parts: dict[tuple[str, str], dict[tuple[Layer, _Form], None]] = {}
         self._stems: dict[str, dict[Layer, Spelling]] = {}
+        #: HunyuanImage 3 and its like fuse queries, keys and values by heads.
+        self._by_heads = any("query_layernorm" in key for key in tensors)
         layers = {key: _layer(key, shape) for key, shape in tensors.items()}
         wrapper = common_wrapper(layer.name for layer in layers.values())
         for alias, key in encoder_layers(tensors):
@@ -231,7 +233,8 @@ class LayerNames:
         """A layer whose rows are divided in another way in the checkpoint."""
         layers = dict(holders)
         pieces = tuple(Piece(layer) for layer in layers)
-        if not all(each.certain for each in (spelling, *layers.values())):
+        certain = all(each.certain for each in (spelling, *layers.values()))
+        if not certain or (self._by_heads and {"q", "k", "v"} & {*spelling.parts}):
             return _Reading(
                 pieces,
                 f"is divided in another way than {_names(pieces)}, and programs "
@@ -373,21 +376,30 @@ def _solve(facts: Sequence[tuple[tuple[str, ...], int]]) -> dict[str, int]:
     shares its weight with the feed-forward layer, as in Flux and HunyuanVideo.
     """
     sizes: dict[str, int] = {}
-    alike = [[], ["k", "v"]]
+    alike: list[list[str]] = [[], ["k", "v"]]
     if any("mlp" in parts for parts, _ in facts):
         alike.append(["k", "v", "q"])
     for same in alike:
-        for _ in facts:
-            for parts, total in facts:
-                known = [sizes[part] for part in same if part in sizes]
-                if known:
-                    sizes = dict.fromkeys(same, known[0]) | sizes
-                unknown = [part for part in parts if part not in sizes]
-                rest = total - sum(sizes.get(part, 0) for part in parts)
-                one_size = len(unknown) == 1 or (unknown and set(unknown) <= set(same))
-                if one_size and rest > 0 and rest % len(unknown) == 0:
-                    sizes |= dict.fromkeys(unknown, rest // len(unknown))
+        before = -1
+        while before < len(sizes):
+            before = len(sizes)
+            for parts, total in dict.fromkeys(facts):
+                _solve_one(parts, total, same, sizes)
     return sizes
+
+
+def _solve_one(
+    parts: Sequence[str], total: int, same: Sequence[str], sizes: dict[str, int]
+) -> None:
+    """Add what one sum tells, some parts being of one size."""
+    known = [sizes[part] for part in same if part in sizes]
+    for part in same if known else ():
+        sizes.setdefault(part, known[0])
+    unknown = [part for part in parts if part not in sizes]
+    rest = total - sum(sizes.get(part, 0) for part in parts)
+    one_size = len(unknown) == 1 or set(unknown) <= set(same)
+    if unknown and one_size and rest > 0 and rest % len(unknown) == 0:
+        sizes |= dict.fromkeys(unknown, rest // len(unknown))
 
 
 def _spans(parts: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Span]:

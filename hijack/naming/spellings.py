@@ -95,6 +95,11 @@ _ANYWHERE: Mapping[str, str] = {
     **_fused("linear1 to_qkv_mlp_proj", ". q k v mlp"),
     **_each("wqkv w_qkv query_key_value linear_qkv c_attn", ". q k v"),
     **_each("linear1_qkv", ". q k v"),
+    # linear attention, whose values may be wider than its keys
+    **_each("in_proj_qkv", ". query key value"),
+    **_each("in_proj_q", ". query"),
+    **_each("in_proj_k", ". key"),
+    **_each("in_proj_v", ". value"),
     **_each("proj_mlp", ". mlp"),
     **_each("to_out to_out_0 o_proj wo w_o out_proj output_proj", ". o"),
     **_each("to_add_out", "added o"),

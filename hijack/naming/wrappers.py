@@ -63,6 +63,10 @@ _FLAT_WRAPPER = re.compile(
 )
 
 
+#: More than any file has; a damaged one may have thousands.
+_MOST_WRAPPERS = 10
+
+
 def plain(name: str) -> str:
     """A name without the modules that `torch.compile` and the like put in it."""
     words = [word for word in name.split(".") if word not in _TRANSPARENT]
@@ -76,19 +80,25 @@ def shorter_names(name: str) -> Iterator[str]:
         name: of a layer or a parameter in a checkpoint or a LoRA file; its dots may be
             underscores.
     """
-    yield name
+    shorter: str | None = name
+    for _ in range(_MOST_WRAPPERS):
+        if shorter is None:
+            return
+        yield shorter
+        shorter = _without_wrapper(shorter)
+
+
+def _without_wrapper(name: str) -> str | None:
+    """What is left of a name without its first wrapper; None if it has none."""
     # SimpleTuner has written names that end in an underscore
     unwrapped = _FLAT_TRANSPARENT.sub("_", plain(name)).rstrip("_")
     if unwrapped and unwrapped != name:
-        yield from shorter_names(unwrapped)
-        return
+        return unwrapped
     first, _, rest = name.partition(".")
     if rest and first in _WRAPPERS:
-        yield from shorter_names(rest)
-        return
+        return rest
     match = _FLAT_START.match(first) or (not rest and _FLAT_WRAPPER.match(first))
-    if match and match.end() < len(first):
-        yield from shorter_names(name[match.end() :])
+    return name[match.end() :] if match and match.end() < len(first) else None
 
 
 def common_wrapper(names: Iterable[str]) -> str:
