@@ -792,20 +792,33 @@ def test_rows_that_shapes_do_not_tell_are_refused(folder, rows):
 
 def test_one_of_two_layers_is_refused(folder):
     """Both are named; two networks in one file have layers of the same names."""
-    base = {"ema.blocks.0.q": (K, K), "model.blocks.0.q": (K, K)}
+    base = {"model.blocks.0.q": (K, K), "net.blocks.0.q": (K, K)}
     message = (
-        "blocks.0.q: may be one of two layers of the checkpoint, ema.blocks.0.q or "
-        "model.blocks.0.q; expected names that differ"
+        "blocks.0.q: may be one of two layers of the checkpoint, model.blocks.0.q or "
+        "net.blocks.0.q; expected names that differ"
     )
     refused(folder, base, plain("blocks.0.q", K), message)
     refused(folder, base, plain("lora_unet_blocks_0_q", K), "may be one of two layers")
     save_file(
         {f"{k}.weight": torch.ones(K, K) for k in base}, folder / "base.safetensors"
     )
-    save_file(plain("ema.blocks.0.q", K), folder / "lora.safetensors")
+    save_file(plain("net.blocks.0.q", K), folder / "lora.safetensors")
     header = read_header(folder / "base.safetensors")
     loras = Loras.open([folder / "lora.safetensors"], header)
-    assert loras.keys == {"ema.blocks.0.q.weight"}
+    assert loras.keys == {"net.blocks.0.q.weight"}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher", "ema", "generator"])
+def test_a_network_in_a_role_is_alone_or_not_meant(folder, role):
+    """A distilled model's file may hold its teacher; a bare name is of neither."""
+    base = {f"{role}.blocks.0.q.weight": torch.ones(K, K)}
+    save_file(base, folder / "base.safetensors")
+    save_file(plain("blocks.0.q", K), folder / "lora.safetensors")
+    header = read_header(folder / "base.safetensors")
+    loras = Loras.open([folder / "lora.safetensors"], header)
+    assert loras.keys == base.keys()
+    both = {f"{role}.blocks.0.q": (K, K), "critic.blocks.0.q": (K, K)}
+    refused(folder, both, plain("blocks.0.q", K), "none of its 1 names")
 
 
 def test_the_same_rows_twice_are_refused(folder):

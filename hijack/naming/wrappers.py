@@ -26,7 +26,8 @@ _TRANSPARENT = frozenset(
 _FLAT_TRANSPARENT = re.compile(
     r"_{1,2}(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module|forward_module)_"
 )
-#: Modules that hold a whole network, at the start of a name.
+#: Modules that hold a whole network, at the start of a name. Words such as "student"
+#: and "ema" are none of them: they tell one of two networks from the other.
 _WRAPPERS = frozenset(
     {
         "backbone",
@@ -36,19 +37,13 @@ _WRAPPERS = frozenset(
         "diffusion",
         "diffusion_model",
         "dit",
-        "ema",
-        "ema_model",
-        "generator",
         "language_model",
         "model",
-        "model_ema",
         "net",
         "network",
         "pipe",
         "pipeline",
-        "prior",
         "state_dict",
-        "student",
         "transformer",
         "unet",
         "velocity_model",
