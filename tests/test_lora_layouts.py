@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import hijack
+import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
 from hijack.errors import CheckpointError
 from hijack.lora.files import Loras
 from hijack.safetensors_io.reader import read_header
@@ -859,6 +861,17 @@ def test_a_rank_of_zero_is_refused(folder, tensors):
     """It says nothing about the layer, whatever its alpha is."""
     tensors = {**tensors, "a.alpha": torch.tensor(1.0)}
     refused(folder, {"a": (K, K)}, tensors, r"lora.safetensors: a: .* of rank 0")
+
+
+def test_a_refused_lora_writes_nothing(folder):
+    """Before anything is written, all LoRAs are found good."""
+    source, lora = folder / "base.safetensors", folder / "lora.safetensors"
+    save_file({"a.weight": torch.ones(K, K), "b.weight": torch.ones(K, K)}, source)
+    empty = {"b.lora_A.weight": torch.ones(0, K), "b.lora_B.weight": torch.ones(K, 0)}
+    save_file(plain("a", K) | empty, lora)
+    with pytest.raises(CheckpointError, match="of rank 0"):
+        hijack.quantize_file(source, folder / "q.safetensors", loras=lora)
+    assert sorted(folder.iterdir()) == sorted([source, lora])
 
 
 def test_what_would_be_left_unchanged_is_told(folder):

@@ -32,6 +32,7 @@ _WRAPPERS = frozenset(
     {
         "backbone",
         "base_model",
+        "bert",
         "decoder",
         "denoiser",
         "diffusion",
