@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from hijack.naming.wrappers import plain
+
 #: Number of dimensions of a weight to the modules that may own it.
 _OWNERS: Mapping[int, tuple[type[nn.Module], ...]] = {
     2: (nn.Linear, nn.Embedding),
@@ -34,7 +36,7 @@ def guess_owners(
     """
     if dimensions != 2:
         return _OWNERS.get(dimensions, ())
-    words = [word for word in layer.split(".") if not word.isdigit()]
+    words = [word for word in plain(layer).split(".") if not word.isdigit()]
     embedding = not biased and words and _EMBEDDING.fullmatch(words[-1].lower())
     return (nn.Embedding,) if embedding else (nn.Linear,)
 
@@ -91,7 +93,7 @@ def delicate(layer: str, shape: tuple[int, ...]) -> str | None:
         layer: its name.
         shape: of its weight, (N, K).
     """
-    parts = layer.lower().split(".")
+    parts = plain(layer).lower().split(".")
     words = [part for part in parts if not part.isdigit()]
     for kind, pattern in _KINDS.items():
         if any(pattern.fullmatch(word) for word in words):

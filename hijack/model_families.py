@@ -11,6 +11,8 @@ import dataclasses
 import glob
 from collections.abc import Iterable, Iterator
 
+from hijack.naming.wrappers import plain
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelFamily:
@@ -280,12 +282,14 @@ def detect_family(keys: Iterable[str]) -> ModelFamily | None:
 
     Args:
         keys: of a checkpoint or state dict, with or without prefixes such as
-            ``model.diffusion_model.``.
+            ``model.diffusion_model.``, and whatever wraps modules, such as
+            ``_orig_mod``.
 
     Returns:
-        The family, with patterns for the names as they are there.
+        The family, with patterns for the names as they are there, except for words
+        that `hijack.naming.wrappers.plain` takes out.
     """
-    names = {key.removesuffix(".weight") for key in keys}
+    names = {plain(key.removesuffix(".weight")) for key in keys}
     for family in _TABLE:
         prefix = _prefix(names, family.signature)
         if prefix is not None:

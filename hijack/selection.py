@@ -22,6 +22,7 @@ from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, SchemeError
 from hijack.layer_kinds import delicate, guess_owners, not_a_target
 from hijack.model_families import ModelFamily, detect_family
+from hijack.naming.wrappers import plain
 from hijack.safetensors_io.header import Header, TensorInfo, join
 from hijack.text import parse_block_size
 
@@ -120,6 +121,7 @@ class Selection:
         self._family = "" if family is None else family.name
         usual_include = family.include if family is not None else ()
         usual_exclude = family.exclude if family is not None else ()
+        self._usual = frozenset((*usual_include, *usual_exclude))
         included, excluded = _as_list(include), _as_list(exclude)
         self.named = [word for word in included or () if word != DEFAULT]
         self._unwanted = [word for word in excluded or () if word != DEFAULT]
@@ -136,13 +138,21 @@ class Selection:
 
     def reason(self, name: str) -> str | None:
         """Why a layer stays dense, or None if it is chosen."""
-        if not matches(name, self._include):
+        if not self._matches(name, self._include):
             given = self.named or not self._include
             return "not included" if given else f"not usual for {self._family}"
-        if matches(name, self._exclude):
+        if self._matches(name, self._exclude):
             given = matches(name, self._unwanted)
             return "excluded" if given else f"not usual for {self._family}"
         return None
+
+    def _matches(self, name: str, patterns: Iterable[str]) -> bool:
+        """Whether a name matches; a family's patterns know nothing of wrappers."""
+        short = plain(name)
+        return any(
+            fnmatch.fnmatchcase(short if pattern in self._usual else name, pattern)
+            for pattern in patterns
+        )
 
     def unmatched(
         self,

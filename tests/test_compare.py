@@ -1,5 +1,6 @@
 """compare: errors of weights, whatever the two files are."""
 
+import itertools
 import json
 
 import pytest
@@ -11,6 +12,7 @@ from hijack import cli
 from hijack.errors import CheckpointError
 from hijack.metrics import quantization_error
 from hijack.safetensors_io.reader import read_header
+from tests.test_lora_layouts import MODELS, WRAPPERS, K, layout, rows_of, wrapped
 
 
 @pytest.fixture
@@ -51,6 +53,78 @@ def test_prefixes_do_not_matter(files, tmp_path):
         found = hijack.compare_files(*pair)
         assert found.same
         assert len(found.layers) == 4
+
+
+def test_a_prefix_nobody_knows_does_not_matter_either(tmp_path):
+    """Of names without blocks, and of a text encoder within a checkpoint."""
+    for prefix, layer in (("foo.", "a"), ("text_encoders.x.transformer.", "model.a")):
+        paths = [tmp_path / "plain.safetensors", tmp_path / "prefixed.safetensors"]
+        save_file({f"{layer}.weight": torch.ones(2, 2)}, paths[0])
+        save_file({f"{prefix}{layer}.weight": torch.ones(2, 2)}, paths[1])
+        for pair in (paths, paths[::-1]):
+            assert hijack.compare_files(*pair).same
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_do_not_matter(tmp_path, wrapper):
+    """Nor do they hide a difference."""
+    torch.manual_seed(0)
+    wrap = wrapped(wrapper)
+    plain = {
+        "blocks.0.self_attn.q.weight": torch.randn(8, 8),
+        "blocks.0.norm.weight": torch.randn(8),
+        "blocks.0.self_attn.q.bias": torch.randn(8),
+        "blocks.0.modulation": torch.randn(1, 6, 8),
+    }
+    others = {}
+    for key, tensor in plain.items():
+        layer, _, leaf = key.rpartition(".")
+        others[f"{wrap(layer)}.{leaf}"] = tensor
+    paths = tmp_path / "plain.safetensors", tmp_path / "wrapped.safetensors"
+    save_file(plain, paths[0])
+    save_file(others, paths[1])
+    for pair in (paths, paths[::-1]):
+        found = hijack.compare_files(*pair)
+        assert found.same
+        assert len(found.layers) == len(plain)
+    others[f"{wrap('blocks.0.norm')}.weight"] += 1
+    save_file(others, paths[1])
+    assert not hijack.compare_files(*paths).same
+
+
+LAYOUTS = [
+    (model, *pair)
+    for model, programs in MODELS.items()
+    for pair in itertools.permutations(programs, 2)
+    if not {"XLabs", "OneTrainer"} & set(pair)
+]
+
+
+@pytest.mark.parametrize(("model", "one", "other"), LAYOUTS)
+def test_fused_and_split_projections_are_compared(tmp_path, model, one, other):
+    """Dense and quantized, in the names of different programs, with their biases."""
+    torch.manual_seed(0)
+    layers = layout(model, one), layout(model, other)
+    names = dict.fromkeys(part for parts in layers[0].values() for part in parts)
+    weights = {part: torch.randn(rows_of([part])[0], K) for part in names}
+    biases = {part: torch.randn(rows_of([part])[0]) for part in names}
+    paths = []
+    for number, each in enumerate(layers):
+        tensors = {}
+        for name, parts in each.items():
+            tensors[f"{name}.weight"] = torch.cat([weights[part] for part in parts])
+            tensors[f"{name}.bias"] = torch.cat([biases[part] for part in parts])
+        paths.append(tmp_path / f"{number}.safetensors")
+        save_file(tensors, paths[-1])
+    found = hijack.compare_files(*paths)
+    assert found.same, found.as_table()
+    assert len(found.layers) == 2 * len(layers[0])
+    coded = tmp_path / "coded.safetensors"
+    hijack.quantize_file(paths[1], coded, include="*", block_size=(1, 4))
+    found = hijack.compare_files(paths[0], coded)
+    assert found.only_reference == found.only_other == ()
+    assert not found.skipped
+    assert all(error.sqnr > 25 for error in found.layers.values())
 
 
 def test_what_only_one_has_is_named(files, tmp_path):

@@ -28,6 +28,7 @@ ROOMS = (
     "sharding",
     "safetensors_io",
     "formats",
+    "naming",
     "model_families",
     "layer_kinds",
     "selection",

@@ -127,6 +127,110 @@ def test_layers_of_text_encoders(folder, base, theirs, key):
     assert near(loras.merge(key, base[key]), base[key].double() + 0.5 * product)
 
 
+LLM = "layers.0.self_attn.q_proj"
+#: An encoder's own file: the prefix of its layers, a layer, its table of tokens, and
+#: what trainers and hosts call the layer.
+OWN_FILES = [
+    (
+        prefix,
+        LLM,
+        "embed_tokens.weight",
+        (
+            f"lora_te_{LLM}",
+            f"lora_te1_{LLM}",
+            f"lora_te_model_{LLM}",
+            f"lora_te1_language_model_model_{LLM}",
+            f"text_encoder.model.{LLM}",
+            f"text_encoder.{LLM}",
+            f"text_encoders.qwen3_4b.transformer.model.{LLM}",
+            f"text_encoders.transformer.model.{LLM}",
+            f"llama.language_model.model.{LLM}",
+            f"base_model.model.model.{LLM}",
+        ),
+    )
+    for prefix in ("model.", "", "model.language_model.", "language_model.model.")
+]
+OWN_FILES += [
+    (
+        prefix,
+        Q,
+        "text_model.embeddings.token_embedding.weight",
+        (
+            f"lora_te_{Q}",
+            f"lora_te1_{Q}",
+            f"text_encoder.{Q}",
+            f"clip_l.{Q}",
+            f"text_encoders.clip_l.transformer.{Q}",
+            f"base_model.model.{Q}",
+        ),
+    )
+    for prefix in ("", "transformer.", "module.")
+]
+OWN_FILES += [
+    (
+        prefix,
+        T5_Q,
+        "shared.weight",
+        (
+            f"lora_te_{T5_Q}",
+            f"lora_te2_{T5_Q}",
+            f"lora_te3_{T5_Q}",
+            f"text_encoder_3.{T5_Q}",
+            f"t5.{T5_Q}",
+            f"text_encoders.t5xxl.transformer.{T5_Q}",
+            f"base_model.model.{T5_Q}",
+        ),
+    )
+    for prefix in ("", "transformer.")
+]
+
+
+@pytest.mark.parametrize("wrap", ["", "_orig_mod."])
+@pytest.mark.parametrize(("prefix", "layer", "tokens", "names"), OWN_FILES)
+def test_the_own_file_of_an_encoder(folder, prefix, layer, tokens, names, wrap):
+    """Every program's name for its layers, with and without wrappers."""
+    key = f"{wrap}{prefix}{layer}.weight"
+    base = {key: torch.randn(N, K), f"{wrap}{prefix}{tokens}": torch.randn(4, K)}
+    for name in names:
+        flat = name.replace(".", "_") if name.startswith("lora_") else name
+        tensors, product = pair(flat, style=DIFFUSERS)
+        loras = opened(folder, base, tensors)
+        assert loras.keys == {key}, name
+        assert near(loras.merge(key, base[key]), base[key].double() + product)
+
+
+def test_encoders_within_a_checkpoint_have_names_of_their_own(folder):
+    """ComfyUI and OneTrainer name an encoder by its kind, not by a number."""
+    for kind, theirs in (("clip_l", Q), ("clip_g", Q), ("t5xxl", T5_Q)):
+        key = f"{OURS.format(kind)}.{theirs}.weight"
+        for name in (kind, f"{kind}.transformer", OURS.format(kind)):
+            name = f"{'t5' if name == 't5xxl' else name}.{theirs}"
+            loras = opened(folder, SD3, pair(name, style=DIFFUSERS)[0])
+            assert loras.keys == {key}
+    key = f"{TWO}.transformer.resblocks.0.mlp.c_fc.weight"
+    loras = opened(folder, SDXL, pair(f"clip_g.{FC1}", style=DIFFUSERS)[0])
+    assert loras.keys == {key}
+
+
+def test_two_encoders_are_not_merged_into_one(folder):
+    """A file of one encoder does not say which of a LoRA's two it is."""
+    base = {
+        f"model.{LLM}.weight": torch.ones(N, K),
+        "model.embed_tokens.weight": torch.ones(2, K),
+    }
+    flat = LLM.replace(".", "_")
+    tensors = pair(f"lora_te1_{flat}")[0] | pair(f"lora_te2_{flat}")[0]
+    with pytest.raises(CheckpointError, match="expected one LoRA for a layer"):
+        opened(folder, base, tensors)
+
+
+def test_a_diffusion_model_has_no_text_encoder(folder):
+    """Its layers may have an encoder's names, but it has no table of tokens."""
+    base = {f"{LLM}.weight": torch.ones(N, K)}
+    with pytest.raises(CheckpointError, match="they are of text encoders alone"):
+        opened(folder, base, pair(f"lora_te_{LLM.replace('.', '_')}")[0])
+
+
 @pytest.mark.parametrize("style", ["lora_te2_{}", "text_encoder_2.{}"])
 def test_one_weight_of_openclip_is_three_of_transformers(folder, style):
     """Queries, keys and values have their rows of the weight and of the bias."""

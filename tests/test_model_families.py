@@ -1,11 +1,14 @@
 """Families of models told by their keys, and what is usually quantized of each."""
 
 import fnmatch
+import re
 
 import pytest
+from torch import nn
 
 from hijack.model_families import detect_family, model_families
 from hijack.safetensors_io.header import Header, TensorInfo
+from hijack.selection import choose
 
 PREFIXES = ("", "model.diffusion_model.", "diffusion_model.", "transformer.")
 
@@ -200,6 +203,34 @@ def test_a_family_is_told_by_its_keys(name, prefix):
     others = header_of("decoder.up.0.conv mid.proj", "first_stage_model.")
     together = Header({**others.tensors, **header.tensors})
     assert detect_family(together.tensors).name == name
+
+
+WRAPPED = {
+    "compiled": lambda name: f"_orig_mod.{name}",
+    "compiled in a checkpoint": lambda name: f"model._orig_mod.diffusion_model.{name}",
+    "compiled and distributed": lambda name: f"module._orig_mod.{name}",
+    "compiled blocks": lambda name: re.sub(r"\.0\.", ".0._orig_mod.", name, count=1),
+    "sharded blocks": lambda name: re.sub(
+        r"\.0\.", ".0._fsdp_wrapped_module._checkpoint_wrapped_module.", name, count=1
+    ),
+    "DDP": lambda name: f"module.{name}",
+    "NVIDIA": lambda name: f"net.{name}",
+    "DiffSynth": lambda name: f"pipe.dit.{name}",
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_wrappers_change_neither_family_nor_layers(name, wrap):
+    """The same layers are quantized as of the plain file, although "mod" is a word."""
+    plain = header_of(FAMILIES[name][1])
+    tensors = {wrap(key): info for key, info in plain.tensors.items()}
+    usual = choose(plain, (nn.Linear,))
+    chosen = choose(Header(tensors), (nn.Linear,))
+    assert chosen.family.name == usual.family.name == name
+    assert set(chosen.layers) == {
+        wrap(f"{layer}.weight").removesuffix(".weight") for layer in usual.layers
+    }
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)

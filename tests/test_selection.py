@@ -320,6 +320,7 @@ def test_layers_of_no_target_stay_dense():
     ("name", "biased", "owner"),
     [
         ("model.embed_tokens", False, nn.Embedding),
+        ("model.embed_tokens._orig_mod", False, nn.Embedding),
         ("block.0.SelfAttention.relative_attention_bias", False, nn.Embedding),
         ("text_model.embeddings.token_embedding", False, nn.Embedding),
         ("shared", False, nn.Embedding),

@@ -7,13 +7,15 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from hijack.claim import Claim
-from hijack.errors import CheckpointError, ShapeError, printable
+from hijack.errors import CheckpointError, HijackError, ShapeError, printable
 from hijack.formats import matching
 from hijack.formats.identification import Identification, identify
 from hijack.metrics import QuantizationError, quantization_error
+from hijack.naming.resolver import LayerNames, Span
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, TensorInfo, join
@@ -127,8 +129,9 @@ def compare_files(
 ) -> Comparison:
     """Decode two checkpoints and measure the error of each weight.
 
-    They may be dense or quantized, in different dialects, and with different prefixes
-    of layer names. One pair of weights is in memory at a time, in float32.
+    They may be dense or quantized, in different dialects, with other names, and with
+    projections fused in one and apart in the other. One weight and what it is in the
+    other file are in memory at a time, in float32.
 
     Args:
         reference: the checkpoint to compare with, such as the original.
@@ -145,12 +148,18 @@ def compare_files(
     registry = current_registry(registry)
     first = _DenseWeights(reference, assume, registry)
     second = _DenseWeights(other, assume, registry)
-    cut, add = _prefixes(first.keys, second.keys)
-    names = {key: f"{add}{key.removeprefix(cut)}" for key in first.keys}
-    both = [key for key, name in names.items() if name in second.keys]
+    matches, problems = _match(first, second)
+    both = [
+        key
+        for key in first.keys
+        if key in matches and all(piece.key in second.keys for piece in matches[key])
+    ]
     unreadable = {**first.unreadable, **second.unreadable}
     if not both:
-        reasons = "".join(f"; {key} {why}" for key, why in list(unreadable.items())[:1])
+        reasons = "".join(
+            f"; {key} {why}"
+            for key, why in [*unreadable.items(), *problems.items()][:1]
+        )
         raise CheckpointError(
             f"{first.source} and {second.source} have no weight in common; expected "
             f"checkpoints of one model; the first has {first.example()}, the second "
@@ -160,21 +169,19 @@ def compare_files(
     skipped: dict[str, str] = {}
     for done, key in enumerate(both, 1):
         try:
-            layers[key] = _error(first, second, key, names[key])
+            layers[key] = _error(first, second, key, matches[key])
         except ShapeError as error:
             skipped[key] = str(error)
         if progress is not None:
             progress(done, len(both), key)
-    in_first = {f"{add}{key.removeprefix(cut)}" for key in first.unreadable}
-    in_first.update(names.values())
-    in_second = {*second.keys, *second.unreadable}
+    in_first = {piece.key for pieces in matches.values() for piece in pieces}
     return Comparison(
         first.source,
         second.source,
         layers,
-        tuple(key for key in first.keys if names[key] not in in_second),
+        tuple(key for key in first.keys if key not in matches and key not in problems),
         tuple(key for key in second.keys if key not in in_first),
-        {**unreadable, **skipped},
+        {**unreadable, **problems, **skipped},
     )
 
 
@@ -214,6 +221,25 @@ class _DenseWeights:
     def example(self) -> str:
         """A key, for messages."""
         return next(iter(self.keys), "none")
+
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """Key of each weight to its dense shape; None if it cannot be told."""
+        shapes: dict[str, tuple[int, ...] | None] = dict.fromkeys(self.unreadable)
+        for key in self.keys:
+            claim = self._claims.get(key)
+            if claim is None:
+                shapes[key] = self._header.tensors[key].shape
+            else:
+                shapes[key] = claim.shape or self._claimed_shape(claim)
+        return shapes
+
+    def _claimed_shape(self, claim: Claim) -> tuple[int, ...] | None:
+        scheme = self._registry.get(claim.scheme)
+        try:
+            weight = matching.read_weight(scheme, claim, open_tensors(self._header))
+        except HijackError:  # it is raised again where the weight is read
+            return None
+        return tuple(weight.shape)
 
     def padded(self, key: str) -> bool:
         """Whether the file may pad a weight."""
@@ -270,44 +296,116 @@ def _identify(
     return identify(header, registry, assume=assume)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """Some rows of a tensor of the second file, and those of the first's they are.
+
+    Attributes:
+        key: of the tensor.
+        rows: of it, in this order; none for all.
+        own: rows of the first's tensor; none for all.
+        transposed: whether it is the transpose of the first's.
+    """
+
+    key: str
+    rows: tuple[Span, ...] = ()
+    own: tuple[Span, ...] = ()
+    transposed: bool = False
+
+
+def _match(
+    first: _DenseWeights, second: _DenseWeights
+) -> tuple[dict[str, list[_Piece]], dict[str, str]]:
+    """Key in the first file to what it is in the second, and what is ambiguous."""
+    keys, others = ({**each.keys, **each.unreadable} for each in (first, second))
+    if keys.keys() <= others.keys():
+        return {key: [_Piece(key)] for key in keys}, {}
+    layers = {_layer(key): shape for key, shape in first.shapes().items()}
+    found = LayerNames(second.shapes()).resolve(layers)
+    if not found.pieces and not found.problems:
+        return _by_prefix(keys, others), {}
+    matches: dict[str, list[_Piece]] = {}
+    biases: dict[str, list[_Piece]] = {}
+    for name, pieces in found.pieces.items():
+        key = name if name in keys else join(name, "weight")
+        matches[key] = [
+            _Piece(piece.layer.key, piece.rows, piece.own, piece.layer.transposed)
+            for piece in pieces
+        ]
+        parts = [_Piece(piece.layer.bias, piece.rows, piece.own) for piece in pieces]
+        if all(piece.key in others for piece in parts):
+            biases[join(name, "bias")] = parts  # of which rows, only the weight tells
+    return (
+        {key: parts for key, parts in (matches | biases).items() if key in keys},
+        {
+            name if name in keys else join(name, "weight"): problem
+            for name, problem in found.problems.items()
+        },
+    )
+
+
 def _error(
-    first: _DenseWeights, second: _DenseWeights, key: str, name: str
+    first: _DenseWeights, second: _DenseWeights, key: str, pieces: Sequence[_Piece]
 ) -> QuantizationError:
-    """The error of one weight against another, without padding.
+    """The error of one weight against what it is in the other file, without padding.
 
     Raises:
         ShapeError: if they are of different shapes.
     """
-    reference, other = first.dense(key), second.dense(name)
+    reference = first.dense(key)
+    whole = len(pieces) == 1 and not pieces[0].rows and not pieces[0].own
+    if whole:
+        other = second.dense(pieces[0].key)
+        other = other.t() if pieces[0].transposed else other
+    else:
+        other = _put_together(second, pieces)
     shape = tuple(map(min, zip(reference.shape, other.shape, strict=False)))
     if first.padded(key):
         reference = _crop(reference, shape)
-    if second.padded(name):
+    if any(second.padded(piece.key) for piece in pieces):
         other = _crop(other, shape)
     if reference.shape != other.shape:
         raise ShapeError(f"has shape {tuple(reference.shape)} and {tuple(other.shape)}")
     return quantization_error(reference, other)
 
 
+def _put_together(second: _DenseWeights, pieces: Sequence[_Piece]) -> Tensor:
+    """Rows of one or more weights in the order of another one."""
+    spans: list[tuple[Span, Tensor]] = []
+    for piece in pieces:
+        dense = second.dense(piece.key)
+        if piece.rows:
+            dense = torch.cat([dense[start:stop] for start, stop in piece.rows])
+        for start, stop in piece.own or [(0, len(dense))]:
+            spans.append(((start, stop), dense[: stop - start]))
+            dense = dense[stop - start :]
+    rows = [rows for _, rows in sorted(spans, key=lambda item: item[0])]
+    return torch.cat(rows)
+
+
 def _crop(weight: Tensor, shape: tuple[int, ...]) -> Tensor:
     return weight[: shape[0], : shape[1]] if len(shape) == weight.ndim == 2 else weight
 
 
-def _prefixes(first: Mapping[str, None], second: Mapping[str, None]) -> tuple[str, str]:
-    """The prefix to remove from the first's keys, and the one to add to match."""
-    best, choice = sum(key in second for key in first), ("", "")
-    if best == len(first):
-        return choice
-    shorter, longer = next(iter(first), ""), next(iter(second), "")
-    pairs = [("", key.removesuffix(shorter)) for key in second if shorter]
-    pairs += [(key.removesuffix(longer), "") for key in first if longer]
+def _by_prefix(
+    first: Mapping[str, object], second: Mapping[str, object]
+) -> dict[str, list[_Piece]]:
+    """Match keys by the prefix that, removed from one file's, matches the most."""
+    one, other = next(iter(first), ""), next(iter(second), "")
+    pairs = [("", key.removesuffix(one)) for key in second if key.endswith(f".{one}")]
+    pairs += [(key.removesuffix(other), "") for key in first if key.endswith(other)]
+    best: dict[str, list[_Piece]] = {}
     for cut, add in dict.fromkeys(pairs):
-        if not (cut or add).endswith("."):
-            continue
-        matches = sum(f"{add}{key.removeprefix(cut)}" in second for key in first)
-        if matches > best:
-            best, choice = matches, (cut, add)
-    return choice
+        if (cut or add).endswith("."):
+            names = {key: f"{add}{key.removeprefix(cut)}" for key in first}
+            matches = {k: [_Piece(n)] for k, n in names.items() if n in second}
+            best = max(best, matches, key=len)
+    return best
+
+
+def _layer(key: str) -> str:
+    """The layer that a weight belongs to; other tensors have names of their own."""
+    return key.removesuffix(".weight")
 
 
 def _is_floating(info: TensorInfo) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,7 @@ from hijack.checkpoint.quantize_run import RunOptions, count_workers, run
 from hijack.errors import CheckpointError
 from hijack.formats import matching
 from hijack.formats.identification import identify
-from hijack.lora.delta import SUFFIXES
+from hijack.lora.delta import is_factor
 from hijack.lora.files import Loras, Spec, parse_loras
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry
@@ -32,9 +31,6 @@ from hijack.safetensors_io.writer import open_writer
 from hijack.scheme import Scheme
 from hijack.selection import Choice, Patterns, choose
 from hijack.text import block_text
-
-#: Suffixes of keys that only LoRA, LoHa and LoKr have.
-_LORA_PARTS = tuple(end for end in SUFFIXES if re.search("lora|hada|lokr", end))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,7 +290,7 @@ def is_lora(tensors: Mapping[str, TensorInfo]) -> bool:
     Args:
         tensors: key to dtype and shape of each tensor of the file.
     """
-    parts = {key for key in tensors if key.endswith(_LORA_PARTS)}
+    parts = {key for key in tensors if is_factor(key)}
     layers = [key for key in tensors if key.rpartition(".")[2] == "weight"]
     matrices = {key for key in layers if len(tensors[key].shape) > 1}
     return bool(parts) and matrices <= parts

@@ -43,7 +43,7 @@ _PATTERNS = {
     "the model's defaults, unless one is 'default'; may be repeated",
 }
 _FLAGS = {
-    "--ignore-unmatched": "leave out LoRAs of layers the checkpoint lacks",
+    "--ignore-unmatched": "lose what LoRAs change in layers the checkpoint lacks",
     "--dry-run": "report layers and file sizes, and write nothing",
     "--write-config": "write config.json beside DST, for dialects whose readers expect "
     "a quantization_config",

@@ -1,14 +1,16 @@
 """Compute what a LoRA adds to a weight.
 
-Kinds, in the notation of LyCORIS: LoRA (down, up, and mid for convolutions), LoHa (two
-products, multiplied elementwise), LoKr (a Kronecker product), full differences, and
-each of the first three with DoRA's magnitudes. References: arXiv 2106.09685,
-2108.06098, 2309.14859, 2402.09353.
+Kinds, in the notation of LyCORIS: LoRA (down, up, and mid for convolutions; or numbered
+pairs, one for each piece of a fused layer), LoHa (two products, multiplied
+elementwise), LoKr (a Kronecker product), full differences, and each of the first three
+with DoRA's magnitudes. References: arXiv 2106.09685, 2108.06098, 2309.14859,
+2402.09353.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -18,16 +20,13 @@ from hijack.errors import CheckpointError
 
 #: Suffixes of keys to the part of a LoRA; longer ones first.
 SUFFIXES: Mapping[str, str] = {
-    ".lora_magnitude_vector.default.weight": "row_magnitudes",
     ".lora_magnitude_vector.weight": "row_magnitudes",
     ".lora_magnitude_vector": "row_magnitudes",
     ".lora_linear_layer.down.weight": "down",
     ".lora_linear_layer.up.weight": "up",
-    ".lora_A.default.weight": "down",
-    ".lora_B.default.weight": "up",
-    ".lora_B.default.bias": "up_bias",
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
+    ".lora_up.bias": "up_bias",
     ".lora_mid.weight": "mid",
     ".lora.down.weight": "down",
     ".lora.up.weight": "up",
@@ -60,6 +59,16 @@ SUFFIXES: Mapping[str, str] = {
     ".w_norm": "diff",
     ".diff": "diff",
 }
+#: PEFT names each adapter, most often "default", within the key.
+_ADAPTER = re.compile(
+    r"(\.lora_(?:A|B|down|up|mid|magnitude_vector))\.(?!(?:weight|bias)$)[^.]+"
+    r"(?=$|\.(?:weight|bias)$)"
+)
+_FACTOR = re.compile(r"lora|\.hada_|\.lokr_")
+#: kohya's trainers give each piece of a fused layer a LoRA of its own.
+_NUMBERED = re.compile(r"(.+)\.lora_(down|up)\.(\d+)\.weight")
+#: lightx2v's difference of a parameter that belongs to no layer.
+_MODULATION = ".diff_m"
 #: Kinds that cannot be merged, by a part of the key.
 UNSUPPORTED: Mapping[str, str] = {
     ".oft_": "OFT or BOFT",
@@ -93,7 +102,26 @@ _KINDS: Sequence[frozenset[str]] = tuple(
         "diff",
     )
 )
+#: DoRA's parts.
+_MAGNITUDES = frozenset({"magnitudes", "row_magnitudes"})
 _ANY_KIND = frozenset({"alpha", "magnitudes", "row_magnitudes", "bias", "up_bias"})
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """The module of a LoRA and the part of it that a key names; None for others."""
+    if key.endswith(_MODULATION):
+        block = key.removesuffix(_MODULATION)  # kohya's names have no dots
+        return f"{block}{'.' if '.' in block else '_'}modulation", "diff"
+    if match := _NUMBERED.fullmatch(key):
+        return match[1], f"{match[2]}_{match[3]}"
+    key = _ADAPTER.sub(r"\1", key)
+    suffix = next((end for end in SUFFIXES if key.endswith(end)), None)
+    return (key.removesuffix(suffix), SUFFIXES[suffix]) if suffix else None
+
+
+def is_factor(key: str) -> bool:
+    """Whether a key is of a factor of LoRA, LoHa or LoKr, which no checkpoint has."""
+    return split_key(key) is not None and bool(_FACTOR.search(key))
 
 
 def check_parts(parts: Mapping[str, str], where: str) -> None:
@@ -107,7 +135,13 @@ def check_parts(parts: Mapping[str, str], where: str) -> None:
         CheckpointError: naming the keys.
     """
     kind = parts.keys() - _ANY_KIND
-    if kind in _KINDS or (not kind and parts.keys() == {"bias"}):
+    count = len(kind) // 2
+    numbered = {f"{half}_{i}" for i in range(count) for half in ("down", "up")}
+    if (
+        kind in _KINDS
+        or (kind and kind == numbered)
+        or (not kind and parts.keys() == {"bias"})
+    ):
         return
     key, *others = parts.values()
     near = [known for known in _KINDS if kind < known]
@@ -123,13 +157,20 @@ def check_parts(parts: Mapping[str, str], where: str) -> None:
     )
 
 
-def check_shapes(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) -> int:
+def check_shapes(
+    parts: Mapping[str, Tensor],
+    shape: Sequence[int],
+    where: str,
+    rows: Sequence[tuple[int, int]] = (),
+) -> int:
     """Refuse a LoRA that does not fit a weight of this shape.
 
     Args:
         parts: of the LoRA, as in `SUFFIXES`; may be on the meta device.
         shape: of the weight.
         where: file and module, for messages.
+        rows: of the difference that the weight has, each the first one and the one
+            after the last; none for all.
 
     Returns:
         The divisor of alpha; 0 if alpha does not apply.
@@ -137,10 +178,20 @@ def check_shapes(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) 
     Raises:
         CheckpointError: naming the shapes.
     """
+    for part, tensor in parts.items():
+        if tensor.numel() == 0:
+            raise CheckpointError(
+                f"{where}: {part} {list(tensor.shape)} has no elements, so that this "
+                "is of rank 0 and changes nothing; expected a LoRA of rank 1 or more; "
+                "get the file again, or remove this layer from it"
+            )
     try:
         difference, rank = _delta(parts)
+        if rows:
+            parts = take_rows(parts, rows, where)
+            difference, _ = _delta(parts)
         good = _flat(difference.shape) == _flat(shape)
-        if good and parts.keys() & {"magnitudes", "row_magnitudes"}:
+        if good and parts.keys() & _MAGNITUDES:
             _magnitude_ratio(difference.view(shape), parts)
     except (RuntimeError, IndexError, TypeError):  # torch's errors for shapes
         good = False
@@ -151,6 +202,61 @@ def check_shapes(parts: Mapping[str, Tensor], shape: Sequence[int], where: str) 
             "this LoRA for another model?"
         )
     return rank
+
+
+def delta_shape(parts: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """The shape of the difference, or None if the parts do not fit each other.
+
+    Args:
+        parts: of the LoRA, as in `SUFFIXES`; may be on the meta device.
+    """
+    try:
+        return tuple(_delta(parts)[0].shape)
+    except (RuntimeError, IndexError, TypeError, KeyError):
+        return None
+
+
+def take_rows(
+    parts: Mapping[str, Tensor], rows: Sequence[tuple[int, int]], where: str
+) -> dict[str, Tensor]:
+    """The LoRA of some rows alone.
+
+    Args:
+        parts: as in `SUFFIXES`.
+        rows: of the difference, each the first one and the one after the last.
+        where: file and module, for messages.
+
+    Returns:
+        Its parts; of LoHa and LoKr the difference itself.
+
+    Raises:
+        CheckpointError: if DoRA's magnitudes are of columns that are longer than the
+            rows wanted.
+    """
+
+    def taken(tensor: Tensor) -> Tensor:
+        return torch.cat([tensor[start:stop] for start, stop in rows])
+
+    if "up" in parts:
+        split = {**parts, "up": taken(parts["up"])}
+        height = len(parts["up"])
+    else:
+        difference = _delta(parts)[0]
+        kept = parts.keys() & _MAGNITUDES
+        split = {name: parts[name] for name in kept} | {"diff": taken(difference)}
+        height = len(difference)
+    if "row_magnitudes" in parts:
+        split["row_magnitudes"] = taken(parts["row_magnitudes"].flatten())
+    magnitudes = parts.get("magnitudes")
+    if magnitudes is not None and magnitudes.shape[:1] == (height,):
+        split["magnitudes"] = taken(magnitudes)
+    elif magnitudes is not None and sum(stop - start for start, stop in rows) < height:
+        raise CheckpointError(
+            f"{where}: is a DoRA with magnitudes {list(magnitudes.shape)} of columns, "
+            "which several layers of the checkpoint share; expected magnitudes of "
+            "rows; convert it to a LoRA first"
+        )
+    return split
 
 
 def merge(
@@ -168,7 +274,7 @@ def merge(
         (N, ...) float32, a new tensor.
     """
     difference = _delta(parts)[0].reshape(weight.shape)
-    if not parts.keys() & {"magnitudes", "row_magnitudes"}:
+    if not parts.keys() & _MAGNITUDES:
         return torch.add(weight, difference, alpha=strength * factor)
     merged = torch.add(weight, difference, alpha=factor)
     merged *= _magnitude_ratio(merged, parts)
@@ -188,6 +294,15 @@ def _delta(parts: Mapping[str, Tensor]) -> tuple[Tensor, int]:
             middle = parts["mid"].movedim(1, -1) @ down
             down = middle.movedim(-1, 1).flatten(1)
         return parts["up"].flatten(1) @ down, len(parts["down"])
+    if "down_0" in parts:
+        halves = [
+            (parts[f"up_{i}"], parts[f"down_{i}"])
+            for i in range(sum(name.startswith("down_") for name in parts))
+        ]
+        if len({len(down) for _, down in halves}) > 1:
+            raise RuntimeError("alpha is of one rank, and the pieces have several")
+        pieces = [up.flatten(1) @ down.flatten(1) for up, down in halves]
+        return torch.cat(pieces), len(parts["down_0"])
     if "w1_a" in parts:
         first = _product(parts["w1_a"], parts["w1_b"], parts.get("t1"))
         second = _product(parts["w2_a"], parts["w2_b"], parts.get("t2"))

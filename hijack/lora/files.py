@@ -17,17 +17,21 @@ from torch import Tensor
 from hijack.errors import CheckpointError
 from hijack.lora.alpha import alpha_scale, read_peft_config
 from hijack.lora.delta import (
-    SUFFIXES,
     UNSUPPORTED,
     check_parts,
     check_shapes,
+    delta_shape,
     merge,
+    split_key,
+    take_rows,
 )
-from hijack.lora.encoders import of_encoder
-from hijack.lora.keys import LayerNames, Target
+from hijack.lora.unmatched import unmatched_message
+from hijack.naming.resolver import LayerNames, Piece, Span
 from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.safetensors_io.reader import open_tensors, read_header
 
+#: Parts that do not count towards the difference of the weight.
+_SEPARATE = frozenset({"bias", "up_bias", "alpha"})
 #: A LoRA file, with its strength behind a colon or as a pair.
 Spec = str | os.PathLike[str] | tuple[str | os.PathLike[str], float]
 
@@ -101,19 +105,21 @@ class _Update:
         source: header of the LoRA file.
         module: its name there.
         parts: of the LoRA, as in `hijack.lora.delta`, to keys.
-        rows: of the tensor, to concatenate; None for all.
-        transposed: whether the LoRA is for the transpose of the tensor.
+        rows: of the tensor, to concatenate; none for all.
+        own: rows of the LoRA's difference that belong to them; none for all.
         factor: of the difference.
         strength: of the LoRA.
+        transposed: whether the LoRA is for the transpose of the tensor.
     """
 
     source: Header
     module: str
     parts: Mapping[str, str]
-    rows: tuple[slice, ...] | None
-    transposed: bool
+    rows: tuple[Span, ...]
+    own: tuple[Span, ...]
     factor: float
     strength: float
+    transposed: bool = False
 
     def tensors(self, device: torch.device) -> dict[str, Tensor]:
         """Read the parts in float32."""
@@ -131,19 +137,20 @@ class _Update:
     def apply(self, tensor: Tensor) -> Tensor:
         """Merge the LoRA into a float32 tensor; returns a new one."""
         parts = self.tensors(tensor.device)
+        if self.own:
+            where = f"{self.source.source}: {self.module}"
+            parts = take_rows(parts, self.own, where)
         if self.transposed:
             axes = tuple(reversed(range(tensor.ndim)))
             merged = merge(tensor.permute(axes), parts, self.factor, self.strength)
             return merged.permute(axes)
-        if self.rows is None:
+        if not self.rows:
             return merge(tensor, parts, self.factor, self.strength)
-        selected = torch.cat([tensor[rows] for rows in self.rows])
+        selected = torch.cat([tensor[start:stop] for start, stop in self.rows])
         merged = merge(selected, parts, self.factor, self.strength)
-        result, start = tensor.clone(), 0
-        for rows in self.rows:
-            count = len(tensor[rows])
-            result[rows] = merged[start : start + count]
-            start += count
+        result = tensor.clone()
+        for start, stop in self.rows:
+            result[start:stop], merged = merged.tensor_split([stop - start])
         return result
 
 
@@ -184,12 +191,14 @@ class Loras:
         """
         updates: dict[str, list[_Update]] = {}
         unmatched: list[str] = []
-        names = LayerNames(header.tensors)
+        names = LayerNames({key: info.shape for key, info in header.tensors.items()})
         for path, strength in parse_loras(specs):
             file = _LoraFile(read_header(path), strength, header)
             file.match(names)
             if file.unmatched and not (ignore_unmatched and file.updates):
-                raise CheckpointError(_unmatched(file, header))
+                raise CheckpointError(
+                    unmatched_message(file.source, header, file.unmatched, file.merged)
+                )
             unmatched += file.unmatched
             for key, update in file.updates:
                 updates.setdefault(key, []).append(update)
@@ -229,12 +238,14 @@ class _LoraFile:
     Attributes:
         updates: key of the checkpoint and its change.
         unmatched: names that the checkpoint lacks, and unknown keys.
+        merged: names that it has.
     """
 
     def __init__(self, source: Header, strength: float, header: Header) -> None:
         self.source, self.strength, self.header = source, strength, header
         self.updates: list[tuple[str, _Update]] = []
         self.unmatched: list[str] = []
+        self.merged: list[str] = []
 
     @functools.cached_property
     def peft_config(self) -> Mapping[str, Any]:
@@ -242,47 +253,69 @@ class _LoraFile:
         return read_peft_config(self.source)
 
     def match(self, names: LayerNames) -> None:
-        """Find the target layer of each LoRA in the file."""
+        """Find the target layers of each LoRA in the file."""
         modules, self.unmatched = _group_keys(self.source)
-        sources: dict[tuple[str, str], str] = {}
-        for name, parts in modules.items():
-            target = names.find(name)
-            if target is None:
-                self.unmatched.append(name)
-                continue
-            for key, update in self._updates_of(name, parts, target):
-                other = sources.setdefault((key, target.split), name)
-                if other != name:
-                    raise CheckpointError(
-                        f"{self.source.source}: {name}: targets {key}, as {other} "
-                        "does; expected one LoRA for a layer"
-                    )
-                self.updates.append((key, update))
+        shapes = {name: self._shape(parts) for name, parts in modules.items()}
+        found = names.resolve(shapes)
+        for name, problem in found.problems.items():
+            raise CheckpointError(f"{self.source.source}: {name}: {problem}")
+        self.unmatched += found.unmatched
+        self.merged = list(found.pieces)
+        taken: dict[str, list[tuple[str, Piece]]] = {}
+        for name, pieces in found.pieces.items():
+            for piece in pieces:
+                for key, update in self._updates_of(name, modules[name], piece):
+                    others = taken.setdefault(key, [])
+                    self._refuse_twice(name, key, piece, others)
+                    others.append((name, piece))
+                    self.updates.append((key, update))
+
+    def _shape(self, parts: Mapping[str, str]) -> tuple[int, ...] | None:
+        """The shape of the weight that a LoRA is for, as far as it tells."""
+        delta = {p: k for p, k in parts.items() if p not in _SEPARATE}
+        if not delta and "bias" in parts:
+            delta = {"diff": parts["bias"]}  # which has as many rows
+        return delta_shape({p: _empty(self.source, k) for p, k in delta.items()})
+
+    def _refuse_twice(
+        self, name: str, key: str, piece: Piece, others: Iterable[tuple[str, Piece]]
+    ) -> None:
+        for other, taken in others:
+            if other != name and _overlap(piece.rows, taken.rows):
+                raise CheckpointError(
+                    f"{self.source.source}: {name}: targets {key}, as {other} "
+                    "does; expected one LoRA for a layer"
+                )
 
     def _updates_of(
-        self, name: str, parts: Mapping[str, str], target: Target
+        self, name: str, parts: Mapping[str, str], piece: Piece
     ) -> Iterator[tuple[str, _Update]]:
         """The changes of a weight and a bias by one LoRA."""
-        where = f"{self.source.source}: {name}"
-        weight, rows = self._target_info(target.key, where), None
-        if target.transposed:
+        where, layer = f"{self.source.source}: {name}", piece.layer
+        weight = self._target_info(layer.key, where)
+        if layer.transposed:
             weight = dataclasses.replace(weight, shape=weight.shape[::-1])
-        if target.split:
-            height = weight.shape[0] if weight.shape else 0
-            rows = target.rows(height, math.prod(weight.shape[1:]))
-        rank, separate = 0, {"bias", "up_bias", "alpha"}
-        delta = {part: key for part, key in parts.items() if part not in separate}
+        rank = 0
+        delta = {part: key for part, key in parts.items() if part not in _SEPARATE}
         if delta:
-            rank = self._check_shapes(delta, weight, rows, where)
+            rank = self._check_shapes(delta, weight, piece, where)
         factor = alpha_scale(
             self.source, name, parts.get("alpha"), rank, lambda: self.peft_config
         )
-        update = _Update(self.source, name, delta, rows, False, factor, self.strength)
+        update = _Update(
+            self.source,
+            name,
+            delta,
+            piece.rows,
+            piece.own,
+            factor,
+            self.strength,
+        )
         if delta:
-            yield target.key, dataclasses.replace(update, transposed=target.transposed)
+            yield layer.key, dataclasses.replace(update, transposed=layer.transposed)
         for part in parts.keys() & {"bias", "up_bias"}:
-            key, bias = target.bias, {"diff": parts[part]}
-            self._check_shapes(bias, self._target_info(key, where), rows, where)
+            key, bias = layer.bias, {"diff": parts[part]}
+            self._check_shapes(bias, self._target_info(key, where), piece, where)
             scale = factor if part == "up_bias" else 1.0
             yield key, dataclasses.replace(update, parts=bias, factor=scale)
 
@@ -295,18 +328,20 @@ class _LoraFile:
         return self.header.tensors[key]
 
     def _check_shapes(
-        self,
-        parts: Mapping[str, str],
-        info: TensorInfo,
-        rows: tuple[slice, ...] | None,
-        where: str,
+        self, parts: Mapping[str, str], info: TensorInfo, piece: Piece, where: str
     ) -> int:
         meta = {part: _empty(self.source, key) for part, key in parts.items()}
         shape = info.shape
-        if rows is not None and shape:
-            count = sum(len(range(*part.indices(shape[0]))) for part in rows)
-            shape = (count, *shape[1:])
-        return check_shapes(meta, shape, where)
+        if piece.rows and shape:
+            shape = (sum(stop - start for start, stop in piece.rows), *shape[1:])
+        return check_shapes(meta, shape, where, piece.own)
+
+
+def _overlap(one: Sequence[Span], other: Sequence[Span]) -> bool:
+    """Whether two sets of rows, none being all, have a row in common."""
+    if not one or not other:
+        return True
+    return any(a[0] < b[1] and b[0] < a[1] for a in one for b in other)
 
 
 def _empty(source: Header, key: str) -> Tensor:
@@ -335,11 +370,12 @@ def _group_keys(source: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
                 f"{source.source}: {key}: is {kind}, which is not supported; expected "
                 "LoRA, DoRA, LoHa, LoKr or differences; convert it to a LoRA first"
             )
-        suffix = next((end for end in SUFFIXES if key.endswith(end)), None)
-        if suffix is None:
+        split = split_key(key)
+        if split is None:
             unknown_keys.append(key)
             continue
-        parts, part = modules.setdefault(key[: -len(suffix)], {}), SUFFIXES[suffix]
+        module, part = split
+        parts = modules.setdefault(module, {})
         if part in parts:
             raise CheckpointError(
                 f"{source.source}: {key}: is the same part as {parts[part]}; expected "
@@ -355,30 +391,3 @@ def _group_keys(source: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
     for parts in modules.values():
         check_parts(parts, source.source)
     return modules, unknown_keys
-
-
-def _unmatched(file: _LoraFile, header: Header) -> str:
-    """The message that a file is wholly or partly for another model."""
-    source, count = file.source.source, len(file.unmatched)
-    encoders = [name for name in file.unmatched if of_encoder(name)]
-    some = ", ".join(file.unmatched[:3])
-    if not file.updates:
-        only = "; they are of text encoders alone" if len(encoders) == count else ""
-        return (
-            f"{source}: none of its {count} names, such as {some}, is of a layer of "
-            f"{header.source}{only}; expected a LoRA for this model"
-        )
-    many = f"({count} of {count + len(file.updates)})"
-    if len(encoders) == count:
-        return (
-            f"{source}: {some}{', ...' if count > 3 else ''} {many} are of text "
-            f"encoders, of which {header.source} has no such layers; expected a "
-            "checkpoint with them, or a LoRA without; pass ignore_unmatched "
-            "(--ignore-unmatched) to merge the rest alone"
-        )
-    also = f", {len(encoders)} of them of text encoders" if encoders else ""
-    return (
-        f"{source}: {header.source} has no layer for {some}"
-        f"{', ...' if count > 3 else ''} {many}{also}; expected a LoRA for this model; "
-        "pass ignore_unmatched (--ignore-unmatched) to leave these out"
-    )

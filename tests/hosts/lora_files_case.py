@@ -34,8 +34,8 @@ import comfy.ops
 import comfy.sd
 
 from hijack.lora.files import Loras
-from hijack.lora.keys import LayerNames
 from hijack.model_families import detect_family
+from hijack.naming.resolver import LayerNames
 from hijack.safetensors_io.reader import read_header
 
 PREFIX = "model.diffusion_model."
@@ -217,18 +217,21 @@ def merged_by_comfyui(tensors, known, base):
 
 def check_names(known, shapes):
     """Names that ComfyUI knows and hijack does not, or takes for something else."""
-    names, wrong = LayerNames(PREFIX + key for key in shapes), []
+    names = LayerNames({PREFIX + key: shape for key, shape in shapes.items()})
+    wrong = []
     for name, (key, part, change) in known.items():
-        found, shape = names.find(name), shapes[key]
-        if found is None or found.key != PREFIX + key:
-            wrong.append([name, key, found and found.key])
-            continue
-        every = list(range(shape[0] if shape else 0))
-        pieces = found.rows(shape[0] if shape else 0, math.prod(shape[1:]))
-        if [row for piece in pieces for row in every[piece]] != rows_of(
-            shape, part, change
-        ):
-            wrong.append([name, key, found.split])
+        shape = shapes[key]
+        expected = rows_of(shape, part, change)
+        size = (len(expected), *shape[1:]) if shape else shape
+        found = names.resolve({name: size}).pieces.get(name, ())
+        rows = [
+            row
+            for piece in found
+            for start, stop in piece.rows or [(0, shape[0] if shape else 0)]
+            for row in range(start, stop)
+        ]
+        if [piece.layer.key for piece in found] != [PREFIX + key] or rows != expected:
+            wrong.append([name, key, [piece.layer.key for piece in found]])
     return wrong
 
 
