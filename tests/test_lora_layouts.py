@@ -909,3 +909,51 @@ def test_hostile_names_take_no_time(folder):
     base |= {f"{'unet_' * 3000}b.0.v": (K, K), f"{'x_' * 3000}lora": (K, K)}
     tensors = plain("a.0.qkv", 3 * K) | plain(f"{'lora_' * 3000}c", K)
     refused(folder, base, tensors, "none of its 2 names")
+
+
+GROUPINGS = ["qkv", "q kv", "qk v", "q k v"]
+
+
+@pytest.mark.parametrize("theirs", GROUPINGS)
+@pytest.mark.parametrize("ours", GROUPINGS)
+def test_every_division_of_attention_on_every_other(folder, theirs, ours):
+    """All projections or some of them, equal or not: merged exactly, or refused."""
+    merged, refusals = 0, []
+    for sizes in ({"q": 12, "k": 6, "v": 6}, {"q": 8, "k": 8, "v": 8}):
+        base = {
+            f"blocks.0.attn.to_{group}.weight": torch.randn(
+                sum(sizes[part] for part in group), K
+            )
+            for group in ours.split()
+        }
+        groups = theirs.split()
+        for count in range(1, len(groups) + 1):
+            for trained in itertools.combinations(groups, count):
+                tensors, deltas = (
+                    {},
+                    {part: torch.zeros(n, K) for part, n in sizes.items()},
+                )
+                for group in trained:
+                    rows = [sizes[part] for part in group]
+                    down, up = torch.randn(R, K), torch.randn(sum(rows), R)
+                    tensors[f"blocks.0.attn.{group}.lora_down.weight"] = down
+                    tensors[f"blocks.0.attn.{group}.lora_up.weight"] = up
+                    product = (up.double() @ down.double()).split(rows)
+                    deltas |= dict(zip(group, product, strict=True))
+                save_file(base, folder / "base.safetensors")
+                save_file(tensors, folder / "lora.safetensors")
+                header = read_header(folder / "base.safetensors")
+                try:
+                    loras = Loras.open([folder / "lora.safetensors"], header)
+                except CheckpointError as error:
+                    refusals.append((str(error), len(trained) < len(groups)))
+                    continue
+                merged += 1
+                for key, weight in base.items():
+                    group = key.split(".")[3].removeprefix("to_")
+                    added = torch.cat([deltas[part] for part in group])
+                    assert near(loras.merge(key, weight), weight.double() + added)
+    assert merged >= 2  # with all projections, where the sizes are told by the sums
+    for message, partly in refusals:
+        assert "the shapes do not tell" in message
+        assert partly
