@@ -163,3 +163,17 @@ def test_a_config_of_another_checkpoint_is_replaced_only_if_asked(dense, tmp_pat
     assert config.read_bytes() == before
     hijack.quantize_file(dense, folder / "b.safetensors", overwrite=True, **words)
     assert config.read_bytes() != before
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_picture_replaces_no_pipe_and_no_folder(dense, coded, tmp_path, capsys):
+    """Whoever may write to /dev could lose a device otherwise."""
+    pytest.importorskip("matplotlib")
+    pipe, folder = tmp_path / "pipe", tmp_path / "folder"
+    os.mkfifo(pipe)
+    folder.mkdir()
+    words = ["compare", str(dense), str(coded), "--force", "--plot"]
+    for target in (pipe, folder):
+        assert cli.main([*words, str(target)]) == 1
+        assert "is a folder, a pipe or a device" in capsys.readouterr().err
+    assert pipe.is_fifo()

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     found: list[Facts] = []
     for source in sources:
         try:
-            found.append(Facts.of(hijack.identify(source, assume=args.assume)))
+            found.append(Facts.of(_identify(source, args.assume, alone)))
         except HijackError as error:
             if alone or len(sources) == 1:
                 raise
@@ -63,6 +63,17 @@ def run(args: argparse.Namespace) -> int:
     if len(found) < len(sources):
         return 1
     return 0 if all(facts.result.clear for facts in found) else 3
+
+
+def _identify(
+    source: str | list[str], assume: Sequence[str], alone: bool
+) -> hijack.Identification:
+    """Identify; among many files, what is assumed counts where one is ambiguous."""
+    if not alone:
+        result = hijack.identify(source)
+        if not result.ambiguous:
+            return result
+    return hijack.identify(source, assume=assume)
 
 
 # -- files -----------------------------------------------------------------------------

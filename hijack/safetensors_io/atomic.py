@@ -66,8 +66,13 @@ def new_file(
         overwrite: as for `refuse_replacing`.
 
     Raises:
-        CheckpointError: if the target must not be replaced, or cannot be written.
+        CheckpointError: if the target is no file or must not be replaced, or cannot be
+            written.
     """
+    if target.exists() and not target.is_file():
+        raise CheckpointError(
+            f"{target}: is a folder, a pipe or a device; expected a file name"
+        )
     refuse_replacing([target], sources, overwrite=overwrite)
     real = Path(os.path.realpath(target))
     try:
