@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import hijack
-from hijack.cli import demo_host
+import hijack.cli.demo_host as demo_host
 from hijack.cli.common import Stopwatch
 from hijack.cli.minilm import Encoder, load_encoder, tokenize
 from hijack.hosts import add_host

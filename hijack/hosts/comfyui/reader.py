@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import hijack.hosts.comfyui.tensor_metadata as tensor_metadata
 from hijack.errors import HijackError
-from hijack.hosts.comfyui import tensor_metadata
 from hijack.hosts.comfyui.detection import (
     decode_claimed,
     encode_claimed,
