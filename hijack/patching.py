@@ -224,10 +224,8 @@ class PatchSet:
         """
         with self._lock:
             over = [foreign for foreign in self.foreign() if foreign.over]
-            while self._gates:
-                gate = self._gates.pop()
-                if not gate.remove():
-                    self._buried.append(gate)
+            self._buried = [*reversed(self._gates), *self._buried]
+            self._gates = []
             self._buried = [gate for gate in self._buried if not gate.remove()]
             return over
 

@@ -199,6 +199,26 @@ def test_data_that_is_not_finite_is_refused(dtype, byte, at):
         SCHEME.validate(q, params, "a layer")
 
 
+@pytest.mark.parametrize(("size", "byte"), [(1e-38, 0), (1e-42, 0), (3e38, 247)])
+def test_power_of_two_scales_stay_within_their_range(size, byte):
+    """The least is 2**-127, and the largest weights are far from what is NaN."""
+    weight = torch.full((2, 64), size)
+    _, params = SCHEME.quantize(weight, scale_dtype=torch.float8_e8m0fnu)
+    assert (params["weight_scale"].view(torch.uint8) == byte).all()
+
+
+def test_the_scheme_declares_which_values_its_options_have():
+    """Command line and nodes offer these, and refuse others before any work."""
+    declared = {option.name: option for option in SCHEME.declared_options()}
+    assert declared["dtype"].choices == FP8
+    for name, text in {"dtype": "int8", "scale_dtype": "float64"}.items():
+        with pytest.raises(SchemeError, match=f"option {name}: "):
+            declared[name].parse(text)
+    for text in ("-1", "129"):
+        with pytest.raises(SchemeError, match="option scale_search: "):
+            declared["scale_search"].parse(text)
+
+
 def test_meta_tensors_give_meta_tensors():
     """Shapes and dtypes are known without data."""
     q, params = SCHEME.create_params((33, 70), torch.bfloat16, "meta", block_size=16)

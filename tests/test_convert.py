@@ -200,6 +200,7 @@ def test_mxfp8_moves_between_the_two_orders_of_its_scales(tmp_path):
     plain = load_file(two)
     assert plain["a.weight"].shape == (40, 96)
     assert plain["a.weight_scale"].shape == (40, 3)
+    assert plain["a.weight_scale"].dtype == torch.uint8
     assert same_weights(one, two)
     back = tmp_path / "back.safetensors"
     hijack.convert_file(two, back, "comfy_quant")

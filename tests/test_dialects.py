@@ -83,6 +83,14 @@ READ = {
         {},
         ("scaled_fp8", (256, 256)),
     ),
+    "marked as a whole, blocks": (
+        {
+            **layer_of(("BF16", 256, 4, 1), name="scale_weight"),
+            "scaled_fp8": ("F8_E4M3", 0),
+        },
+        {},
+        ("scaled_fp8", (1, 64)),
+    ),
     "marked as a whole, under today's name": (
         {
             **layer_of(("F32",)),
@@ -184,6 +192,21 @@ READ = {
         layer_of(("U8", 128, 4), shape=(128, 128)),
         {"config": group_of(strategy="group", group_size=32)},
         ("compressed_tensors", (1, 32)),
+    ),
+    "compressed-tensors groups that are no power of two": (
+        layer_of(("F32", 256, 2), shape=(256, 192)),
+        {"config": group_of(strategy="group", group_size=96)},
+        ("compressed_tensors", (1, 96)),
+    ),
+    "compressed-tensors groups longer than a row": (
+        layer_of(("F32", 256, 1), shape=(256, 64)),
+        {"config": group_of(strategy="group", group_size=128)},
+        ("compressed_tensors", (1, 64)),
+    ),
+    "torchao without metadata": (
+        {**TORCHAO, "a._weight_scale": ("F32", 256, 1)},
+        {},
+        ("torchao", (1, 256)),
     ),
     "torchao rows": (
         {**TORCHAO, "a._weight_scale": ("F32", 256, 1)},
@@ -727,3 +750,19 @@ def test_the_header_says_of_a_padded_weight_what_its_marker_says(tmp_path):
         marker = json.loads(bytes(file.get_tensor("a.comfy_quant").tolist()))
     assert table["a"] == marker
     assert marker["orig_shape"] == [24, 40]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_the_marker_tells_the_true_shape_of_a_padded_weight(tmp_path, biased):
+    """Where there is no bias to tell it, nothing else does."""
+    source, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    tensors = {"a.weight": torch.randn(24, 40).bfloat16()}
+    if biased:
+        tensors["a.bias"] = torch.zeros(24)
+    save_file(tensors, source)
+    options = {"block_size": "1x32", "scale_dtype": torch.float8_e8m0fnu}
+    hijack.quantize_file(source, out, dialect="comfy_quant", **options)
+    assert hijack.identify(out).layers["a"].shape == (24, 40)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(40, 24, bias=biased)})
+    hijack.load(model, out)
+    assert model["a"].weight.shape == (24, 40)

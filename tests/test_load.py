@@ -271,6 +271,20 @@ def test_tied_weights_load_from_one_key():
     assert torch.equal(dense_weight(second["b"]), dense_weight(first["a"]))
 
 
+def test_a_tied_weight_that_the_file_has_dense_stays_dense():
+    """Each of the two gets its own tensor of the file, as it is."""
+    model, other = (
+        nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
+        for _ in range(2)
+    )
+    model["b"].weight = model["a"].weight
+    hijack.wrap_module(other["a"], "blockwise_fp8")
+    hijack.load(model, other.state_dict())
+    assert isinstance(model["a"].weight, hijack.QuantizedTensor)
+    assert type(model["b"]) is nn.Linear
+    assert torch.equal(model["b"].weight, other["b"].weight)
+
+
 def test_save_refuses_a_dialect_that_cannot_spell_a_layer(tmp_path):
     """The error names the layer and the dialect, and nothing is written."""
     model = nn.Sequential(nn.Linear(256, 256))

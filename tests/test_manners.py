@@ -40,6 +40,13 @@ def data(tensor):
     return tensor.detach().contiguous().view(torch.uint8)
 
 
+def test_a_layer_computes_in_the_dtype_of_its_dense_weight():
+    """PEFT makes adapters of it, and trainers move it by casting."""
+    layer = hijack.wrap_module(nn.Linear(64, 64).bfloat16(), "blockwise_fp8")
+    assert layer.compute_dtype == torch.bfloat16
+    assert layer.half().compute_dtype == torch.float16
+
+
 # -- writes ----------------------------------------------------------------------------
 
 WRITES = {

@@ -220,6 +220,24 @@ def test_a_gate_left_behind_is_cleaned_up_later(module):
     assert module.f is original
 
 
+def test_a_gate_left_behind_is_used_again(module):
+    """However often somebody's patch comes and goes, ours lies over the original once."""
+    original = module.f
+    patches = PatchSet([Patch(module, "f", tagged("ours"))])
+    patches.apply()
+    ours = module.f
+    for _ in range(3):
+        module.f = lambda x: ours(x)
+        patches.revert()
+        module.f = ours
+        patches.apply()
+        assert module.f is ours
+        assert module.f(1) == ("ours", 1)
+    patches.revert()
+    assert module.f is original
+    assert not patches._buried
+
+
 def test_applying_over_a_foreign_patch_over_ours_does_not_double(module):
     """Patching again over a foreign patch runs our replacement once, not twice."""
     patches = PatchSet([Patch(module, "f", tagged("ours"))])
