@@ -221,7 +221,7 @@ def test_a_gate_left_behind_is_cleaned_up_later(module):
 
 
 def test_a_gate_left_behind_is_used_again(module):
-    """However often somebody's patch comes and goes, ours lies over the original once."""
+    """However often another patch comes and goes, ours lies over the original once."""
     original = module.f
     patches = PatchSet([Patch(module, "f", tagged("ours"))])
     patches.apply()
