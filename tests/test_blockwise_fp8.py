@@ -19,6 +19,7 @@ from hijack.errors import (
 )
 from hijack.formats import matching
 from hijack.safetensors_io.header import Header
+from schemes._fp8 import blocks
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()
@@ -205,6 +206,34 @@ def test_power_of_two_scales_stay_within_their_range(size, byte):
     weight = torch.full((2, 64), size)
     _, params = SCHEME.quantize(weight, scale_dtype=torch.float8_e8m0fnu)
     assert (params["weight_scale"].view(torch.uint8) == byte).all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "sizes"),
+    [
+        ((1, 8), (1, 8), ([(1, 1)], True)),  # one row: its columns are its elements
+        ((4, 8), (1, 8), ([(4, 1)], False)),  # one scale per column, or transposed
+        ((4, 8), (4, 1), ([(1, 8)], True)),
+        ((192, 8), (2, 1), ([(128, 8), (96, 8)], False)),
+        ((256, 8), (2, 1), ([(128, 8)], True)),
+    ],
+)
+def test_a_grid_tells_the_block_sizes_it_may_have(shape, grid, sizes):
+    """Only an exact division that no short blocks rival is certain."""
+    assert blocks.possible_sizes(shape, grid) == sizes
+
+
+@pytest.mark.parametrize("scale", [(4, 2, 2), (4, 1, 2, 1), (4, 2, 0)])
+def test_a_scale_of_other_dimensions_has_no_grid(scale):
+    """Three dimensions have a trailing 1, or they are no rows and columns."""
+    assert blocks.grid_of(scale, (4, 8)) is None
+    assert blocks.grid_of((4, 2, 1), (4, 8)) == (4, 2)
+
+
+def test_a_number_is_a_matrix_of_one_row_and_column():
+    """Whatever is flattened."""
+    assert blocks.matrix_shape(()) == (1, 1)
+    assert blocks.matrix_shape((3, 2, 5)) == (3, 10)
 
 
 def test_the_scheme_declares_which_values_its_options_have():

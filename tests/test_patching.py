@@ -270,6 +270,21 @@ def test_a_foreign_patch_under_ours_is_named(module):
     assert module.f is theirs
 
 
+def test_a_foreign_patch_found_first_is_told_after_another_was_put_back(module):
+    """Healing one patch forgets nothing about the others."""
+    vars(module)["g"] = own = types.FunctionType(module.f.__code__, {}, "g")
+    module.f = lambda x: ("theirs", x)
+    patches = PatchSet([Patch(module, name, tagged("ours")) for name in ("f", "g")])
+    patches.apply()
+    before = [str(foreign) for foreign in patches.foreign()]
+    assert any("toyhost.f" in text for text in before)
+    module.g = own  # somebody restores it
+    patches.apply()
+    assert module.g(1) == ("ours", 1)
+    assert [str(foreign) for foreign in patches.foreign()] == before
+    patches.revert()
+
+
 def test_a_wrapt_wrapper_is_seen_through(module):
     """A foreign patch made with wrapt is told by its wrapper's file, not the host's."""
 
