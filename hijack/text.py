@@ -15,6 +15,12 @@ def block_text(block_size: tuple[int, int] | None) -> str:
     return "-" if block_size is None else f"{block_size[0]}x{block_size[1]}"
 
 
+def format_text(scheme: str, dialect: str, block_size: tuple[int, int] | None) -> str:
+    """How a layer is quantized, such as ``blockwise_fp8 (musubi, 1x64)``."""
+    block = "" if block_size is None else f", {block_text(block_size)}"
+    return f"{scheme} ({dialect}{block})"
+
+
 def parse_block_size(text: str) -> tuple[int, int] | int | str:
     """``1x64`` or ``128x128`` as (rows, cols), ``64`` as an int, ``row``, ``tensor``.
 

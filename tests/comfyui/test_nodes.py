@@ -14,6 +14,7 @@ from comfy_harness import PromptError, relative_error
 from node_workflows import chain, load, load_quantized, lora, quantize, sample, save
 from PIL import Image
 
+import hijack
 from hijack.hosts.comfyui import nodes
 
 pytestmark = pytest.mark.thorough
@@ -261,6 +262,35 @@ def test_the_report_is_a_picture(server):
     )
     assert picture.width > 600
     assert len(picture.getcolors(2**24)) > 20
+
+
+def test_status_has_what_a_bug_report_needs(server):
+    """Versions, what is patched, and what the layers of the loaded model compute."""
+    graph = comfy_harness.workflow("fp8")
+    graph["status"] = {"class_type": "HijackStatus", "inputs": {}}
+    server.run(graph)  # some releases keep no model that the next workflow lacks
+    (text,) = server.run(graph)["outputs"]["status"]["text"]
+    version = comfy_harness.version(server.release)
+    for words in (
+        f"hijack {hijack.__version__} in ",
+        f"torch {torch.__version__}",
+        "device: cpu, ",
+        f"comfyui {version}: patched",
+        "  patches: model_config_from_unet, ",
+        " on cpu: 28 quantized layers: blockwise_fp8 (musubi, 1x64) 26, ",
+        "; forward: blockwise_fp8.linear_forward 28\n",
+    ):
+        assert words in f"{text}\n"
+
+
+def test_the_log_says_what_was_patched_and_which_file_was_loaded(server):
+    """One line at the start, and one when a quantized file is loaded."""
+    sample(server, load("fp8-prefixed"))
+    version = comfy_harness.version(server.release)
+    start = f"hijack {hijack.__version__}: comfyui {version} patched: model_config_from"
+    assert server.log().count(start) == 1
+    line = "hijack: fp8-prefixed.safetensors: 26 layers of blockwise_fp8 (musubi, 1x64)"
+    assert server.log().count(line) == 1
 
 
 # -- errors ----------------------------------------------------------------------------

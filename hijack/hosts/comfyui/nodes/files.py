@@ -12,10 +12,9 @@ from hijack.errors import HijackError
 from hijack.formats import matching
 from hijack.formats.identification import identify
 from hijack.hosts.comfyui import saving
-from hijack.hosts.comfyui.linear import LIVE
 from hijack.hosts.comfyui.nodes.models import AUTO, file_state
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
-from hijack.hosts.manager import status
+from hijack.hosts.diagnostics import diagnose
 from hijack.registry import current_registry
 from hijack.safetensors_io.reader import read_header
 
@@ -86,10 +85,7 @@ def _always() -> float:
 
 def show_status() -> Result:
     """Run *hijack Status*."""
-    hosts = "\n".join(str(host) for host in status().values())
-    schemes = ", ".join(sorted(current_registry().schemes()))
-    count = len(LIVE)
-    text = f"{hosts}\n\nschemes: {schemes}\nquantized layers in memory: {count}"
+    text = str(diagnose())
     return Result((text,), text)
 
 
@@ -166,8 +162,8 @@ NODES = (
     Node(
         "HijackStatus",
         "hijack Status",
-        "Says whether ComfyUI is patched, who else has patched the same functions, and "
-        "which weight formats are known: what to put into a bug report.",
+        "Says what to put into a bug report: versions, devices, settings, plugins, "
+        "what is patched and by whom else, and how each model in memory is quantized.",
         ("doctor", "hijack doctor", "patched", "conflict"),
         (),
         (Output("STRING", "status", "The status as text."),),
