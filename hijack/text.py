@@ -9,6 +9,19 @@ from unicodedata import east_asian_width
 
 from hijack.errors import SchemeError, printable
 
+#: Short words for dtypes, to their names in torch.
+DTYPE_WORDS = {
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "e8m0": "float8_e8m0fnu",
+}
+#: Those of quantized data, and those of scales.
+CODE_DTYPES = ("e4m3", "e5m2")
+SCALE_DTYPES = ("f32", "bf16", "f16", "e8m0")
+
 
 def block_text(block_size: tuple[int, int] | None) -> str:
     """A block size as text, such as ``1x64``."""

@@ -56,7 +56,7 @@ def test_a_vae_is_decoded_and_says_so(case):
     found = case["vae"]
     assert found["error"] == 0.0
     (line,) = found["log"]
-    assert f": {found['layers']} layers of blockwise_fp8" in line
+    assert f": {found['layers']} quantized layers: blockwise_fp8 (" in line
     assert "because ComfyUI builds the VAE without quantized layers" in line
 
 

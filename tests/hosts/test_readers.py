@@ -104,7 +104,7 @@ def test_a_copy_of_a_file_stays_quantized(case):
 def test_the_log_says_what_was_decoded(case):
     """One line counts the layers and names the file."""
     (line,) = case["manners"]["log"]
-    assert line.startswith("hijack: ours.safetensors: 1 layers of blockwise_fp8 (")
+    assert line.startswith("hijack: ours.safetensors: 1 quantized layers: ")
     assert line.endswith("; decoded, because its loader takes dense weights only")
 
 

@@ -187,10 +187,14 @@ def _log_layers(file: str, claims: Iterable[Claim], fate: str) -> None:
     count = Counter(
         format_text(claim.scheme, claim.dialect, claim.block_size) for claim in claims
     )
-    each = ", ".join(
-        f"{layers} layers of {kind}" for kind, layers in count.most_common()
+    each = ", ".join(f"{kind} {layers}" for kind, layers in count.most_common())
+    log.info(
+        "hijack: %s: %d quantized layers: %s%s",
+        file,
+        count.total(),
+        each,
+        f"; {fate}" if fate else "",
     )
-    log.info("hijack: %s: %s%s", file, each, f"; {fate}" if fate else "")
 
 
 def _renamed(
