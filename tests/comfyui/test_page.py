@@ -105,6 +105,7 @@ def test_a_workflow_of_before_keeps_its_values(page, server):
     added = kept["widgets_values"][len(values) :]
     inputs = next(n for n in NODES if n.id == "HijackLoadQuantized").inputs
     assert added == [given.default for given in inputs[len(values) :]]
+    page.fill("HijackSaveQuantized", "filename_prefix", "before/file")
     entry = server.run(page.prompt())
     texts = [output["text"][0] for output in entry["outputs"].values()]
     assert any("28 layers quantized" in text for text in texts)
