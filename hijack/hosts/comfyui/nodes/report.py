@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import statistics
 import sys
@@ -105,6 +106,8 @@ def compare_two(reference: str, other: str, assume: str = "") -> Result:
         assume=lines_of(assume),
         progress=progress_bar(),
     )
+    # by the names in ComfyUI's lists, for paths on the server say less here
+    comparison = dataclasses.replace(comparison, reference=reference, other=other)
     text = comparison.as_table(WORST)
     return Result((picture(comparison), text), text)
 
