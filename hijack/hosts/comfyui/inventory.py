@@ -28,15 +28,11 @@ def describe_layers() -> tuple[str, ...]:
         layers = [m for m in patcher.model.modules() if m in others]
         others -= set(layers)
         if layers:
-            found.append(_sentence(f"{_name(patcher)} on {loaded.device}", layers))
+            name = type(patcher.model).__name__
+            found.append(_sentence(f"{name} on {loaded.device}", layers))
     if others:
         found.append(_sentence("models that are not loaded now", others))
     return tuple(found)
-
-
-def _name(patcher: Any) -> str:
-    """A model's class; text encoders are all wrapped alike."""
-    return type(patcher.model).__name__
 
 
 def _sentence(where: str, layers: Iterable[nn.Module]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hijack.errors import HijackError, SchemeError
+from hijack.errors import HijackError, SchemeError, printable
 from hijack.hosts.comfyui.nodes.spec import Input
 from hijack.hosts.comfyui.quantize import check_interrupted
 from hijack.lora.files import parse_lora
@@ -132,7 +132,7 @@ def logged(where: str, notes: list[str]) -> str:
     """Put notes into the log, a line each, and give them as one text."""
     for note in notes:
         log.info("hijack: %s: %s", where, note)
-    return "\n".join(notes)
+    return "\n".join(map(printable, notes))
 
 
 SCHEME = Input(

@@ -77,7 +77,7 @@ def picture(comparison: Comparison) -> Tensor:
         from hijack.checkpoint.plot import draw_comparison
     except ImportError as error:
         raise HijackError(
-            f"Quantization Report: {error.name} is missing; run: {sys.executable} -m "
+            f"the plot: {error.name} is missing; run: {sys.executable} -m "
             "pip install matplotlib"
         ) from error
     file = io.BytesIO()
