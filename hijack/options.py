@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hijack.errors import SchemeError
-from hijack.text import did_you_mean, parse_block_size
+from hijack.text import DTYPE_WORDS, did_you_mean, parse_block_size
 
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
@@ -73,7 +73,8 @@ class Option:
         if self.type == "block_size":
             return parse_block_size(text)
         if self.type == "dtype":
-            dtype = getattr(torch, text.removeprefix("torch."), None)
+            name = DTYPE_WORDS.get(text, text.removeprefix("torch."))
+            dtype = getattr(torch, name, None)
             if isinstance(dtype, torch.dtype):
                 return dtype
         elif self.type == "bool":

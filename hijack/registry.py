@@ -107,7 +107,7 @@ class Registry:
         # another thread is in, which waits to register a scheme
         self._changing, self._loading = threading.RLock(), threading.RLock()
         self._pending_entry_points, self._in_loading = entry_points, False
-        self._loaded: set[str] = set()
+        self._loaded: dict[str, str] = {}
         self.problems: list[Problem] = []
         self.slow_imports: dict[str, float] = {}
 
@@ -196,6 +196,12 @@ class Registry:
                 raise PluginError(f"remove_plugin: there is no plugin {name!r}")
             self._pm.unregister(name=name)
 
+    def plugins(self) -> dict[str, str]:
+        """Name of each plugin to the distribution it is of, or "" if of none."""
+        self.load_entry_points()
+        others = {name: "" for name, _ in self._pm.list_name_plugin()}
+        return dict(sorted((others | self._loaded).items()))
+
     def _register_plugin(self, plugin: object, name: str) -> _GuardedPlugin:
         """Hand a plugin to pluggy, with a guard around each of its hooks."""
         guarded = _GuardedPlugin(plugin, name, self)
@@ -244,7 +250,9 @@ class Registry:
                     self.guard(entry.name, "loading", _refuse_entry_point, entry, owner)
                 elif entry.name not in self._loaded:
                     self.guard(entry.name, "loading", self._load_entry_point, entry)
-                    self._loaded.add(entry.name)
+                    dist = getattr(entry, "dist", None)
+                    told = "" if dist is None else f"{dist.name} {dist.version}"
+                    self._loaded[entry.name] = told
             except PluginError as error:
                 failed = failed or error
         if failed is not None:

@@ -292,6 +292,25 @@ def choose(
     )
 
 
+def model_text(family: str, skipped: Mapping[str, str], hint: str) -> str:
+    """Which model it is, in one line; of one that is not known, what was guessed.
+
+    Args:
+        family: name of the model's family, "" if it is not known.
+        skipped: as for `Choice`.
+        hint: how to see or change which layers stay dense on a guess.
+    """
+    guessed = sum(reason.startswith(UNKNOWN) for reason in skipped.values())
+    if family:
+        return f"model: {family}"
+    if not guessed:
+        return "model: not known; layers are chosen by names and shapes"
+    return (
+        f"model: not known; {guessed} layers that look like embeddings, norms, heads "
+        f"or routers stay dense ({hint})"
+    )
+
+
 class _Chooser:
     def __init__(
         self,

@@ -9,10 +9,29 @@ from unicodedata import east_asian_width
 
 from hijack.errors import SchemeError, printable
 
+#: Short words for dtypes, to their names in torch.
+DTYPE_WORDS = {
+    "e4m3": "float8_e4m3fn",
+    "e5m2": "float8_e5m2",
+    "f32": "float32",
+    "bf16": "bfloat16",
+    "f16": "float16",
+    "e8m0": "float8_e8m0fnu",
+}
+#: Those of quantized data, and those of scales.
+CODE_DTYPES = ("e4m3", "e5m2")
+SCALE_DTYPES = ("f32", "bf16", "f16", "e8m0")
+
 
 def block_text(block_size: tuple[int, int] | None) -> str:
     """A block size as text, such as ``1x64``."""
     return "-" if block_size is None else f"{block_size[0]}x{block_size[1]}"
+
+
+def format_text(scheme: str, dialect: str, block_size: tuple[int, int] | None) -> str:
+    """How a layer is quantized, such as ``blockwise_fp8 (musubi, 1x64)``."""
+    block = "" if block_size is None else f", {block_text(block_size)}"
+    return f"{scheme} ({dialect}{block})"
 
 
 def parse_block_size(text: str) -> tuple[int, int] | int | str:

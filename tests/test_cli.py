@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -372,9 +373,23 @@ def test_schemes_lists_names_dialects_and_origin(run):
 def test_doctor_tells_versions_hosts_and_variables(run, monkeypatch):
     """Everything a bug report needs."""
     monkeypatch.setenv("HIJACK_DISABLE", "comfyui")
+    other = "HIJACK_" + "OTHER"  # one that a plugin reads
+    monkeypatch.setenv(other, "1")
     status, out, _ = run("doctor")
     assert status == 0
-    for expected in ("torch 2", "pluggy ", "HIJACK_DISABLE=comfyui", "comfyui"):
+    for expected in (
+        f"python {platform.python_version()} on {platform.platform()}",
+        "torch 2",
+        "pluggy ",
+        "comfy-kitchen ",
+        "device: cpu, ",
+        f"threads: {torch.get_num_threads()}",
+        "HIJACK_DISABLE=comfyui",
+        "HIJACK_LORA=",
+        f"{other}=1",
+        "schemes: blockwise_fp8 (schemes.blockwise_fp8)",
+        "comfyui: ",
+    ):
         assert expected in out
 
 

@@ -270,7 +270,7 @@ def test_the_picture_is_a_png(files, tmp_path):
 
 def test_names_are_drawn_as_they_are(tmp_path, monkeypatch):
     """Dollars are no formulas; letters that no font has are escaped, not boxes."""
-    plot = pytest.importorskip("hijack.cli.plot")
+    plot = pytest.importorskip("hijack.checkpoint.plot")
     axes = pytest.importorskip("matplotlib.axes")
     names = [
         r"a_{b}^$\frac$",

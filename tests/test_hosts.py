@@ -19,6 +19,7 @@ from hijack.errors import PatchError
 from hijack.hosts import manager
 from hijack.hosts.adapter import Probe, version_key
 from hijack.hosts.adapter import tested as is_tested
+from hijack.hosts.diagnostics import diagnose
 from hijack.patching import Patch
 
 NUMBER = itertools.count()
@@ -245,6 +246,22 @@ def test_disable_disarms(toy, monkeypatch, value):
     assert not status.patched
     assert "HIJACK_DISABLE" in status.reason
     assert load(toy).detect is original
+
+
+def test_what_was_patched_is_said_in_one_line_and_by_the_doctor(toy, caplog):
+    """Names and versions; with the layers that the host has, if its adapter tells."""
+    toy.describe_layers = lambda: ("a model: 3 layers",)
+    load(toy)
+    with caplog.at_level("INFO", "hijack"):
+        hijack.hosts.arm(toy.NAME)
+    (line,) = [r.getMessage() for r in caplog.records if r.levelname == "INFO"]
+    assert line == f"hijack {hijack.__version__}: {toy.NAME} 2.0 patched: detect"
+    assert hijack.hosts.status()[toy.NAME].patches == ("detect",)
+    lines = str(diagnose()).splitlines()
+    at = lines.index(f"{toy.NAME} 2.0: patched")
+    assert lines[at + 1 : at + 3] == ["  patches: detect", "  a model: 3 layers"]
+    hijack.hosts.unpatch(toy.NAME)
+    assert hijack.hosts.status()[toy.NAME].patches == ()
 
 
 @pytest.mark.parametrize(

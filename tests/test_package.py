@@ -155,3 +155,50 @@ def test_requirements_are_a_part_of_the_dependencies():
     asked = {line.strip() for line in lines if line.strip() and line[0] != "#"}
     assert asked
     assert asked <= set(PROJECT["project"]["dependencies"])
+
+
+def test_the_registry_is_told_everything():
+    """Addresses, an icon that is there, a licence and the systems it runs on."""
+    urls, comfy = PROJECT["project"]["urls"], PROJECT["tool"]["comfy"]
+    repository = urls["Repository"]
+    assert {"Homepage", "Documentation", "Repository", "Issues"} <= set(urls)
+    assert all(url.startswith(repository) for url in urls.values())
+    assert (ROOT / urls["Documentation"].partition("/tree/main/")[2]).is_dir()
+    assert (ROOT / urls["Changelog"].partition("/blob/main/")[2]).is_file()
+    raw = repository.replace("//github.com", "//raw.githubusercontent.com")
+    icon = (ROOT / comfy["Icon"].removeprefix(f"{raw}/main/")).read_text()
+    size = re.search(r'width="(\d+)" height="(\d+)"', icon)
+    assert size[1] == size[2] == "400"  # the most that is allowed, and square
+    assert comfy["PublisherId"]
+    assert comfy["DisplayName"]
+    assert PROJECT["project"]["license"] == "Apache-2.0"
+    assert "Operating System :: OS Independent" in PROJECT["project"]["classifiers"]
+
+
+def test_the_registry_gets_what_a_pack_needs():
+    """Of what git has, the tests, the documents and what only developers use is out."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.split()
+    if not listed:
+        pytest.skip("not a git checkout")
+    lines = (ROOT / ".comfyignore").read_text().splitlines()
+    ignored = [line for line in lines if line and not line.startswith("#")]
+    for pattern in ignored:  # folders and files, and no other patterns
+        assert any(f == pattern or f.startswith(pattern) for f in listed), pattern
+    kept = {f for f in listed if not f.startswith(tuple(ignored))}
+    tops = {file.partition("/")[0] for file in kept}
+    assert tops == {
+        ".comfyignore",
+        "CHANGELOG.md",
+        "LICENSE",
+        "README.md",
+        "__init__.py",
+        "example_workflows",
+        "hijack",
+        "prestartup_script.py",
+        "pyproject.toml",
+        "requirements.txt",
+        "schemes",
+    }
+    assert "hijack/hosts/comfyui/nodes/web/hijack.js" in kept

@@ -366,7 +366,7 @@ def test_subclasses_and_types_nobody_can_guess_are_targets():
 def test_a_model_in_comfyui_gets_the_layers_of_a_file():
     """Of every family that is known, and of one that is not."""
     from hijack.hosts.comfyui.lazy_tensor import LazyTensor
-    from hijack.hosts.comfyui.quantize import Quantizer
+    from hijack.hosts.comfyui.quantize import Quantizer, Recipe
     from hijack.model_families import model_families
     from hijack.quantized import QuantizationConfig
 
@@ -382,8 +382,8 @@ def test_a_model_in_comfyui_gets_the_layers_of_a_file():
             key: LazyTensor(info.shape, torch.bfloat16, lambda: None)
             for key, info in model.tensors.items()
         }
-        quantizer = Quantizer(QuantizationConfig.of(SCHEME, {}), None)
-        marked = quantizer.mark(tensors, "model", "", "")
+        quantizer = Quantizer(Recipe(QuantizationConfig.of(SCHEME, {})), None)
+        marked = quantizer.mark(tensors, "model")
         quantized = {key for key, lazy in marked.items() if lazy.quantize is not None}
         assert quantized == {f"{layer}.weight" for layer in expected}
         assert quantizer.total == len(expected)

@@ -5,11 +5,13 @@ import logging
 from pathlib import Path
 
 import pytest
+import torch
 
 import hijack
 from hijack import text
 from hijack.checkpoint.convert import ConvertReport
 from hijack.metrics import QuantizationError
+from hijack.options import Option
 
 ROOT = Path(hijack.__file__).parent
 NAME = "a\x1b[2J\nWARNING: hijack: \u202eb"
@@ -67,3 +69,11 @@ def test_numbers_are_for_people():
     assert text.count_text(0) == "0"
     assert text.count_text(12_100_000_000) == "12.1 billion"
     assert text.count_text(10**16) == "10000.0 trillion"
+
+
+@pytest.mark.parametrize("word", text.DTYPE_WORDS)
+def test_dtypes_have_short_words(word):
+    """Everywhere an option is a dtype; torch's own names go on working."""
+    option = Option("dtype", "dtype")
+    dtype = getattr(torch, text.DTYPE_WORDS[word])
+    assert option.parse(word) is option.parse(option.text(dtype)) is dtype

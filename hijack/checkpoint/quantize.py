@@ -29,7 +29,7 @@ from hijack.safetensors_io.reader import Paths, read_header
 from hijack.safetensors_io.shards import Destination, destination, parse_size
 from hijack.safetensors_io.writer import open_writer
 from hijack.scheme import Scheme
-from hijack.selection import Choice, Patterns, choose
+from hijack.selection import Choice, Patterns, choose, model_text
 from hijack.text import block_text
 
 
@@ -67,6 +67,14 @@ class QuantizeReport:
     written: bool = True
     reblocked: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def model_text(self, hint: str) -> str:
+        """Which model it is, in one line.
+
+        Args:
+            hint: how to see or change which layers stay dense on a guess.
+        """
+        return model_text(self.architecture, self.skipped, hint)
 
     def __str__(self) -> str:
         done = "quantized" if self.written else "would be quantized"

@@ -74,7 +74,7 @@ def _count(text: str) -> int:
 def _drawing(path: str) -> Callable[[hijack.Comparison, Path], None]:
     """The function that draws, if matplotlib is installed."""
     try:
-        from hijack.cli.plot import draw_comparison
+        from hijack.checkpoint.plot import draw_comparison
     except ImportError as error:
         raise CheckpointError(
             f"{path}: drawing needs {error.name}; install comfyui-hijack[cli]"

@@ -22,20 +22,12 @@ from hijack.cli.common import (
 )
 from hijack.cli.progress import progress_bar
 from hijack.errors import printable
-from hijack.text import table
+from hijack.text import CODE_DTYPES, DTYPE_WORDS, SCALE_DTYPES, table
 
 if TYPE_CHECKING:
     from hijack.model_families import ModelFamily
 
 HELP = "quantize a safetensors checkpoint"
-#: Names of dtypes in torch.
-DTYPES = {"e4m3": "float8_e4m3fn", "e5m2": "float8_e5m2"}
-SCALES = {
-    "f32": "float32",
-    "bf16": "bfloat16",
-    "f16": "float16",
-    "e8m0": "float8_e8m0fnu",
-}
 _PATTERNS = {
     "include": "quantize only these layers, such as 'transformer_blocks.*'; replaces "
     "the model's defaults, unless one is 'default'; may be repeated",
@@ -90,10 +82,12 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     )
     add_options(parser)
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the quantized data, default e4m3"
+        "--dtype", choices=CODE_DTYPES, help="dtype of the quantized data, default e4m3"
     )
     parser.add_argument(
-        "--scale-dtype", choices=SCALES, help="default is the weight's or the dialect's"
+        "--scale-dtype",
+        choices=SCALE_DTYPES,
+        help="default is the weight's or the dialect's",
     )
     parser.add_argument(
         "--scale-search",
@@ -173,19 +167,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> dict[str, Any]:
     """Options of the scheme on the command line."""
-    import torch
-
     from hijack.options import parse_options
 
     scheme = hijack.current_registry().get(args.scheme)
     shorthands = {
         "block_size": args.block_size,
-        "dtype": args.dtype and getattr(torch, DTYPES[args.dtype]),
-        "scale_dtype": args.scale_dtype and getattr(torch, SCALES[args.scale_dtype]),
+        "dtype": args.dtype and _dtype(args.dtype),
+        "scale_dtype": args.scale_dtype and _dtype(args.scale_dtype),
         "scale_search": args.scale_search,
     }
     options = {name: value for name, value in shorthands.items() if value is not None}
     return options | parse_options(scheme.declared_options(), args.option, scheme.name)
+
+
+def _dtype(word: str) -> Any:
+    import torch
+
+    return getattr(torch, DTYPE_WORDS[word])
 
 
 def _refuse(args: argparse.Namespace, what: str) -> NoReturn:
@@ -203,7 +201,7 @@ def _text(report: hijack.QuantizeReport, *, verbose: bool) -> str:
         lines += [f"left dense: {name} ({why})" for name, why in report.skipped.items()]
         lines += [f"LoRA left out: {name}" for name in report.unmatched]
         lines = list(map(printable, lines))
-    lines.append(f"model: {report.architecture or _unknown(report)}")
+    lines.append(report.model_text("-v lists them, --include names others"))
     full = verbose or not report.written
     if full or report.reblocked:
         blocks = [[size, str(count)] for size, count in report.blocks.items()]
@@ -238,17 +236,4 @@ def _patterns(family: ModelFamily) -> str:
     return (
         f"{family.name} ({family.source})\n"
         f"  include: {include or 'all'}\n  exclude: {exclude or 'none'}"
-    )
-
-
-def _unknown(report: hijack.QuantizeReport) -> str:
-    """What stands for the name of a model that is not known."""
-    from hijack.selection import UNKNOWN
-
-    guessed = sum(why.startswith(UNKNOWN) for why in report.skipped.values())
-    if not guessed:
-        return "not known; layers are chosen by names and shapes"
-    return (
-        f"not known; {guessed} layers that look like embeddings, norms, heads or "
-        "routers stay dense (-v lists them, --include names others)"
     )

@@ -33,6 +33,7 @@ class HostStatus:
         reason: why not, in one sentence; what is worth knowing if they are.
         foreign: others who patched the same attributes, one sentence each.
         live: modules of the host that hold quantized weights.
+        patches: what hijack has replaced, by its name in the host.
     """
 
     host: str
@@ -41,6 +42,7 @@ class HostStatus:
     reason: str
     foreign: tuple[str, ...] = ()
     live: int = 0
+    patches: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         state = "patched" if self.patched else "not patched"
@@ -86,6 +88,7 @@ class Control:
             reason,
             tuple(map(str, patches.foreign())) if patches is not None else (),
             self.adapter.live(),
+            () if patches is None or not patches.applied else _names(patches),
         )
 
     def restored(self) -> list[str]:
@@ -161,7 +164,14 @@ class Control:
             self._reason = (
                 f"version not tested, which is {first} to {last}; probes passed"
             )
-            log.info("hijack: %s %s patched: %s", self.name, version, self._reason)
+        log.info(
+            "hijack %s: %s %s patched%s: %s",
+            getattr(sys.modules.get("hijack"), "__version__", ""),
+            self.name,
+            version,
+            f" ({self._reason})" if self._reason else "",
+            ", ".join(_names(self._patches)),
+        )
         for foreign in self._patches.foreign():
             log.warning("hijack: %s", foreign)
         self._announce(version)
@@ -273,6 +283,16 @@ def status() -> dict[str, HostStatus]:
     return {name: control.status() for name, control in _CONTROLS.items()}
 
 
+def loaded_layers() -> dict[str, tuple[str, ...]]:
+    """The quantized layers in each host's memory, one sentence for each model."""
+    found = {}
+    for name, control in _CONTROLS.items():
+        # adapters of others need not have it
+        describe = getattr(control.adapter, "describe_layers", tuple)
+        found[name] = tuple(describe())
+    return found
+
+
 def restored(host: str = "comfyui") -> list[str]:
     """Dotted names of what hijack patched in a host and somebody has restored."""
     return _control(host).restored()
@@ -281,6 +301,19 @@ def restored(host: str = "comfyui") -> list[str]:
 def in_force(where: str, host: str = "comfyui") -> bool:
     """Whether hijack's patch of what has that dotted name in a host is on."""
     return _control(host).in_force(where)
+
+
+def _names(patches: PatchSet) -> tuple[str, ...]:
+    """What is patched, without modules; copies of a function count as the function."""
+    return tuple(
+        dict.fromkeys(
+            f"{patch.owner.__qualname__}.{patch.attribute}"
+            if isinstance(patch.owner, type)
+            else patch.attribute
+            for patch in patches.patches
+            if not patch.copied
+        )
+    )
 
 
 def _control(host: str) -> Control:

@@ -14,6 +14,7 @@ from pathlib import Path
 from torch import Tensor
 
 from hijack.errors import CheckpointError
+from hijack.progress import Progress
 from hijack.safetensors_io.atomic import refuse_replacing, temp_dir
 from hijack.safetensors_io.header import TensorInfo
 from hijack.safetensors_io.layout import FileLayout, Plan, plan_files
@@ -199,6 +200,7 @@ def write_checkpoint(
     metadata: Mapping[str, str] | None = None,
     *,
     overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Write tensors in memory to a safetensors file, atomically.
 
@@ -207,6 +209,7 @@ def write_checkpoint(
         tensors: key to tensor.
         metadata: strings for the header.
         overwrite: whether a file that exists is replaced.
+        progress: called after each tensor.
 
     Raises:
         CheckpointError: if the file exists and must not be replaced, a dtype has no
@@ -214,8 +217,10 @@ def write_checkpoint(
     """
     plan = {key: TensorInfo.of(tensor) for key, tensor in tensors.items()}
     with open_writer(path, plan, metadata, overwrite=overwrite) as writer:
-        for key, tensor in tensors.items():
+        for done, (key, tensor) in enumerate(tensors.items(), 1):
             writer.write(key, tensor)
+            if progress is not None:
+                progress(done, len(tensors), key)
 
 
 def memory_of(tensor: Tensor) -> memoryview:

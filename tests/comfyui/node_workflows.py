@@ -58,6 +58,12 @@ def recipe(**inputs):
     return {**given, "include": "", "exclude": "", **inputs}
 
 
+def quantize_file(file, **inputs):
+    """Quantize File."""
+    given = {"file": file, "scheme": "blockwise_fp8", "block_size": "auto"}
+    return "HijackQuantizeFile", {**given, "dialect": "auto", **inputs}
+
+
 def lora(name, strength=1.0):
     """The stock LoRA node for diffusion models."""
     inputs = {"lora_name": f"{name}.safetensors", "strength_model": strength}

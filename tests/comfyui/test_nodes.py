@@ -14,6 +14,7 @@ from comfy_harness import PromptError, relative_error
 from node_workflows import chain, load, load_quantized, lora, quantize, sample, save
 from PIL import Image
 
+import hijack
 from hijack.hosts.comfyui import nodes
 
 pytestmark = pytest.mark.thorough
@@ -69,6 +70,8 @@ def test_the_page_is_told_everything(described, name):
         assert details["tooltip"] == given.tooltip
         assert details.get("default") == given.default
         assert details.get("multiline", False) == given.multiline
+        if given.limits is not None:
+            assert (details["min"], details["max"]) == given.limits
 
 
 def test_choices_are_files_and_formats(described):
@@ -83,6 +86,9 @@ def test_choices_are_files_and_formats(described):
     assert dialects[0] == "auto"
     assert {"comfy_quant", "deepseek", "hijack", "musubi"} <= set(dialects)
     assert not {"kijai", "scaled_fp8"} & set(dialects)  # are read and never written
+    sizes = options("HijackQuantizeModel", "block_size")
+    assert {"auto", "1x64", "128x128", "row", "tensor"} <= set(sizes)
+    assert not any(f.startswith("loras") for f in options("HijackQuantizeFile", "file"))
     files = options("HijackInspectCheckpoint", "file")
     assert {"diffusion_models/fp8.safetensors", "loras/one.safetensors"} <= set(files)
 
@@ -121,6 +127,7 @@ def test_the_classic_schema_says_the_same(classic, name):
         assert kind == (list(given.options()) if given.options else given.kind)
         assert details["tooltip"] == given.tooltip
         assert details.get("default") == given.default
+        assert details.get("advanced", False) == given.advanced
     assert set(types["hidden"]) == set(node.hidden)
 
 
@@ -142,7 +149,9 @@ def test_nodes_that_depend_on_more_than_inputs_say_so(classic, monkeypatch, tmp_
     fake.get_full_path = fake.get_full_path_or_raise = lambda *_: str(file)
     asked = {
         "HijackInspectCheckpoint": {"file": "diffusion_models/a.safetensors"},
-        "HijackLoadQuantized": {"unet_name": "a.safetensors", "scheme": "x"},
+        "HijackLoadQuantized": {"unet_name": "a.safetensors", "loras": "a.safetensors"},
+        "HijackQuantizeFile": {"file": "vae/a.safetensors"},
+        "HijackCompareFiles": {"reference": "vae/a.sft", "other": "vae/a.sft"},
     }
     before = {name: classes[name].IS_CHANGED(**given) for name, given in asked.items()}
     again = {name: classes[name].IS_CHANGED(**given) for name, given in asked.items()}
@@ -152,6 +161,8 @@ def test_nodes_that_depend_on_more_than_inputs_say_so(classic, monkeypatch, tmp_
     other.replace(file)
     after = {name: classes[name].IS_CHANGED(**given) for name, given in asked.items()}
     assert all(after[name] != before[name] for name in asked)
+    # ComfyUI writes it into images
+    assert all(str(tmp_path) not in state for state in after.values())
     status = classes["HijackStatus"].IS_CHANGED()
     assert status != status
     assert not hasattr(classes["HijackQuantizeModel"], "IS_CHANGED")
@@ -233,7 +244,9 @@ def test_a_replaced_checkpoint_is_described_anew(server, models):
             safetensors.torch.save_file(tensors, models / "spare")
             (models / "spare").replace(path)
         entry = server.run(graph)
-        texts.append(entry["outputs"]["look"]["text"])
+        # of what is cached, some releases give nothing
+        look = entry["outputs"].get("look", {"text": texts[-1] if texts else None})
+        texts.append(look["text"])
         messages = dict(entry["status"]["messages"])
         cached = messages["execution_cached"]["nodes"]
         assert ("look" in cached) == (len(texts) == 2)
@@ -263,6 +276,228 @@ def test_the_report_is_a_picture(server):
     assert len(picture.getcolors(2**24)) > 20
 
 
+def test_status_has_what_a_bug_report_needs(server):
+    """Versions, what is patched, and what the layers of the loaded model compute."""
+    graph = comfy_harness.workflow("fp8")
+    graph["status"] = {"class_type": "HijackStatus", "inputs": {}}
+    server.run(graph)  # some releases keep no model that the next workflow lacks
+    (text,) = server.run(graph)["outputs"]["status"]["text"]
+    version = comfy_harness.version(server.release)
+    for words in (
+        f"hijack {hijack.__version__} in ",
+        f"torch {torch.__version__}",
+        "device: cpu, ",
+        f"comfyui {version}: patched",
+        "  patches: model_config_from_unet, ",
+        " on cpu: 28 quantized layers: blockwise_fp8 (musubi, 1x64) 26, ",
+        "; forward: blockwise_fp8.linear_forward 28\n",
+    ):
+        assert words in f"{text}\n"
+
+
+def test_the_log_says_what_was_patched_and_which_file_was_loaded(server):
+    """One line at the start, and one when a quantized file is loaded."""
+    sample(server, load("fp8-prefixed"))
+    version = comfy_harness.version(server.release)
+    start = f"hijack {hijack.__version__}: comfyui {version} patched: model_config_from"
+    assert server.log().count(start) == 1
+    line = "hijack: fp8-prefixed.safetensors: 28 quantized layers: blockwise_fp8 ("
+    assert server.log().count(line) == 1
+
+
+@pytest.mark.parametrize("way", ["choice", "text of old workflows", "link", "custom"])
+def test_any_block_size_can_be_given(server, way):
+    """Chosen, as text where there is a choice now, linked, or in the other input."""
+    given = {
+        "choice": {"block_size": "1x32"},
+        "text of old workflows": {"block_size": "1x16"},
+        "link": {"block_size": ["text", 0]},
+        "custom": {"block_size": "row", "custom_block_size": "1x16"},
+    }[way]
+    graph = chain(load_quantized("bf16", **given), save(dialect="hijack"))
+    graph["text"] = {"class_type": "PrimitiveString", "inputs": {"value": "1x16"}}
+    (shown,) = server.run(graph)["outputs"]["last"]["text"]
+    tensors = safetensors.torch.load_file(server.base / shown.splitlines()[1])
+    layer = "transformer_blocks.0.attn.to_q"
+    columns = tensors[f"{layer}.weight"].shape[1]
+    assert tensors[f"{layer}.weight_scale"].shape[1] == columns // (
+        32 if way == "choice" else 16
+    )
+
+
+def test_what_is_linked_to_other_inputs_still_has_to_fit(server):
+    """That block_size takes more does not let a text through as a model."""
+    kind, given = quantize()
+    graph = {
+        "text": {"class_type": "PrimitiveString", "inputs": {"value": "1x16"}},
+        "quantize": {"class_type": kind, "inputs": {**given, "model": ["text", 0]}},
+        "status": {"class_type": "HijackSaveQuantized", "inputs": save()[1]},
+    }
+    graph["status"]["inputs"]["model"] = ["quantize", 0]
+    with pytest.raises(PromptError, match="model: got STRING, expected MODEL"):
+        server.run(graph)
+
+
+#: All that the nodes share with the command line, and the same for `quantize_file`.
+OPTIONS = {
+    "dtype": "e5m2",
+    "scale_dtype": "f32",
+    "scale_search": 4,
+    "options": "stochastic=true\nseed=3",
+    "rules": "transformer_blocks.0.attn.*=1x32\ntransformer_blocks.1.*mlp*=skip",
+    "loras": "one.safetensors:0.5\ntwo.safetensors",
+    "device": "gpu",
+}
+
+
+@pytest.fixture(scope="module")
+def expected_file(server, models, tmp_path_factory):
+    """What the Python API makes with `OPTIONS`."""
+    path = tmp_path_factory.mktemp("expected") / "file.safetensors"
+    folder = server.base / "models" / "loras"
+    report = hijack.quantize_file(
+        models / "bf16.safetensors",
+        path,
+        block_size=(1, 16),
+        dialect="hijack",
+        dtype=torch.float8_e5m2,
+        scale_dtype=torch.float32,
+        scale_search=4,
+        stochastic=True,
+        seed=3,
+        rules=OPTIONS["rules"].split(),
+        loras=[f"{folder}/one.safetensors:0.5", f"{folder}/two.safetensors"],
+    )
+    return report, safetensors.torch.load_file(path)
+
+
+def test_quantize_file_is_the_command(server, expected_file):
+    """Every option arrives; text and log say what the command line would."""
+    report, expected = expected_file
+    file = "diffusion_models/bf16.safetensors"
+    kind, given = flows.quantize_file(file, block_size="1x16", dialect="hijack")
+    graph = {"make": {"class_type": kind, "inputs": {**given, **OPTIONS}}}
+    (text,) = server.run(graph)["outputs"]["make"]["text"]
+    made = server.base / text.splitlines()[-1]
+    assert made.parent == server.base / "output" / "diffusion_models"
+    assert made.name.startswith("bf16_blockwise_fp8_")
+    tensors = safetensors.torch.load_file(made)
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], expected[key]) for key in expected)
+    assert "model: Qwen-Image\n" in text
+    for line in ("model: Qwen-Image", str(report)):
+        assert line in text
+        assert f"hijack: {file}: {line}" in server.log()
+
+
+def test_quantizing_while_loading_takes_every_option(server, expected_file):
+    """The layers of the saved model are those of the file that the command makes."""
+    _, expected = expected_file
+    made = load_quantized("bf16", block_size="1x16", **OPTIONS)
+    graph = chain(made, save(dialect="hijack"))
+    outputs = server.run(graph)["outputs"]
+    path = outputs["last"]["text"][0].splitlines()[1]
+    tensors = safetensors.torch.load_file(server.base / path)
+    layers = [key for key in expected if key.endswith("weight_scale")]
+    assert len(layers) > 10
+    for key in layers:
+        assert torch.equal(tensors[key], expected[key])
+        weight = key.removesuffix("_scale")
+        assert torch.equal(tensors[weight], expected[weight])
+    (text,) = outputs["stage-1"]["text"]
+    assert f"model: Qwen-Image\n{len(layers)} layers quantized, " in text
+
+
+def test_a_rule_changes_a_loaded_model(server):
+    """Quantize Model has the rules too; its notes are shown and logged."""
+    rules = "transformer_blocks.1.*=skip"
+    graph = chain(load("bf16"), quantize(rules=rules, include="*attn.to_?"), save())
+    outputs = server.run(graph)["outputs"]
+    assert outputs["last"]["text"][0].startswith("3 quantized layers")
+    note = "include (--include) replaces what is quantized in Qwen-Image by default"
+    assert note in outputs["stage-2"]["text"][0]
+    assert f"hijack: Quantize Model: {note}" in server.log()
+
+
+def test_a_text_encoder_is_quantized_to_where_comfyui_looks(server):
+    """The new file is listed by Load CLIP; that its model is not known is said."""
+    folder = server.base / "models" / "text_encoders"
+    folder.mkdir(exist_ok=True)
+    tensors = {"embed.weight": torch.randn(9, 64), "layer.fc.weight": torch.ones(8, 64)}
+    safetensors.torch.save_file(tensors, folder / "encoder.safetensors")
+    kind, given = flows.quantize_file("text_encoders/encoder.safetensors")
+    entry = server.run({"make": {"class_type": kind, "inputs": given}})
+    (text,) = entry["outputs"]["make"]["text"]
+    assert "model: not known; 1 layers that look like embeddings" in text
+    assert "1 layers quantized, 1 left dense" in text
+    name = text.splitlines()[-1].rpartition("/")[2]
+    asked = server._get("/object_info/CLIPLoader")["CLIPLoader"]["input"]["required"]
+    kind, *details = asked["clip_name"]
+    assert name in (kind if isinstance(kind, list) else details[0]["options"])
+
+
+def test_files_are_compared_without_loading_them(server):
+    """Compare Files says and draws what the command says."""
+    files = {
+        "reference": "diffusion_models/bf16.safetensors",
+        "other": "diffusion_models/fp8.safetensors",
+    }
+    graph = {
+        "report": {"class_type": "HijackCompareFiles", "inputs": files},
+        "image": {
+            "class_type": "SaveImage",
+            "inputs": {"images": ["report", 0], "filename_prefix": "compared"},
+        },
+    }
+    outputs = server.run(graph)["outputs"]
+    (text,) = outputs["report"]["text"]
+    models = server.base / "models"
+    expected = hijack.compare_files(*(models / file for file in files.values()))
+    names, *lines = text.splitlines()
+    assert names == f"{files['other']} against {files['reference']}"
+    assert lines == expected.as_table(10).splitlines()[1:]
+    picture = Image.open(
+        server.base / "output" / outputs["image"]["images"][0]["filename"]
+    )
+    assert len(picture.getcolors(2**24)) > 20
+
+
+class Cancelled(BaseException):
+    """What ComfyUI raises when cancel was pressed."""
+
+
+def test_cancelling_leaves_no_file(classic, monkeypatch, tmp_path):
+    """Quantize File asks at every layer, and a file appears only when complete."""
+    source = tmp_path / "a.safetensors"
+    tensors = {f"{n}.weight": torch.ones(8, 64) for n in range(9)}
+    safetensors.torch.save_file(tensors, source)
+    output, asked = tmp_path / "output", []
+    output.mkdir()
+
+    def throw():
+        asked.append(1)
+        if len(asked) == 4:
+            raise Cancelled
+
+    shown = []
+    bar = types.SimpleNamespace(update_absolute=lambda *done: shown.append(done))
+    for name, attributes in {
+        "comfy.utils": {"ProgressBar": lambda total: bar},
+        "comfy.model_management": {"throw_exception_if_processing_interrupted": throw},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**attributes))
+    fake = sys.modules["folder_paths"]
+    fake.get_full_path = lambda *_: str(source)
+    fake.get_output_directory = lambda: str(output)
+    fake.get_save_image_path = lambda *_: (str(output), "made", 1)
+    with pytest.raises(Cancelled):
+        NODES["HijackQuantizeFile"].run(
+            "diffusion_models/a.safetensors", "blockwise_fp8", "auto", "auto"
+        )
+    assert shown == [(1, 9), (2, 9), (3, 9)]
+    assert list(output.iterdir()) == []
+
+
 # -- errors ----------------------------------------------------------------------------
 
 WRONG = {
@@ -277,6 +512,15 @@ WRONG = {
     "no layer chosen": (
         chain(load("bf16"), quantize(include="nothing.*"), save()),
         r"include: pattern 'nothing\.\*' matches no layer of QwenImage; layers are",
+    ),
+    "no such LoRA": (
+        chain(load_quantized("bf16", loras="onr.safetensors:2"), save()),
+        r"loras: 'onr.safetensors' is not in ComfyUI's folder of LoRAs; expected FILE "
+        r"or FILE:STRENGTH; did you mean 'one.safetensors'",
+    ),
+    "no such option": (
+        chain(load("bf16"), quantize(options="sede=1"), save()),
+        r"blockwise_fp8: has no option 'sede'; expected .* did you mean 'seed'",
     ),
     "nothing to save": (
         chain(load("bf16"), save()),

@@ -7,6 +7,8 @@ import page as pages
 import pytest
 from comfy_harness import PromptError
 
+from hijack.hosts.comfyui.nodes import NODES
+
 pytestmark = pytest.mark.thorough
 
 EXAMPLES = sorted(path.stem for path in pages.WORKFLOWS.glob("*.json"))
@@ -89,6 +91,24 @@ def test_an_example_opens(page, name):
         )
     assert len(page.workflow()["links"]) == len(wanted["links"])
     assert page.types().count("Note") == 1
+
+
+def test_a_workflow_of_before_keeps_its_values(page, server):
+    """Inputs that were added come last; any text stays the block size, and it runs."""
+    old = pages.example("quantize-on-load-and-save")
+    values = ["qwen_image_bf16.safetensors", "blockwise_fp8", "1x48", "", "*norm*"]
+    (node,) = [node for node in old["nodes"] if node["type"] == "HijackLoadQuantized"]
+    node["widgets_values"] = values
+    page.load(old)
+    (kept,) = [n for n in page.workflow()["nodes"] if n["id"] == node["id"]]
+    assert kept["widgets_values"][: len(values)] == values
+    added = kept["widgets_values"][len(values) :]
+    inputs = next(n for n in NODES if n.id == "HijackLoadQuantized").inputs
+    assert added == [given.default for given in inputs[len(values) :]]
+    page.fill("HijackSaveQuantized", "filename_prefix", "before/file")
+    entry = server.run(page.prompt())
+    texts = [output["text"][0] for output in entry["outputs"].values()]
+    assert any("28 layers quantized" in text for text in texts)
 
 
 @pytest.mark.parametrize("name", WHOLE)

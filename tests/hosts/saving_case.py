@@ -8,6 +8,7 @@ Prints one JSON object: the name of each check, and what was found.
 # ruff: noqa: TID253 - ComfyUI is importable only once it is prepared
 from __future__ import annotations
 
+import contextlib
 import json
 
 import comfy_case  # prepares ComfyUI, so it comes first  # isort: skip
@@ -84,6 +85,41 @@ def check_lora(name, patcher, dense):
     result["weights untouched"] = comfy_case.same(snapshot(patcher), before)
 
 
+def check_cancelling(patcher):
+    """Saving tells how far it is; what that raises leaves no file behind."""
+    from hijack.hosts.comfyui.saving import save_model
+
+    class Cancelled(BaseException):
+        pass
+
+    def steps_until(cancel_at):
+        steps = []
+
+        def progress(done, total, name):
+            steps.append((done, total))
+            if len(steps) == cancel_at:
+                raise Cancelled
+
+        with contextlib.suppress(Cancelled):
+            save_model(patcher, path, progress=progress)
+        return steps
+
+    path = FOLDER / "cancelled.safetensors"
+    first_output(patcher)
+    steps = steps_until(None)
+    total = len(steps)
+    layers = steps[0][1]
+    expected = [(n + 1, layers) for n in range(layers)]
+    found["told"] = steps == expected + [
+        (n + 1, total - layers) for n in range(total - layers)
+    ]
+    path.unlink()
+    for cancel_at in (3, total - 3):
+        steps_until(cancel_at)
+        left = [p.name for p in FOLDER.iterdir() if "cancelled" in p.name]
+        found.setdefault("cancelled", []).append(left)
+
+
 def main():
     """All checks; what they found is printed as the last line."""
     import hijack
@@ -95,6 +131,7 @@ def main():
     patcher = load(quantized_sd)
     check_saving("blockwise_fp8", patcher, quantized_sd, first_output(load(dense)))
     check_lora("blockwise_fp8", patcher, dense)
+    check_cancelling(patcher)
     hijack.register(test_detection.Int8())
     quantized_sd, dense, _ = comfy_case.with_scheme(bf16, test_detection.Int8())
     patcher = load(quantized_sd)

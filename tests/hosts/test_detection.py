@@ -306,8 +306,8 @@ def test_a_model_without_room_for_quantized_layers_gets_dense_weights(registry, 
     assert torch.equal(state_dict["a.weight"], expected)
     assert "a.scale_weight" not in state_dict
     assert [r.message for r in caplog.records if "decoded" in r.message] == [
-        "hijack: 1 layers of the VAE decoded, which ComfyUI builds without a way to "
-        "keep them quantized"
+        "hijack: a state dict: 1 quantized layers: blockwise_fp8 (musubi, 1x64) 1; "
+        "decoded, because ComfyUI builds the VAE without quantized layers"
     ]
 
 

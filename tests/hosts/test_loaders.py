@@ -56,7 +56,8 @@ def test_a_vae_is_decoded_and_says_so(case):
     found = case["vae"]
     assert found["error"] == 0.0
     (line,) = found["log"]
-    assert line.startswith(f"hijack: {found['layers']} layers of the VAE decoded")
+    assert f": {found['layers']} quantized layers: blockwise_fp8 (" in line
+    assert "because ComfyUI builds the VAE without quantized layers" in line
 
 
 @pytest.mark.parametrize("part", ["model", "t5", "clip_l", "vae"])

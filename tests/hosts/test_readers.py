@@ -104,7 +104,8 @@ def test_a_copy_of_a_file_stays_quantized(case):
 def test_the_log_says_what_was_decoded(case):
     """One line counts the layers and names the file."""
     (line,) = case["manners"]["log"]
-    assert line.startswith("hijack: 1 layers of ours.safetensors decoded")
+    assert line.startswith("hijack: ours.safetensors: 1 quantized layers: ")
+    assert line.endswith("; decoded, because its loader takes dense weights only")
 
 
 def test_a_model_is_decoded_where_somebody_took_a_patch_out(case):

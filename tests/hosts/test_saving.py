@@ -31,3 +31,9 @@ def test_a_lora_is_saved_with_scales_of_its_own(case, scheme):
     assert found["lora low vram"] < QUANTIZED
     assert found["lora same file"]
     assert found["weights untouched"]
+
+
+def test_saving_tells_how_far_it_is_and_can_be_cancelled(case):
+    """Progress counts every layer, then every tensor; cancelled, no file appears."""
+    assert case["told"]
+    assert case["cancelled"] == [[], []]

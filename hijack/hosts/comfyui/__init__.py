@@ -211,3 +211,12 @@ def live() -> int:
     """How many quantized layers are alive in the host."""
     layers = sys.modules.get("hijack.hosts.comfyui.linear")
     return 0 if layers is None else len(layers.LIVE)
+
+
+def describe_layers() -> tuple[str, ...]:
+    """The quantized layers alive in the host, one sentence for each model."""
+    if live() == 0:
+        return ()
+    from hijack.hosts.comfyui import inventory
+
+    return inventory.describe_layers()

@@ -28,7 +28,7 @@ from hijack.hosts.comfyui.lazy_tensor import LazyTensor
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, join
-from hijack.text import excerpt, logger
+from hijack.text import excerpt, format_text, logger
 
 log = logger(__name__)
 
@@ -43,6 +43,7 @@ def encode_claimed(
     registry: Registry | None = None,
     *,
     native: bool = False,
+    fate: str = "",
 ) -> bool:
     """Turn every claimed layer of a model into one `QuantizedTensor` tensor, in place.
 
@@ -52,6 +53,7 @@ def encode_claimed(
         metadata: the file's header metadata, if the host knows it.
         registry: whose schemes are asked.
         native: whether the layers that ComfyUI itself reads are claimed too.
+        fate: what becomes of the layers, for the log, unless they stay quantized.
 
     Returns:
         Whether the model has quantized layers now.
@@ -61,7 +63,7 @@ def encode_claimed(
             layer equally, or if a scale is left that nobody consumed.
     """
     keys = [key for key in state_dict if key.startswith(prefix)]
-    return _encode_keys(state_dict, keys, metadata, registry, native)
+    return _encode_keys(state_dict, keys, metadata, registry, native, fate)
 
 
 def encode_others(
@@ -98,17 +100,11 @@ def decode_claimed(
     Raises:
         HijackError: as `encode_claimed`.
     """
-    encode_claimed(state_dict, "", metadata, registry)
+    fate = f"decoded, because ComfyUI builds the {what} without quantized layers"
+    encode_claimed(state_dict, "", metadata, registry, fate=fate)
     quantized = {k: t for k, t in state_dict.items() if isinstance(t, QuantizedTensor)}
     for key, tensor in quantized.items():
         state_dict[key] = tensor.value(torch.float32)
-    if quantized:
-        log.info(
-            "hijack: %d layers of the %s decoded, which ComfyUI builds without a way "
-            "to keep them quantized",
-            len(quantized),
-            what,
-        )
     return len(quantized)
 
 
@@ -118,6 +114,7 @@ def _encode_keys(
     metadata: Mapping[str, str] | None,
     registry: Registry | None,
     native: bool = False,
+    fate: str = "",
 ) -> bool:
     chosen = {key: state_dict[key] for key in keys}
     if any(isinstance(tensor, QuantizedTensor) for tensor in chosen.values()):
@@ -134,6 +131,8 @@ def _encode_keys(
     registry = current_registry(registry)
     tensors = markers.read_through(unusual)
     claims = _claims(tensors, metadata, registry, native)
+    if claims:
+        _log_layers(tensor_metadata.name_of(chosen), claims.values(), fate)
     used = {key for claim in claims.values() for key in claim.keys.values()}
     dtype = _dense_dtype(t for key, t in chosen.items() if key not in used)
     quantized = {
@@ -180,10 +179,22 @@ def _claims(
             len(bare),
             bare[0],
         )
-    count = Counter((claim.scheme, claim.dialect) for claim in claims.values())
-    for (scheme, dialect), layers in sorted(count.items()):
-        log.info("hijack: %d layers read by %s (dialect %s)", layers, scheme, dialect)
     return claims
+
+
+def _log_layers(file: str, claims: Iterable[Claim], fate: str) -> None:
+    """Say in one line which quantized layers a file has."""
+    count = Counter(
+        format_text(claim.scheme, claim.dialect, claim.block_size) for claim in claims
+    )
+    each = ", ".join(f"{kind} {layers}" for kind, layers in count.most_common())
+    log.info(
+        "hijack: %s: %d quantized layers: %s%s",
+        file,
+        count.total(),
+        each,
+        f"; {fate}" if fate else "",
+    )
 
 
 def _renamed(

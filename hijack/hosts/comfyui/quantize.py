@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hijack import selection
+from hijack.checkpoint.notes import replaced_notes
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError, SchemeError
 from hijack.formats.identification import identify
@@ -20,6 +22,7 @@ from hijack.hosts.comfyui.lazy_tensor import LazyTensor, quantize_layer
 from hijack.hosts.comfyui.linear import for_linears
 from hijack.hosts.comfyui.loaders import SHADOWED, core_operations
 from hijack.hosts.comfyui.operations import make_operations
+from hijack.lora.files import Loras, Spec
 from hijack.progress import Progress
 from hijack.quantized import QuantizationConfig, QuantizedTensor
 from hijack.safetensors_io.header import Header, join
@@ -52,29 +55,51 @@ _INTENTS = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a model is quantized.
+
+    Attributes:
+        config: scheme and options.
+        include: patterns on layer names, one a line; empty for the family's.
+        exclude: patterns of layers to leave dense; empty for the family's.
+        rules: what is special about some layers, as for `selection.choose`.
+        device: where each layer is quantized.
+    """
+
+    config: QuantizationConfig
+    include: str = ""
+    exclude: str = ""
+    rules: tuple[str, ...] = ()
+    device: str | torch.device = "cpu"
+
+
 class Quantizer:
     """Makes the state dict a model is built from, and counts what is done of it."""
 
-    def __init__(self, config: QuantizationConfig, progress: Progress | None) -> None:
-        self.config, self.progress = config, progress
+    def __init__(self, recipe: Recipe, progress: Progress | None) -> None:
+        self.recipe, self.progress = recipe, progress
         self.total = self.done = 0
+        self.choice: selection.Choice | None = None
 
     def mark(
-        self, tensors: Mapping[str, LazyTensor], where: str, include: str, exclude: str
+        self,
+        tensors: Mapping[str, LazyTensor],
+        where: str,
+        merged: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> dict[str, Tensor]:
         """The tensors; those of chosen layers are quantized when a layer takes them.
 
         Args:
             tensors: key to dense tensor, of a whole model.
             where: the model or file, for messages.
-            include: patterns on layer names, one a line; empty for the family's.
-            exclude: patterns of layers to leave dense; empty for the family's.
+            merged: key to what reads a tensor with LoRAs in it, in float32.
 
         Raises:
             HijackError: if a pattern matches no layer, no layer is chosen, or the
                 scheme is not for Linears.
         """
-        scheme = self.config.scheme
+        recipe, scheme = self.recipe, self.recipe.config.scheme
         if not for_linears(scheme):
             names = ", ".join(target.__name__ for target in scheme.targets)
             raise SchemeError(
@@ -82,39 +107,77 @@ class Quantizer:
                 "that can be quantized are Linear; choose another scheme"
             )
         header = dataclasses.replace(Header.from_state_dict(tensors), source=where)
-        options = dict(self.config.options)
-        layers = selection.choose(
+        options = dict(recipe.config.options)
+        self.choice = selection.choose(
             header,
             (nn.Linear,),
-            include.split() or None,
-            exclude.split() or None,
-            declines=lambda shape, _: scheme.declines(shape, **options),
-        ).layers
-        self.total = len(layers)
+            recipe.include.split() or None,
+            recipe.exclude.split() or None,
+            recipe.rules,
+            lambda shape, own: scheme.declines(shape, **{**options, **own}),
+        )
+        self.total = len(self.choice.layers)
         marked: dict[str, Tensor] = dict(tensors)
-        for layer in layers:
+        for layer, dtype in self.choice.casts.items():
             key = join(layer, "weight")
             dense = tensors[key]
+            read = functools.partial(_read_as, dense.read, dtype)
+            marked[key] = LazyTensor(tuple(dense.shape), dtype, read)
+        for layer, own in self.choice.layers.items():
+            key = join(layer, "weight")
+            dense = tensors[key]
+            exact = (merged or {}).get(key)
             marked[key] = LazyTensor(
                 tuple(dense.shape),
                 dense.dtype,
-                dense.read,
-                self._quantizer(layer),
+                exact or dense.read,
+                self._quantizer(layer, own, dense.dtype if exact else None),
                 scheme,
             )
         return marked
 
-    def _quantizer(self, layer: str) -> Callable[[Scheme, Tensor], QuantizedTensor]:
+    def _quantizer(
+        self, layer: str, own: Mapping[str, Any], like: torch.dtype | None
+    ) -> Callable[[Scheme, Tensor], QuantizedTensor]:
+        """What quantizes one layer.
+
+        Args:
+            layer: its name.
+            own: options that a rule gives it.
+            like: dtype of the file's weight, if the one to quantize is float32 because
+                LoRAs were merged into it; it gets parameters as the former would.
+        """
+
         def quantize(scheme: Scheme, weight: Tensor) -> QuantizedTensor:
-            _check_interrupted()
-            config = QuantizationConfig.of(scheme, dict(self.config.options))
-            quantized = quantize_layer(config, weight, layer)
+            check_interrupted()
+            options = {**dict(self.recipe.config.options), **own}
+            if like is not None:
+                kept = scheme.options_like(like)
+                weight = weight.to(like) if kept is None else weight
+                options = {**(kept or {}), **options}
+            config = QuantizationConfig.of(scheme, options)
+            moved = weight.to(self.recipe.device)
+            quantized = quantize_layer(config, moved, layer).map(Tensor.cpu)
+            if like is not None:
+                quantized = quantized.replace(dtype=like)
             self.done += 1
             if self.progress is not None:
                 self.progress(self.done, self.total, layer)
             return quantized
 
         return quantize
+
+    def notes(self) -> list[str]:
+        """What is worth knowing of the choice of layers, one sentence each."""
+        if self.choice is None:
+            return []
+        choice = self.choice
+        family = "" if choice.family is None else choice.family.name
+        return [
+            selection.model_text(family, choice.skipped, "include names others"),
+            f"{len(choice.layers)} layers quantized, {len(choice.skipped)} left dense",
+            *replaced_notes(choice),
+        ]
 
 
 def quantize_model(
@@ -124,6 +187,10 @@ def quantize_model(
     exclude: str = "",
     progress: Progress | None = None,
     disable_dynamic: bool = False,
+    *,
+    rules: Sequence[str] = (),
+    device: str | torch.device = "cpu",
+    notes: list[str] | None = None,
 ) -> Any:
     """Quantize a loaded model, with whatever LoRAs are on it merged in first.
 
@@ -136,6 +203,9 @@ def quantize_model(
         exclude: patterns of layers to leave dense; empty for the family's.
         progress: called after each layer.
         disable_dynamic: build a ModelPatcher without dynamic VRAM.
+        rules: what is special about some layers, as for `quantize_file`.
+        device: where each layer is quantized.
+        notes: gets what is worth knowing of the result, one sentence each.
 
     Returns:
         A new ModelPatcher, as if loaded from a quantized file.
@@ -145,6 +215,7 @@ def quantize_model(
             be merged.
     """
     model = patcher.model
+    recipe = Recipe(config, include, exclude, tuple(rules), device)
     _refuse_bypass(patcher)
     tensors = {
         name: LazyTensor(
@@ -154,25 +225,23 @@ def quantize_model(
         )
         for name, tensor in _own_tensors(getattr(model, NETWORK))
     }
-    quantizer = Quantizer(config, progress)
-    state_dict = quantizer.mark(tensors, type(model).__name__, include, exclude)
+    quantizer = Quantizer(recipe, progress)
+    state_dict = quantizer.mark(tensors, type(model).__name__)
     new = _rebuild(patcher, state_dict)
     result = _patcher_class(disable_dynamic)(
         new, load_device=patcher.load_device, offload_device=patcher.offload_device
     )
     _hand_on(patcher.clone(), result)
     if hasattr(result, "cached_patcher_init"):
-        arguments = (weakref.ref(patcher), config, include, exclude)
+        arguments = (weakref.ref(patcher), recipe)
         result.cached_patcher_init = (_quantize_again, arguments)
+    if notes is not None:
+        notes += quantizer.notes()
     return result
 
 
 def _quantize_again(
-    original: Callable[[], Any],
-    config: QuantizationConfig,
-    include: str,
-    exclude: str,
-    disable_dynamic: bool = False,
+    original: Callable[[], Any], recipe: Recipe, disable_dynamic: bool = False
 ) -> Any:
     """Make the model once more, for ComfyUI's copies on other devices."""
     patcher = original()
@@ -182,7 +251,13 @@ def _quantize_again(
             "copy; run the workflow again"
         )
     return quantize_model(
-        patcher, config, include, exclude, disable_dynamic=disable_dynamic
+        patcher,
+        recipe.config,
+        recipe.include,
+        recipe.exclude,
+        disable_dynamic=disable_dynamic,
+        rules=recipe.rules,
+        device=recipe.device,
     )
 
 
@@ -194,6 +269,11 @@ def load_quantized(
     progress: Progress | None = None,
     model_options: Mapping[str, Any] | None = None,
     disable_dynamic: bool = False,
+    *,
+    rules: Sequence[str] = (),
+    loras: Sequence[Spec] = (),
+    device: str | torch.device = "cpu",
+    notes: list[str] | None = None,
 ) -> Any:
     """Load a dense diffusion model from disk, quantizing each layer as it is read.
 
@@ -205,20 +285,25 @@ def load_quantized(
         progress: called after each layer.
         model_options: of ComfyUI's loader.
         disable_dynamic: build a ModelPatcher without dynamic VRAM.
+        rules: what is special about some layers, as for `quantize_file`.
+        loras: files to merge first, as for `quantize_file`.
+        device: where each layer is quantized.
+        notes: gets what is worth knowing of the result, one sentence each.
 
     Returns:
         A ModelPatcher.
 
     Raises:
         CheckpointError: if the file is quantized already or changes while it is read,
-            or ComfyUI does not know its architecture.
+            a LoRA does not fit, or ComfyUI does not know its architecture.
         HijackError: if no layer is chosen, or one cannot be quantized.
     """
     sd = sys.modules["comfy.sd"]
     header = read_header(path)
     _refuse_quantized(header)
     detection = sys.modules["comfy.model_detection"]
-    plain = {key: _file_tensor(header, key) for key in header.tensors}
+    recipe = Recipe(config, include, exclude, tuple(rules), device)
+    plain, merged = _file_tensors(header, Loras.open(loras, header), device)
     prefix = detection.unet_prefix_from_state_dict(plain)
     if not any(key.startswith(prefix) for key in plain):
         prefix = ""
@@ -227,8 +312,9 @@ def load_quantized(
         for key, tensor in plain.items()
         if key.startswith(prefix)
     }
-    quantizer = Quantizer(config, progress)
-    marked = quantizer.mark(network, Path(path).name, include, exclude)
+    exact = {key.removeprefix(prefix): read for key, read in merged.items()}
+    quantizer = Quantizer(recipe, progress)
+    marked = quantizer.mark(network, Path(path).name, exact)
     state_dict = plain | {f"{prefix}{key}": tensor for key, tensor in marked.items()}
     options = {"disable_dynamic": True} if disable_dynamic else {}
     result = sd.load_diffusion_model_state_dict(
@@ -241,9 +327,35 @@ def load_quantized(
         )
     _settle(getattr(result.model, NETWORK))
     if hasattr(result, "cached_patcher_init"):
-        arguments = (path, config, include, exclude, None, model_options)
-        result.cached_patcher_init = (load_quantized, arguments)
+        result.cached_patcher_init = (
+            _load_again,
+            (path, recipe, tuple(loras), model_options),
+        )
+    if notes is not None:
+        notes += quantizer.notes()
     return result
+
+
+def _load_again(
+    path: str,
+    recipe: Recipe,
+    loras: Sequence[Spec],
+    model_options: Mapping[str, Any] | None,
+    disable_dynamic: bool = False,
+) -> Any:
+    """Load the model once more, for ComfyUI's copies on other devices."""
+    return load_quantized(
+        path,
+        recipe.config,
+        recipe.include,
+        recipe.exclude,
+        None,
+        model_options,
+        disable_dynamic,
+        rules=recipe.rules,
+        loras=loras,
+        device=recipe.device,
+    )
 
 
 # -- what is read ----------------------------------------------------------------------
@@ -313,16 +425,49 @@ def _dense_dtype(tensor: Tensor, model: Any) -> torch.dtype:
     return torch.bfloat16 if found is None else found
 
 
-def _file_tensor(header: Header, key: str) -> LazyTensor:
-    info = header.tensors[key]
-    if info.torch_dtype is None:
-        raise CheckpointError(
-            f"{key}: dtype {info.dtype} is not one of torch's; expected a dense file"
-        )
+def _file_tensors(
+    header: Header, loras: Loras, device: str | torch.device
+) -> tuple[dict[str, LazyTensor], dict[str, Callable[[], Tensor]]]:
+    """The tensors of a file with LoRAs in them, in their dtype and in float32.
+
+    Args:
+        header: of the file.
+        loras: for the file.
+        device: where they are merged.
+
+    Returns:
+        Key to tensor; and key to what reads it in float32, of those LoRAs change.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    merged: dict[str, Callable[[], Tensor]] = {}
+    for key, info in header.tensors.items():
+        dtype = info.torch_dtype
+        if dtype is None:
+            raise CheckpointError(
+                f"{key}: dtype {info.dtype} is not one of torch's; expected a dense "
+                "file"
+            )
+        read = functools.partial(_read_file, header, key)
+        if loras.touches(key):
+            merged[key] = functools.partial(_read_merged, loras, key, read, device)
+            read = functools.partial(_read_as, merged[key], dtype)
+        tensors[key] = LazyTensor(info.torch_shape, dtype, read)
+    return tensors, merged
+
+
+def _read_file(header: Header, key: str) -> Tensor:
     # Mapped anew each time, so that the pages read do not add up.
-    return LazyTensor(
-        info.torch_shape, info.torch_dtype, lambda: open_tensors(header)[key]
-    )
+    return open_tensors(header)[key]
+
+
+def _read_merged(
+    loras: Loras, key: str, read: Callable[[], Tensor], device: str | torch.device
+) -> Tensor:
+    return loras.merge(key, read().to(device)).cpu()
+
+
+def _read_as(read: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    return read().to(dtype)
 
 
 def _refuse_quantized(header: Header) -> None:
@@ -410,5 +555,6 @@ def _hand_on(clone: Any, result: Any) -> None:
             del result.object_patches[name]
 
 
-def _check_interrupted() -> None:
+def check_interrupted() -> None:
+    """Raise what ComfyUI does when the user has pressed cancel."""
     sys.modules["comfy.model_management"].throw_exception_if_processing_interrupted()

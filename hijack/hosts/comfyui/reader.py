@@ -108,18 +108,17 @@ class FileStateDict(_Dict):
     def _find_layers(self) -> dict[str, QuantizedTensor]:
         stored = {k: t for k, t in self._stored.items() if _is_tensor(k, t)}
         shown = dict(stored)
-        encode_claimed(shown, "", _metadata(self._path), native=self._native)
+        encode_claimed(
+            shown,
+            "",
+            _metadata(self._path),
+            native=self._native,
+            fate="decoded, because its loader takes dense weights only",
+        )
         layers = {k: t for k, t in shown.items() if isinstance(t, QuantizedTensor)}
         self._hidden = {
             key: _weight_of(key, layers) for key in stored if key not in shown
         }
-        if layers:
-            log.info(
-                "hijack: %d layers of %s decoded, because its loader takes dense "
-                "weights only",
-                len(layers),
-                Path(self._path).name,
-            )
         return layers
 
     # -- what a dict does --------------------------------------------------------------
@@ -235,6 +234,7 @@ def make_load_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
         if not marked and not may_be_quantized(state_dict):
             return result
         tensor_metadata.tie_claims(state_dict, str(ckpt))
+        tensor_metadata.tie_name(state_dict, str(ckpt))
         knowing = _knows_scales(_caller())
         file = FileStateDict(state_dict, str(ckpt), reads_scales=knowing)
         return (file, *rest) if isinstance(result, tuple) else file

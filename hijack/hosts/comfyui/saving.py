@@ -22,6 +22,7 @@ from hijack.formats import matching
 from hijack.hosts.comfyui.file_tensors import dialect_of
 from hijack.hosts.comfyui.linear import LIVE, Source
 from hijack.hosts.comfyui.reader import FileStateDict
+from hijack.progress import Progress
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import join
 from hijack.safetensors_io.writer import write_checkpoint
@@ -61,6 +62,7 @@ def save_model(
     path: Path,
     dialect: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> int:
     """Write a diffusion model with its LoRAs; the file appears when it is complete.
 
@@ -69,6 +71,8 @@ def save_model(
         path: the file.
         dialect: how to spell the layers; default is the dialect each came in.
         metadata: strings for the file's header.
+        progress: called after each layer that is spelled, then after each tensor that
+            is written; if it raises, no file appears.
 
     Returns:
         How many layers are quantized.
@@ -86,10 +90,10 @@ def save_model(
             f"{path.name}: the model has no layer that hijack quantized; quantize it "
             "first, or save it with ComfyUI's own node"
         )
-    spelled, said = spell(tensors, layers, metadata, dialect)
+    spelled, said = spell(tensors, layers, metadata, dialect, progress)
     # What ComfyUI merges LoRAs into when it is written is no tensor before this.
     written = {key: t.to("cpu").contiguous() for key, t in spelled.items()}
-    write_checkpoint(path, written, said)
+    write_checkpoint(path, written, said, progress=progress)
     return len(layers)
 
 
@@ -124,6 +128,7 @@ def spell(
     layers: Mapping[str, Any],
     metadata: Mapping[str, str] | None,
     dialect: str | None = None,
+    progress: Progress | None = None,
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Replace what stands for quantized layers by the tensors of a file.
 
@@ -132,6 +137,7 @@ def spell(
         layers: layer to quantized module, from `find_layers`.
         metadata: what the file is to say of itself besides.
         dialect: how to spell the layers; default is the dialect each came in.
+        progress: called after each layer.
 
     Returns:
         The state dict and the metadata to write.
@@ -141,10 +147,12 @@ def spell(
     """
     others = dict(state_dict)
     weights: dict[str, QuantizedTensor] = {}
-    for layer, module in layers.items():
+    for done, (layer, module) in enumerate(layers.items(), 1):
         weights[layer] = module.current()
         for name in ("weight", *module.param_names):
             others.pop(join(layer, name), None)
+        if progress is not None:
+            progress(done, len(layers), layer)
     dialects = {
         layer: dialect_of(weight)
         if dialect is None

@@ -8,6 +8,7 @@ renames keys on the way, but the tensors it hands on are the ones it read.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ from hijack.safetensors_io.reader import read_header
 MARKER = "hijack_marker"
 #: Attribute of quantized data that holds the claim a config founds.
 CLAIM = "hijack_claim"
+#: Attribute of every tensor of a file with quantized layers that holds its name.
+FILE = "hijack_file"
 #: Metadata in which torchao lists the tensors of a file.
 TORCHAO = "tensor_names"
 #: Longest header to look into; safetensors itself reads none that is longer.
@@ -47,6 +50,18 @@ def tie_claims(state_dict: Mapping[str, Any], path: str) -> None:
     """Tie what a file's config says to the weights that were read from it."""
     for claim in _configured(path):
         _tie(state_dict.get(claim.keys["weight"]), CLAIM, claim)
+
+
+def tie_name(state_dict: Mapping[str, Any], path: str) -> None:
+    """Tie the name of a file to the tensors that were read from it."""
+    for tensor in state_dict.values():
+        _tie(tensor, FILE, os.path.basename(path))
+
+
+def name_of(tensors: Mapping[str, Tensor]) -> str:
+    """The name of the file that tensors were read from, as far as it is known."""
+    names = (getattr(tensor, FILE, None) for tensor in tensors.values())
+    return next(filter(None, names), "a state dict")
 
 
 def metadata_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Nodes for files: save a quantized model, and say what a file is."""
+"""Nodes for files: write a quantized one, and say what a file is."""
 
 from __future__ import annotations
 
@@ -8,19 +8,37 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hijack.checkpoint.quantize import quantize_file
 from hijack.errors import HijackError
 from hijack.formats import matching
 from hijack.formats.identification import identify
 from hijack.hosts.comfyui import saving
-from hijack.hosts.comfyui.linear import LIVE
-from hijack.hosts.comfyui.nodes.models import AUTO, file_state
+from hijack.hosts.comfyui.nodes.models import file_state, lora_states
+from hijack.hosts.comfyui.nodes.options import (
+    ALIASES,
+    AUTO,
+    BLOCK_SIZE,
+    DETAILS,
+    LORAS,
+    PATTERNS,
+    RULES,
+    SCHEME,
+    device_of,
+    find_loras,
+    lines_of,
+    logged,
+    make_config,
+    progress_bar,
+)
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
-from hijack.hosts.manager import status
+from hijack.hosts.diagnostics import diagnose
 from hijack.registry import current_registry
 from hijack.safetensors_io.reader import read_header
 
 #: Folders of ComfyUI's that hold checkpoints.
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "vae", "loras")
+#: Of those, the ones with other names below its output folder.
+OUTPUT_NAMES = {"text_encoders": "clip"}
 
 
 def dialects() -> list[str]:
@@ -38,18 +56,70 @@ def save_quantized(
     extra_pnginfo: Any = None,
 ) -> Result:
     """Run *Save Quantized Model*."""
+    path = _new_file(filename_prefix)
+    metadata = _workflow(prompt, extra_pnginfo)
+    chosen = None if dialect == AUTO else dialect
+    count = saving.save_model(model, path, chosen, metadata, progress_bar())
+    return Result((str(path),), f"{count} quantized layers, {_written(path)}")
+
+
+def _new_file(filename_prefix: str) -> Path:
+    """A file of ComfyUI's output folder that is not there yet."""
     folder_paths = sys.modules["folder_paths"]
     folder, name, counter, *_ = folder_paths.get_save_image_path(
         filename_prefix, folder_paths.get_output_directory()
     )
-    path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-    metadata = _workflow(prompt, extra_pnginfo)
-    chosen = None if dialect == AUTO else dialect
-    count = saving.save_model(model, path, chosen, metadata)
+    return Path(folder) / f"{name}_{counter:05}_.safetensors"
+
+
+def _written(path: Path) -> str:
+    """Size and place of a file, for the page."""
+    output = Path(sys.modules["folder_paths"].get_output_directory())
     size = path.stat().st_size / 1e6
-    shown = os.path.relpath(path, Path(folder_paths.get_output_directory()).parent)
-    text = f"{count} quantized layers, {size:,.1f} MB\n{shown}"
-    return Result((str(path),), text)
+    return f"{size:,.1f} MB\n{os.path.relpath(path, output.parent)}"
+
+
+def quantize_to_file(
+    file: str,
+    scheme: str,
+    block_size: str,
+    dialect: str,
+    filename_prefix: str = "",
+    include: str = "",
+    exclude: str = "",
+    rules: str = "",
+    loras: str = "",
+    ignore_unmatched: bool = False,
+    device: str = "cpu",
+    **details: Any,
+) -> Result:
+    """Run *Quantize File*."""
+    config = make_config(scheme, block_size, **details)
+    folder, _, name = file.partition("/")
+    usual = f"{OUTPUT_NAMES.get(folder, folder)}/{Path(name).stem}_{scheme}"
+    path = _new_file(filename_prefix.strip() or usual)
+    report = quantize_file(
+        full_path(file),
+        path,
+        config.scheme,
+        dialect=None if dialect == AUTO else dialect,
+        loras=find_loras(loras),
+        include=include.split() or None,
+        exclude=exclude.split() or None,
+        rules=lines_of(rules),
+        ignore_unmatched=ignore_unmatched,
+        device=device_of(device),
+        progress=progress_bar(),
+        **dict(config.options),
+    )
+    model = report.model_text("include names others")
+    text = logged(file, [model, str(report), *report.notes])
+    return Result((str(path),), f"{text}\n{_written(path)}")
+
+
+def _quantized(file: str, loras: str = "") -> str:
+    """What *Quantize File* depends on: the files."""
+    return "\n".join([file_state(full_path(file)), *lora_states(loras)])
 
 
 def _workflow(prompt: Any, extra_pnginfo: Any) -> dict[str, str]:
@@ -57,7 +127,13 @@ def _workflow(prompt: Any, extra_pnginfo: Any) -> dict[str, str]:
     arguments = getattr(sys.modules.get("comfy.cli_args"), "args", None)
     if getattr(arguments, "disable_metadata", False):
         return {}
-    metadata = {} if prompt is None else {"prompt": json.dumps(prompt)}
+    metadata = {}
+    if prompt is not None:  # without what ComfyUI notes in it while it runs
+        nodes = {
+            name: {key: value for key, value in node.items() if key != "is_changed"}
+            for name, node in prompt.items()
+        }
+        metadata["prompt"] = json.dumps(nodes)
     for key, value in (extra_pnginfo or {}).items():
         metadata[key] = json.dumps(value)
     return metadata
@@ -65,7 +141,7 @@ def _workflow(prompt: Any, extra_pnginfo: Any) -> dict[str, str]:
 
 def inspect_checkpoint(file: str) -> Result:
     """Run *Inspect Checkpoint*."""
-    path = _full_path(file)
+    path = full_path(file)
     found = identify(read_header(path))
     # The first line names the file by its path on the server, which says less here.
     rest = found.as_table().partition("\n")[2]
@@ -76,7 +152,7 @@ def inspect_checkpoint(file: str) -> Result:
 
 def _inspected(file: str) -> str:
     """What *Inspect Checkpoint*'s report depends on: the file of that name."""
-    return file_state(_full_path(file))
+    return file_state(full_path(file))
 
 
 def _always() -> float:
@@ -86,11 +162,13 @@ def _always() -> float:
 
 def show_status() -> Result:
     """Run *hijack Status*."""
-    hosts = "\n".join(str(host) for host in status().values())
-    schemes = ", ".join(sorted(current_registry().schemes()))
-    count = len(LIVE)
-    text = f"{hosts}\n\nschemes: {schemes}\nquantized layers in memory: {count}"
+    text = str(diagnose())
     return Result((text,), text)
+
+
+def model_files() -> list[str]:
+    """The files of `checkpoint_files` that are no LoRAs."""
+    return [file for file in checkpoint_files() if not file.startswith("loras/")]
 
 
 def checkpoint_files() -> list[str]:
@@ -105,7 +183,8 @@ def checkpoint_files() -> list[str]:
     ]
 
 
-def _full_path(file: str) -> str:
+def full_path(file: str) -> str:
+    """The path of one of `checkpoint_files`."""
     folder, _, name = file.partition("/")
     path: str | None = sys.modules["folder_paths"].get_full_path(folder, name)
     if path is None:
@@ -115,6 +194,15 @@ def _full_path(file: str) -> str:
         )
     return path
 
+
+DIALECT = Input(
+    "dialect",
+    "COMBO",
+    "How the file spells codes and scales: as the program that is to read it does. "
+    "auto keeps the spelling the model came in, or takes the scheme's first.",
+    options=dialects,
+    default=AUTO,
+)
 
 NODES = (
     Node(
@@ -131,18 +219,55 @@ NODES = (
                 "Folder and name below the output folder; a number is added.",
                 default="diffusion_models/quantized",
             ),
-            Input(
-                "dialect",
-                "COMBO",
-                "How the file spells codes and scales: as the program that is to read "
-                "it does. auto keeps the spelling the model came in.",
-                options=dialects,
-                default=AUTO,
-            ),
+            DIALECT,
         ),
         (Output("STRING", "path", "The file that was written."),),
         save_quantized,
         terminal=True,
+    ),
+    Node(
+        "HijackQuantizeFile",
+        "Quantize File",
+        "Quantizes a file into a new file, a few layers at a time: a diffusion model, "
+        "a text encoder or a whole checkpoint, whether or not it would fit in memory. "
+        "It is the command hijack quantize as a node.",
+        (*ALIASES, "text encoder", "checkpoint", "convert", "clip", "t5"),
+        (
+            Input(
+                "file",
+                "COMBO",
+                "A full-precision safetensors file in one of ComfyUI's model folders.",
+                options=model_files,
+            ),
+            SCHEME,
+            BLOCK_SIZE,
+            DIALECT,
+            Input(
+                "filename_prefix",
+                "STRING",
+                "Folder and name below the output folder; a number is added. Empty: "
+                "such that ComfyUI lists the new file where it lists the old one.",
+                default="",
+                optional=True,
+            ),
+            *PATTERNS,
+            RULES,
+            LORAS,
+            Input(
+                "ignore_unmatched",
+                "BOOLEAN",
+                "Lose what LoRAs change in layers that the file lacks, instead of "
+                "refusing such LoRAs.",
+                default=False,
+                optional=True,
+                advanced=True,
+            ),
+            *DETAILS,
+        ),
+        (Output("STRING", "path", "The file that was written."),),
+        quantize_to_file,
+        terminal=True,
+        fingerprint=_quantized,
     ),
     Node(
         "HijackInspectCheckpoint",
@@ -166,8 +291,8 @@ NODES = (
     Node(
         "HijackStatus",
         "hijack Status",
-        "Says whether ComfyUI is patched, who else has patched the same functions, and "
-        "which weight formats are known: what to put into a bug report.",
+        "Says what to put into a bug report: versions, devices, settings, plugins, "
+        "what is patched and by whom else, and how each model in memory is quantized.",
         ("doctor", "hijack doctor", "patched", "conflict"),
         (),
         (Output("STRING", "status", "The status as text."),),

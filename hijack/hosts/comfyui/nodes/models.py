@@ -6,94 +6,101 @@ import os
 import sys
 from typing import Any
 
-from hijack.errors import HijackError, SchemeError
 from hijack.hosts.comfyui import quantize
 from hijack.hosts.comfyui.lora import Merge
+from hijack.hosts.comfyui.nodes.options import (
+    ALIASES,
+    BLOCK_SIZE,
+    DETAILS,
+    LORAS,
+    PATTERNS,
+    RULES,
+    SCHEME,
+    device_of,
+    find_loras,
+    lines_of,
+    logged,
+    make_config,
+    progress_bar,
+)
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
-from hijack.progress import Progress
-from hijack.quantized import QuantizationConfig
-from hijack.registry import current_registry
 from hijack.safetensors_io.reader import identity_of
-from hijack.text import parse_block_size
-
-AUTO = "auto"
-
-
-def scheme_names() -> list[str]:
-    """Registered schemes; the reference scheme first."""
-    return sorted(
-        current_registry().schemes(), key=lambda name: (name != "blockwise_fp8", name)
-    )
-
-
-def make_config(scheme: str, block_size: str) -> QuantizationConfig:
-    """What the inputs of both quantizing nodes say.
-
-    Raises:
-        HijackError: if the scheme is unknown, or the text is no block size.
-    """
-    chosen = current_registry().get(scheme)
-    options: dict[str, Any] = {}
-    if block_size.strip() not in ("", AUTO):
-        if "block_size" not in {option.name for option in chosen.declared_options()}:
-            raise HijackError(
-                f"block_size: scheme {scheme} has no blocks; got {block_size!r}, "
-                f"expected {AUTO}"
-            )
-        options["block_size"] = _parsed(block_size)
-    return QuantizationConfig.of(chosen, options)
-
-
-def _parsed(block_size: str) -> tuple[int, int] | int | str:
-    try:
-        return parse_block_size(block_size)
-    except SchemeError as error:
-        raise SchemeError(f"block_size: {error}; or write {AUTO}") from error
-
-
-def progress_bar() -> Progress:
-    """ComfyUI's progress bar, in the page and in the terminal."""
-    utils = sys.modules["comfy.utils"]
-    bars: list[Any] = []
-
-    def advance(done: int, total: int, layer: str) -> None:
-        if not bars:
-            bars.append(utils.ProgressBar(total))
-        bars[0].update_absolute(done, total)
-
-    return advance
 
 
 def quantize_model(
-    model: Any, scheme: str, block_size: str, include: str = "", exclude: str = ""
+    model: Any,
+    scheme: str,
+    block_size: str,
+    include: str = "",
+    exclude: str = "",
+    rules: str = "",
+    device: str = "cpu",
+    **details: Any,
 ) -> Result:
     """Run *Quantize Model*."""
-    config = make_config(scheme, block_size)
-    result = quantize.quantize_model(model, config, include, exclude, progress_bar())
-    return Result((result,))
+    notes: list[str] = []
+    result = quantize.quantize_model(
+        model,
+        make_config(scheme, block_size, **details),
+        include,
+        exclude,
+        progress_bar(),
+        rules=lines_of(rules),
+        device=device_of(device),
+        notes=notes,
+    )
+    return Result((result,), logged("Quantize Model", notes))
 
 
 def load_quantized(
-    unet_name: str, scheme: str, block_size: str, include: str = "", exclude: str = ""
+    unet_name: str,
+    scheme: str,
+    block_size: str,
+    include: str = "",
+    exclude: str = "",
+    rules: str = "",
+    loras: str = "",
+    device: str = "cpu",
+    **details: Any,
 ) -> Result:
     """Run *Load Diffusion Model (quantize)*."""
+    notes: list[str] = []
+    result = quantize.load_quantized(
+        _model_path(unet_name),
+        make_config(scheme, block_size, **details),
+        include,
+        exclude,
+        progress_bar(),
+        rules=lines_of(rules),
+        loras=find_loras(loras),
+        device=device_of(device),
+        notes=notes,
+    )
+    return Result((result,), logged(unet_name, notes))
+
+
+def _model_path(unet_name: str) -> str:
     folder_paths = sys.modules["folder_paths"]
-    path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-    config = make_config(scheme, block_size)
-    result = quantize.load_quantized(path, config, include, exclude, progress_bar())
-    return Result((result,))
+    path: str = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
+    return path
 
 
 def file_state(path: str) -> str:
-    """What is another once a file is replaced or written to."""
-    return f"{path} {identity_of(os.stat(path))}"
+    """What is another once a file is replaced or written to.
+
+    ComfyUI puts it into the workflow that images carry, so it tells no folders.
+    """
+    return str(identity_of(os.stat(path)))
 
 
-def _loaded(unet_name: str) -> str:
-    """What *Load Diffusion Model (quantize)*'s model depends on: the file."""
-    folder_paths = sys.modules["folder_paths"]
-    path = folder_paths.get_full_path_or_raise("diffusion_models", unet_name)
-    return file_state(path)
+def lora_states(loras: str) -> list[str]:
+    """What is another once one of the LoRAs is replaced or written to."""
+    return [file_state(path) for path, _ in find_loras(loras)]
+
+
+def _loaded(unet_name: str, loras: str = "") -> str:
+    """What *Load Diffusion Model (quantize)*'s model depends on: the files."""
+    return "\n".join([file_state(_model_path(unet_name)), *lora_states(loras)])
 
 
 def merge_loras(model: Any) -> Result:
@@ -112,52 +119,21 @@ def diffusion_models() -> list[str]:
     return files
 
 
-_HOW = (
-    Input(
-        "scheme",
-        "COMBO",
-        "The weight format. blockwise_fp8 is FP8 with one scale for each block; "
-        "plugins add others.",
-        options=scheme_names,
-        default="blockwise_fp8",
-    ),
-    Input(
-        "block_size",
-        "STRING",
-        "Weights that share a scale: ROWSxCOLUMNS such as 1x64 or 128x128, row, or "
-        "tensor. auto is the format's own choice. Smaller blocks are more exact.",
-        default=AUTO,
-    ),
-    Input(
-        "include",
-        "STRING",
-        "Layers to quantize, as patterns such as transformer_blocks.*.img_mlp.*, one "
-        "a line. Empty, or the word default: what is usual for this family of models, "
-        "or every linear layer of a model that is not known.",
-        default="",
-        multiline=True,
-        optional=True,
-    ),
-    Input(
-        "exclude",
-        "STRING",
-        "Layers to leave as they are, as patterns, one a line. Empty, or the word "
-        "default: what this family of models is sensitive in, such as norms.",
-        default="",
-        multiline=True,
-        optional=True,
-    ),
-)
-_ALIASES = ("fp8", "quantize", "quantization", "block-wise", "musubi", "low vram")
-
 NODES = (
     Node(
         "HijackQuantizeModel",
         "Quantize Model",
         "Quantizes a loaded model layer by layer, with its LoRAs merged in first at "
         "full precision. The result takes further LoRAs and can be saved.",
-        (*_ALIASES, "online quantization", "convert to fp8"),
-        (Input("model", "MODEL", "The model, with any LoRAs on it."), *_HOW),
+        (*ALIASES, "online quantization", "convert to fp8"),
+        (
+            Input("model", "MODEL", "The model, with any LoRAs on it."),
+            SCHEME,
+            BLOCK_SIZE,
+            *PATTERNS,
+            RULES,
+            *DETAILS,
+        ),
         (Output("MODEL", "model", "The quantized model."),),
         quantize_model,
     ),
@@ -167,7 +143,7 @@ NODES = (
         "Loads a full-precision diffusion model and quantizes each layer as it is "
         "read, so that the whole model never has to fit in memory. Files that are "
         "quantized already load with the ordinary Load Diffusion Model node.",
-        (*_ALIASES, "unet loader", "load quantized"),
+        (*ALIASES, "unet loader", "load quantized"),
         (
             Input(
                 "unet_name",
@@ -175,7 +151,12 @@ NODES = (
                 "A full-precision file in models/diffusion_models.",
                 options=diffusion_models,
             ),
-            *_HOW,
+            SCHEME,
+            BLOCK_SIZE,
+            *PATTERNS,
+            RULES,
+            LORAS,
+            *DETAILS,
         ),
         (Output("MODEL", "model", "The quantized model."),),
         load_quantized,

@@ -1,8 +1,9 @@
-"""A node that draws how far quantized weights are from the original ones."""
+"""Nodes that say and draw how far quantized weights are from the original ones."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import statistics
 import sys
 from typing import Any
@@ -10,33 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hijack.checkpoint.compare import Comparison, compare_files
 from hijack.errors import HijackError
 from hijack.hosts.comfyui.linear import LIVE
+from hijack.hosts.comfyui.nodes.files import checkpoint_files, full_path
+from hijack.hosts.comfyui.nodes.models import file_state
+from hijack.hosts.comfyui.nodes.options import lines_of, progress_bar
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.hosts.comfyui.quantize import NETWORK, read_weight
 from hijack.metrics import quantization_error
-from hijack.text import table
 
-#: Layers named in the text and the plot.
+#: Layers named in the text.
 WORST = 10
 
 
-@dataclasses.dataclass(frozen=True)
-class Distance:
-    """How far one layer's weight is from the original.
-
-    Attributes:
-        layer: its name.
-        sqnr_db: power of the original over power of the difference, in decibels.
-        largest: the largest difference, relative to the largest weight.
-    """
-
-    layer: str
-    sqnr_db: float
-    largest: float
-
-
-def measure(quantized: Any, original: Any) -> list[Distance]:
+def measure(quantized: Any, original: Any) -> Comparison:
     """Compare every quantized layer of a model with the same layer of another.
 
     Args:
@@ -52,8 +41,8 @@ def measure(quantized: Any, original: Any) -> list[Distance]:
         raise HijackError(
             "model: has no layer that hijack quantized; connect a quantized model"
         )
-    found = []
-    for layer in layers:
+    found, advance = {}, progress_bar()
+    for done, layer in enumerate(layers, 1):
         key = f"{NETWORK}.{layer}.weight"
         reference, actual = _weight(original, key), _weight(quantized, key)
         if reference.shape != actual.shape:
@@ -61,11 +50,9 @@ def measure(quantized: Any, original: Any) -> list[Distance]:
                 f"{layer}: is {tuple(actual.shape)} in the quantized model and "
                 f"{tuple(reference.shape)} in the original; connect the same model"
             )
-        found.append(_distance(layer, reference, actual))
-        sys.modules[
-            "comfy.model_management"
-        ].throw_exception_if_processing_interrupted()
-    return found
+        found[layer] = quantization_error(reference, actual)
+        advance(done, len(layers), layer)
+    return Comparison("the original", "the quantized model", found)
 
 
 def _weight(patcher: Any, key: str) -> Tensor:
@@ -78,70 +65,63 @@ def _weight(patcher: Any, key: str) -> Tensor:
         ) from error
 
 
-def _distance(layer: str, reference: Tensor, actual: Tensor) -> Distance:
-    error = quantization_error(reference, actual)
-    peak = float(reference.abs().max()) or 1.0
-    return Distance(layer, error.sqnr, error.max_abs_error / peak)
-
-
-def describe(distances: list[Distance]) -> str:
-    """The worst layers, and the middle of all."""
-    ordered = sorted(distances, key=lambda distance: distance.sqnr_db)
-    middle = statistics.median(distance.sqnr_db for distance in ordered)
-    count = len(ordered)
-    rows = [
-        (d.layer, f"{d.sqnr_db:.1f}", f"{100 * d.largest:.2f}") for d in ordered[:WORST]
-    ]
-    head = ("layer", "SQNR dB", "largest error %")
-    return (
-        f"{count} quantized layers, median SQNR {middle:.1f} dB, worst first:\n\n"
-        f"{table(head, rows)}"
-    )
-
-
-def plot(distances: list[Distance]) -> Tensor:
-    """SQNR of every layer, the worst ones named; (1, H, W, 3) float32, 0 to 1.
+def picture(comparison: Comparison) -> Tensor:
+    """The plot of a comparison; (1, H, W, 3) float32, 0 to 1.
 
     Raises:
         HijackError: if matplotlib is not installed.
     """
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        from PIL import Image
+
+        from hijack.checkpoint.plot import draw_comparison
     except ImportError as error:
         raise HijackError(
-            f"Quantization Report: matplotlib is missing; run: {sys.executable} -m pip "
-            "install matplotlib"
+            f"the plot: {error.name} is missing; run: {sys.executable} -m "
+            "pip install matplotlib"
         ) from error
-    values = [min(distance.sqnr_db, 200.0) for distance in distances]
-    worst = sorted(range(len(values)), key=values.__getitem__)[:WORST]
-    figure = Figure(figsize=(12, 5), dpi=110, layout="constrained")
-    axes, names = figure.subplots(1, 2, width_ratios=(7, 4))
-    axes.plot(values, ".", color="#0072B2")
-    axes.plot(worst, [values[i] for i in worst], "D", color="#D55E00", label="worst")
-    axes.axhline(statistics.median(values), color="black", lw=0.8, label="median")
-    axes.set_ylim(min(values) - 1, max(values) + 1)
-    axes.set_xlabel("quantized layer, in the model's order")
-    axes.set_ylabel("weight SQNR (dB), higher is better")
-    axes.set_title("Quantized weights against the original")
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend()
-    names.axis("off")
-    listed = "\n".join(f"{values[i]:5.1f}  {distances[i].layer[-42:]}" for i in worst)
-    names.text(0, 1, f"   dB  worst layers\n\n{listed}", va="top", family="monospace")
-    canvas: Any = FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
-    width, height = canvas.get_width_height()
-    return pixels.view(1, height, width, 4)[..., :3].float() / 255
+    file = io.BytesIO()
+    draw_comparison(comparison, file)
+    image = Image.open(file).convert("RGB")
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return pixels.view(1, image.height, image.width, 3).float() / 255
 
 
 def quantization_report(model: Any, original: Any) -> Result:
     """Run *Quantization Report*."""
-    distances = measure(model, original)
-    text = describe(distances)
-    return Result((plot(distances), text), text)
+    comparison = measure(model, original)
+    middle = statistics.median(error.sqnr for error in comparison.layers.values())
+    text = (
+        f"{len(comparison.layers)} quantized layers, median SQNR {middle:.1f} dB, "
+        f"worst first:\n\n{comparison.as_table(WORST)}"
+    )
+    return Result((picture(comparison), text), text)
 
+
+def compare_two(reference: str, other: str, assume: str = "") -> Result:
+    """Run *Compare Files*."""
+    comparison = compare_files(
+        full_path(reference),
+        full_path(other),
+        assume=lines_of(assume),
+        progress=progress_bar(),
+    )
+    # by the names in ComfyUI's lists, for paths on the server say less here
+    comparison = dataclasses.replace(comparison, reference=reference, other=other)
+    text = comparison.as_table(WORST)
+    return Result((picture(comparison), text), text)
+
+
+def _compared(reference: str, other: str) -> str:
+    """What *Compare Files* depends on: the files."""
+    return "\n".join(file_state(full_path(file)) for file in (reference, other))
+
+
+_OUTPUTS = (
+    Output("IMAGE", "plot", "Signal-to-noise ratio of every layer."),
+    Output("STRING", "report", "The worst layers as text."),
+)
+_ALIASES = ("error", "sqnr", "compare", "quality", "fp8", "plot")
 
 NODES = (
     Node(
@@ -149,16 +129,48 @@ NODES = (
         "Quantization Report",
         "Draws how far each quantized layer's weight is from the original one, and "
         "names the worst layers.",
-        ("error", "sqnr", "compare", "quality", "fp8", "plot"),
+        _ALIASES,
         (
             Input("model", "MODEL", "The quantized model."),
             Input("original", "MODEL", "The model it was quantized from."),
         ),
-        (
-            Output("IMAGE", "plot", "Signal-to-noise ratio of every layer."),
-            Output("STRING", "report", "The worst layers as text."),
-        ),
+        _OUTPUTS,
         quantization_report,
         terminal=True,
+    ),
+    Node(
+        "HijackCompareFiles",
+        "Compare Files",
+        "Says and draws how far each weight of a file is from the same weight of "
+        "another. It loads no model, so that a text encoder, a VAE or a whole "
+        "checkpoint will do, quantized or not.",
+        (*_ALIASES, "diff", "difference", "checkpoint"),
+        (
+            Input(
+                "reference",
+                "COMBO",
+                "The file to compare with, such as the original.",
+                options=checkpoint_files,
+            ),
+            Input(
+                "other",
+                "COMBO",
+                "The file to compare, such as a quantized one.",
+                options=checkpoint_files,
+            ),
+            Input(
+                "assume",
+                "STRING",
+                "How to read a file that does not tell: a scheme, a dialect or a block "
+                "size, one a line.",
+                default="",
+                multiline=True,
+                optional=True,
+            ),
+        ),
+        _OUTPUTS,
+        compare_two,
+        terminal=True,
+        fingerprint=_compared,
     ),
 )

@@ -24,6 +24,9 @@ class Input:
         default: value to start with, where there is one.
         multiline: whether a text may have several lines.
         optional: whether it may be left open.
+        free: whether a combo also takes texts that are no choice of it.
+        limits: least and greatest value of a number.
+        advanced: whether the page shows it only on request, where it can.
     """
 
     name: str
@@ -33,6 +36,9 @@ class Input:
     default: Any = None
     multiline: bool = False
     optional: bool = False
+    free: bool = False
+    limits: tuple[int, int] | None = None
+    advanced: bool = False
 
     def details(self) -> dict[str, Any]:
         """What both schemas call the same."""
@@ -41,7 +47,20 @@ class Input:
             details["default"] = self.default
         if self.multiline:
             details["multiline"] = True
+        if self.limits is not None:
+            details["min"], details["max"] = self.limits
+        if self.advanced:
+            details["advanced"] = True
         return details
+
+    def takes(self, received: Any) -> bool:
+        """Whether an output of a type may be linked to it.
+
+        Args:
+            received: ComfyUI's type; the old schema has a list for a combo.
+        """
+        kinds = {"COMBO"} if isinstance(received, list) else set(received.split(","))
+        return bool(kinds & {"*", self.kind, *(["STRING"] if self.free else [])})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,6 +154,8 @@ def classic_class(node: Node) -> type:
         "run": run,
         "__doc__": node.description,
     }
+    if any(given.free for given in node.inputs):
+        namespace["VALIDATE_INPUTS"] = classmethod(_validation(node))
     if node.fingerprint is not None:
         namespace["IS_CHANGED"] = classmethod(_fingerprint(node.fingerprint))
     return type(node.id, (), namespace)
@@ -148,6 +169,28 @@ def _fingerprint(fingerprint: Callable[..., Any]) -> Callable[..., Any]:
         return fingerprint(**{k: v for k, v in inputs.items() if k in known})
 
     return ask
+
+
+def _validation(node: Node) -> Callable[..., Any]:
+    """A method of a node's class, which ComfyUI asks instead of looking itself.
+
+    It does so for the inputs that the method names, and for the types of what is linked
+    to any input, because the method names those too.
+    """
+
+    def validate(cls: Any, /, **asked: Any) -> bool | str:
+        linked = asked.get("input_types") or {}
+        for given in node.inputs:
+            received = linked.get(given.name)
+            if received is not None and not given.takes(received):
+                return f"{given.name}: got {received}, expected {given.kind}"
+        return True
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = ["cls", *(i.name for i in node.inputs if i.free), "input_types"]
+    signature = inspect.Signature([inspect.Parameter(name, kind) for name in names])
+    validate.__signature__ = signature  # type: ignore[attr-defined]
+    return validate
 
 
 # -- v3 --------------------------------------------------------------------------------
@@ -210,16 +253,23 @@ def v3_class(node: Node, latest: Any) -> type:
         "execute": classmethod(execute),
         "__doc__": node.description,
     }
+    if any(given.free for given in node.inputs):
+        namespace["validate_inputs"] = classmethod(_validation(node))
     if node.fingerprint is not None:
         namespace["fingerprint_inputs"] = classmethod(_fingerprint(node.fingerprint))
     return type(node.id, (io.ComfyNode,), namespace)
 
 
 def _v3_input(io: Any, given: Input) -> Any:
+    kinds = {"COMBO": "Combo", "STRING": "String", "BOOLEAN": "Boolean", "INT": "Int"}
+    if given.kind in kinds:
+        make = getattr(io, kinds[given.kind]).Input
+    else:
+        make = io.Custom(given.kind).Input
     details = {**given.details(), "optional": given.optional}
     if given.options is not None:
-        return io.Combo.Input(given.name, options=list(given.options()), **details)
-    kinds = {"STRING": "String", "BOOLEAN": "Boolean"}
-    if given.kind in kinds:
-        return getattr(io, kinds[given.kind]).Input(given.name, **details)
-    return io.Custom(given.kind).Input(given.name, **details)
+        details["options"] = list(given.options())
+    known = inspect.signature(make).parameters
+    if "advanced" not in known:  # in releases of 2025
+        details.pop("advanced", None)
+    return make(given.name, **details)

@@ -6,6 +6,7 @@ const NAME = "hijack_text";
 function show(node, output) {
   if (!output?.text) return;
   const text = [output.text].flat().join("\n");
+  const lines = text.split("\n");
   let widget = node.widgets?.find((each) => each.name === NAME);
   if (!widget) {
     const element = document.createElement("pre");
@@ -16,15 +17,14 @@ function show(node, output) {
     // Neither in the workflow nor in the prompt: it is no input.
     widget = node.addDOMWidget(NAME, NAME, element, {
       serialize: false,
-      getMinHeight: () => 60,
+      getMinHeight: () => Math.min(16 * lines.length + 18, 130),
     });
     widget.serialize = false;
-    const lines = text.split("\n");
     const columns = Math.max(...lines.map((line) => line.length));
     const [width, height] = node.computeSize();
     node.setSize([
       Math.min(Math.max(node.size[0], width, 7 * columns + 50), 700),
-      Math.max(node.size[1], height - 60 + Math.min(16 * lines.length + 30, 400)),
+      Math.max(node.size[1], height + Math.min(16 * Math.max(lines.length - 7, 0), 270)),
     ]);
   }
   widget.element.textContent = text;

@@ -1,0 +1,259 @@
+"""What the quantizing nodes have in common: the options of the command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from hijack.errors import HijackError, SchemeError, printable
+from hijack.hosts.comfyui.nodes.spec import Input
+from hijack.hosts.comfyui.quantize import check_interrupted
+from hijack.lora.files import parse_lora
+from hijack.options import parse_options
+from hijack.progress import Progress
+from hijack.quantized import QuantizationConfig
+from hijack.registry import current_registry
+from hijack.text import (
+    CODE_DTYPES,
+    SCALE_DTYPES,
+    did_you_mean,
+    logger,
+    parse_block_size,
+)
+
+log = logger(__name__)
+
+AUTO = "auto"
+#: Block sizes to choose among.
+BLOCK_SIZES = (AUTO, "1x32", "1x64", "1x128", "32x32", "128x128", "row", "tensor")
+#: Where to quantize: on the processor, or where ComfyUI computes.
+DEVICES = ("cpu", "gpu")
+
+
+def scheme_names() -> list[str]:
+    """Registered schemes; the reference scheme first."""
+    return sorted(
+        current_registry().schemes(), key=lambda name: (name != "blockwise_fp8", name)
+    )
+
+
+def make_config(
+    scheme: str,
+    block_size: str,
+    custom_block_size: str = "",
+    dtype: str = AUTO,
+    scale_dtype: str = AUTO,
+    scale_search: int = 0,
+    options: str = "",
+) -> QuantizationConfig:
+    """What the inputs of the quantizing nodes say.
+
+    Raises:
+        HijackError: if the scheme is unknown, or a value is not one that it takes.
+    """
+    chosen = current_registry().get(scheme)
+    declared = chosen.declared_options()
+    size = custom_block_size.strip() or block_size.strip()
+    values = {
+        "block_size": "" if size == AUTO else size,
+        "dtype": "" if dtype == AUTO else dtype,
+        "scale_dtype": "" if scale_dtype == AUTO else scale_dtype,
+        "scale_search": str(scale_search or ""),
+    }
+    known = {option.name for option in declared}
+    for name, value in values.items():
+        if value and name not in known:
+            raise HijackError(
+                f"{name}: scheme {scheme} has no such option; got {value!r}, expected "
+                f"{0 if name == 'scale_search' else AUTO}"
+            )
+    if values["block_size"]:
+        _check_block_size(size)
+    texts = [f"{name}={value}" for name, value in values.items() if value]
+    parsed = parse_options(declared, [*texts, *lines_of(options)], scheme)
+    return QuantizationConfig.of(chosen, parsed)
+
+
+def _check_block_size(text: str) -> None:
+    try:
+        parse_block_size(text)
+    except SchemeError as error:
+        raise SchemeError(f"block_size: {error}; or write {AUTO}") from error
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of a text that say something."""
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def find_loras(text: str) -> list[tuple[str, float]]:
+    """Files and strengths of LoRAs, one a line, from ComfyUI's folder of LoRAs.
+
+    Raises:
+        HijackError: if a file is not there, or a strength is no number.
+    """
+    folder_paths = sys.modules["folder_paths"]
+    found = []
+    for line in lines_of(text):
+        name, strength = parse_lora(line)
+        path = folder_paths.get_full_path("loras", str(name))
+        if path is None:
+            known = folder_paths.get_filename_list("loras")
+            raise HijackError(
+                f"loras: {str(name)!r} is not in ComfyUI's folder of LoRAs; expected "
+                f"FILE or FILE:STRENGTH{did_you_mean(str(name), known)}"
+            )
+        found.append((path, strength))
+    return found
+
+
+def device_of(word: str) -> Any:
+    """The device that a choice of `DEVICES` stands for."""
+    if word == "cpu":
+        return word
+    return sys.modules["comfy.model_management"].get_torch_device()
+
+
+def progress_bar() -> Progress:
+    """ComfyUI's progress bar; pressing cancel raises from it."""
+    utils = sys.modules["comfy.utils"]
+    bars: list[Any] = []
+
+    def advance(done: int, total: int, layer: str) -> None:
+        check_interrupted()
+        if not bars:
+            bars.append(utils.ProgressBar(total))
+        bars[0].update_absolute(done, total)
+
+    return advance
+
+
+def logged(where: str, notes: list[str]) -> str:
+    """Put notes into the log, a line each, and give them as one text."""
+    for note in notes:
+        log.info("hijack: %s: %s", where, note)
+    return "\n".join(map(printable, notes))
+
+
+SCHEME = Input(
+    "scheme",
+    "COMBO",
+    "The weight format. blockwise_fp8 is FP8 with one scale for each block; "
+    "plugins add others.",
+    options=scheme_names,
+    default="blockwise_fp8",
+)
+BLOCK_SIZE = Input(
+    "block_size",
+    "COMBO",
+    "Weights that share a scale: ROWSxCOLUMNS, row, or tensor. auto is the format's "
+    "own choice. Smaller blocks are more exact. For other sizes fill in "
+    "custom_block_size.",
+    options=lambda: BLOCK_SIZES,
+    default=AUTO,
+    free=True,
+)
+PATTERNS = (
+    Input(
+        "include",
+        "STRING",
+        "Layers to quantize, as patterns such as transformer_blocks.*.img_mlp.*, one "
+        "a line. Empty, or the word default: what is usual for this family of models, "
+        "or every linear layer of a model that is not known.",
+        default="",
+        multiline=True,
+        optional=True,
+    ),
+    Input(
+        "exclude",
+        "STRING",
+        "Layers to leave as they are, as patterns, one a line. Empty, or the word "
+        "default: what this family of models is sensitive in, such as norms.",
+        default="",
+        multiline=True,
+        optional=True,
+    ),
+)
+RULES = Input(
+    "rules",
+    "STRING",
+    "What is special about some layers, one rule a line; the first that matches "
+    "applies. PATTERN=128x128 sets their block size, PATTERN=skip leaves them as they "
+    "are, PATTERN=bf16, f16 or f32 does so in that dtype.",
+    default="",
+    multiline=True,
+    optional=True,
+    advanced=True,
+)
+LORAS = Input(
+    "loras",
+    "STRING",
+    "LoRAs to merge at full precision first, one a line: FILE or FILE:STRENGTH, such "
+    "as style.safetensors:0.8, with files of ComfyUI's folder of LoRAs.",
+    default="",
+    multiline=True,
+    optional=True,
+)
+DETAILS = (
+    Input(
+        "custom_block_size",
+        "STRING",
+        "A block size that block_size does not list, such as 1x48 or 64x64. Empty: "
+        "block_size counts.",
+        default="",
+        optional=True,
+        advanced=True,
+    ),
+    Input(
+        "dtype",
+        "COMBO",
+        "What quantized weights are stored as. auto is the format's own choice, e4m3 "
+        "for FP8.",
+        options=lambda: (AUTO, *CODE_DTYPES),
+        default=AUTO,
+        optional=True,
+        advanced=True,
+    ),
+    Input(
+        "scale_dtype",
+        "COMBO",
+        "What scales are stored as. auto is the weight's own dtype, or what the "
+        "dialect asks for.",
+        options=lambda: (AUTO, *SCALE_DTYPES),
+        default=AUTO,
+        optional=True,
+        advanced=True,
+    ),
+    Input(
+        "scale_search",
+        "INT",
+        "Try this many scales for each block and take the one with the least error. "
+        "0 tries none; 32 gains almost 2 dB in blocks of 1x64 and takes four times as "
+        "long.",
+        default=0,
+        optional=True,
+        advanced=True,
+        limits=(0, 128),
+    ),
+    Input(
+        "options",
+        "STRING",
+        "Further options of the scheme, NAME=VALUE, one a line. The command hijack "
+        "schemes lists them.",
+        default="",
+        multiline=True,
+        optional=True,
+        advanced=True,
+    ),
+    Input(
+        "device",
+        "COMBO",
+        "Where layers are quantized, one at a time: on the processor, or on the "
+        "device that ComfyUI computes on, which is faster.",
+        options=lambda: DEVICES,
+        default="cpu",
+        optional=True,
+        advanced=True,
+    ),
+)
+ALIASES = ("fp8", "quantize", "quantization", "block-wise", "musubi", "low vram")
