@@ -15,7 +15,7 @@ from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, ModuleError, ShapeError
 from hijack.formats import matching
 from hijack.formats.dialect import Dialect
-from hijack.formats.identification import identify
+from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
 from hijack.modules import Change, Wrapped, apply_all, prepare
 from hijack.quantized import QuantizedTensor
@@ -25,8 +25,6 @@ from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.scheme import Scheme
 from hijack.stored import plain, refuse_raw
 
-#: safetensors' names of dtypes that files hold dense tensors in, to make them small.
-PLAIN_CASTS = ("F8_E4M3", "F8_E5M2")
 Source = (
     str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
 )

@@ -431,6 +431,75 @@ def test_a_layer_that_lost_its_scale_is_no_plain_cast():
     )
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("blocks.0.q_scale", "blocks.0.q_weight_scale", "blocks.0.q_scale.weight"),
+        *("blocks.0.scale_q", "blocks.0.scales.q", "blocks_0_q_scale"),
+        *("blocks.0.q:scale", "scales.blocks/0/q", "meta.blocks.0.q.weight.scale"),
+        *("weight_scales", "quantization.scales", "blocks.0.Q_SCALE"),
+    ],
+)
+def test_what_may_scale_plain_data_is_unconsumed_wherever_it_is(key):
+    """A scale may be beside the layer, in a table, or all scales in one tensor."""
+    tensors = {"blocks.0.q.weight": torch.ones(64, 128).to(FP8)}
+    found = identify(Header.from_state_dict({**tensors, key: torch.ones(1)}))
+    assert (found.unconsumed, found.clear) == ((key,), False)
+
+
+@pytest.mark.parametrize(
+    "key", ["scale", "up_scale", "gate_up_proj_amax", "gate_up_proj_weight_scale"]
+)
+def test_what_may_scale_stacked_experts_is_unconsumed(key):
+    """FP8 experts in one tensor may have their scales beside them."""
+    experts = {"experts.gate_up_proj": torch.ones(4, 64, 128).to(FP8)}
+    assert identify(Header.from_state_dict(experts)).clear
+    found = identify(
+        Header.from_state_dict({**experts, f"experts.{key}": torch.ones(4)})
+    )
+    assert not found.clear
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("blocks.0.norm.key_norm.scale", "logit_scale", "blocks.0.scale_shift_table"),
+        *("scale_embedder.weight", "self_attn.k_scale"),
+    ],
+)
+def test_parameters_that_are_called_scales_leave_plain_casts_clear(key):
+    """Models have scales of their own, and norms of the name of another's module."""
+    tensors = {
+        "blocks.0.q.weight": torch.ones(64, 128).to(FP8),
+        "norm.weight": torch.ones(64).to(FP8),
+    }
+    assert identify(Header.from_state_dict({**tensors, key: torch.ones(1)})).clear
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.int16, torch.int32, torch.int64, torch.bool),
+        *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    ],
+)
+def test_weights_that_load_cannot_cast_are_not_clear(dtype):
+    """Of dense weights in another dtype only FP8 is a plain cast."""
+    found = identify(header(x__weight=torch.ones(64, 128).to(dtype)))
+    assert (found.unscaled, found.clear) == (("x",), False)
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("grid", [(1, 64), (2, 64), (1, 128)])
+def test_a_grid_that_may_be_transposed_is_ambiguous(name, grid):
+    """As many columns of scales as rows of the weight may be a scale for each row."""
+    tensors = {"x.weight": torch.ones(64, 128).to(FP8), f"x.{name}": torch.ones(grid)}
+    found = identify(Header.from_state_dict(tensors))
+    assert (list(found.ambiguous), found.layers) == (["x"], {})
+    wide = {"x.weight": torch.ones(64, 8192).to(FP8), f"x.{name}": torch.ones(1, 64)}
+    assert identify(Header.from_state_dict(wide)).layers["x"].block_size == (64, 128)
+
+
 def test_the_table_is_short_and_speaks_of_rows_and_tensors():
     """Three notes of a kind and the number of the rest; whole rows are called so."""
     coded = torch.ones(64, 128).to(FP8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,12 +42,12 @@ SCALE_NAMES = frozenset(
         "_weight_scale",
     }
 )
-#: Dtypes of quantized data, whatever else their layer holds.
-QUANTIZED_DTYPES = frozenset(
-    {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
-)
+#: Dtypes that files hold dense tensors in, to make them small.
+PLAIN_CASTS = ("F8_E4M3", "F8_E5M2")
 #: Words in the names of tensors that are needed to decode the weight beside them.
 _DECODING_WORDS = ("scale", "scaling", "amax", "absmax", "zero_point", "svd_")
+#: Words beside those in names of scales, which are none of the layer's own.
+_SCALE_FILLERS = frozenset({"weight", "weights", "inv", "factor", "fp8"})
 #: Last parts of keys of scales of the outputs of a layer or its attention.
 _OUTPUT_SCALES = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
 
@@ -149,12 +150,12 @@ class Identification:
     def lacks_scales(self) -> bool:
         """Whether any unscaled data is not a plain cast.
 
-        Integers never are. FP8 is not if other layers of the file have scales.
+        Only FP8 is, and that is not if other layers of the file have scales.
         """
         infos = (self.infos.get(join(layer, "weight")) for layer in self.unscaled)
         dtypes = {info.dtype for info in infos if info is not None}
         weights = (next(iter(claim.keys.values())) for claim in self.layers.values())
-        if any(not dtype.startswith("F8") for dtype in dtypes):
+        if not dtypes.issubset(PLAIN_CASTS):
             return True
         return bool(dtypes) and any(self.infos[key].dtype in dtypes for key in weights)
 
@@ -364,7 +365,7 @@ def _unscaled(header: Header, known: set[str]) -> tuple[str, ...]:
         layer
         for layer, parts in header.parts.items()
         if "weight" in parts
-        and parts["weight"].dtype in QUANTIZED_DTYPES
+        and parts["weight"].dtype not in DENSE_NAMES
         and layer not in known
     )
 
@@ -384,36 +385,80 @@ def _unconsumed(
     used |= {key for layer in unsupported.values() for key in layer.keys}
     quantized = {claim.layer for claim in claims}.union(unscaled)
     lone = set(unscaled)
+    nearby = _Nearby(header, lone, used)
     decoding = {n for n in header.owners if any(word in n for word in _DECODING_WORDS)}
     unconsumed = []
     for key in header.tensors:
         if key in used:
             continue
         layer, _, name = key.rpartition(".")
-        if name in _OUTPUT_SCALES:
+        if name in _OUTPUT_SCALES and not nearby.is_named(key):
             continue
         scales = name in SCALE_NAMES or (name in decoding and layer in quantized)
-        if scales or (lone and _may_scale_one_of(lone, header, key)):
+        if scales or nearby.may_scale(key):
             unconsumed.append(key)
     return tuple(unconsumed)
 
 
-def _may_scale_one_of(layers: Collection[str], header: Header, key: str) -> bool:
-    """Whether a tensor may be the scale of one of some layers without any.
+class _Nearby:
+    """Finds the tensors that may be the scales of quantized data without any.
 
-    Programs keep it one level down (``X.weight_quantizer.scale``), beside the layer
-    (``X_scale``), or in a table of its own (``scales.X``). Whatever its name is, a
-    matrix needs nothing beside it but a bias.
+    Programs keep them one level down (``X.weight_quantizer.scale``), beside the layer
+    (``X_scale``, ``scale_X``), in a table of their own (``scales.X``), or all in one
+    tensor. Data of any name counts, such as that of stacked experts.
+
+    Args:
+        header: of the checkpoint.
+        layers: those whose weight is such data.
+        used: keys that are read.
     """
-    owner, _, name = key.rpartition(".")
-    if _is_part_of(layers, header, key):
-        return True
-    word = next((word for word in _DECODING_WORDS if word in name), None)
-    if word is not None and join(owner, name.partition(word)[0].rstrip("_")) in layers:
-        return True
-    table, _, layer = key.removesuffix(".weight").partition(".")
-    listed = any(word in table for word in _DECODING_WORDS)
-    return listed and "." in layer and layer in layers
+
+    def __init__(
+        self, header: Header, layers: Collection[str], used: Collection[str]
+    ) -> None:
+        self.header, self.layers = header, layers
+        self.stacked = {
+            key
+            for key, info in header.tensors.items()
+            if info.dtype in PLAIN_CASTS and len(info.shape) > 2 and key not in used
+            if key.rpartition(".")[2] != "weight"
+        }
+        matrices = [
+            layer for layer in layers if len(header.parts[layer]["weight"].shape) > 1
+        ]
+        self.names = {_words(name) for name in (*matrices, *self.stacked)}
+        self.owners = {key.rpartition(".")[0] for key in self.stacked}
+
+    def may_scale(self, key: str) -> bool:
+        """Whether a tensor may be the scale of any of the data."""
+        if not self.names or not self.header.tensors[key].real:
+            return False
+        if self.layers and _is_part_of(self.layers, self.header, key):
+            return True
+        if not any(word in key.lower() for word in _DECODING_WORDS):
+            return False
+        if self.is_named(key):
+            return True
+        owner, _, name = key.rpartition(".")
+        shared = name != "weight" and "weight" in name  # such as a table of all
+        return owner in self.owners or shared or "quant" in key
+
+    def is_named(self, key: str) -> bool:
+        """Whether a tensor has the name of any of the data, apart from its own."""
+        words = _words(key)
+        inner = (words[start:] for start in range(1, len(words) - 2))  # of a table
+        return words in self.names or any(name in self.names for name in inner)
+
+
+def _words(key: str) -> tuple[str, ...]:
+    """The words of a name, without those that only say that it is of a scale."""
+    return tuple(
+        word
+        for word in re.split("[^0-9a-z]+", key.lower())
+        if word
+        and word not in _SCALE_FILLERS
+        and not any(each in word for each in _DECODING_WORDS)
+    )
 
 
 def _is_part_of(layers: Collection[str], header: Header, key: str) -> bool:

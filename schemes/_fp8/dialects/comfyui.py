@@ -36,11 +36,11 @@ from schemes._fp8.blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
-    columns_of,
     divides,
     grid_shape,
     matrix_shape,
     parse_block_size,
+    transposed,
 )
 from schemes._fp8.dialects.base import (
     FULL_PRECISION,
@@ -193,7 +193,7 @@ class ComfyQuantDialect(FP8Dialect):
         """As in the base class; its writers have whole rows, squares and 1 x C."""
         sizes, certain = super()._sizes(info, declared)
         exact = divides(info.shape, info.grid)
-        if certain or not exact or columns_of(info.shape, info.grid):
+        if certain or not exact or transposed(info.shape, info.grid):
             return sizes, certain
         rows, cols = sizes[-1]
         return (sizes[-1:], True) if rows in (1, cols) else (sizes, certain)
