@@ -250,6 +250,15 @@ def test_patterns_may_come_from_an_iterator(known):
     assert list(choice.layers) == ["blocks.0.q", "blocks.0.k"]
 
 
+@pytest.mark.parametrize("option", ["include", "exclude", "rules"])
+@pytest.mark.parametrize("value", [3, [None], b"blocks.*", [b"blocks.*"]])
+def test_patterns_that_are_no_texts_are_refused(option, value):
+    """The error names the option."""
+    name = option.removesuffix("s")
+    with pytest.raises(CheckpointError, match=f"^{name}: got .*, expected a text"):
+        choose(header(*MODEL), **{option: value})
+
+
 def test_a_rule_does_not_include_what_is_excluded(known):
     """One for everything leaves dense what is usually dense."""
     found = choose(known, rules="*=128x128")

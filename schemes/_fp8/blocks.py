@@ -61,7 +61,7 @@ def parse_block_size(block_size: BlockSize, shape: Pair) -> Pair:
             size = text.parse_block_size(size)
         except SchemeError as error:
             raise SchemeError(f"block_size: {error}") from error
-    if size in ("row", "tensor"):
+    if isinstance(size, str):
         size = (1 if size == "row" else max(shape[0], 1), max(shape[1], 1))
     if isinstance(size, int):
         size = (1, size)
