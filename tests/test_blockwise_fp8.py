@@ -455,5 +455,5 @@ def test_validate_names_the_layer():
 )
 def test_what_is_no_block_size_is_named(size):
     """Also if comparing it gives no answer, as with arrays."""
-    with pytest.raises(SchemeError, match="block_size: got .*, expected "):
+    with pytest.raises(SchemeError, match=r"block_size: got .*, expected "):
         SCHEME.quantize(torch.ones(4, 64), block_size=size)

@@ -489,6 +489,23 @@ def test_weights_that_load_cannot_cast_are_not_clear(dtype):
     assert (found.unscaled, found.clear) == (("x",), False)
 
 
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        *(("x.bias", torch.int8), ("x.bias", torch.float8_e4m3fnuz)),
+        *(("table", torch.float8_e5m2fnuz), ("table", torch.float8_e8m0fnu)),
+    ],
+)
+def test_tensors_beside_weights_that_load_refuses_are_not_clear(key, dtype):
+    """Biases are no integers, and no model has the FP8 of older GPUs."""
+    dense = {"x.weight": torch.ones(64, 128), "ids": torch.arange(4)}
+    tensors = {**dense, key: torch.ones(64).to(dtype)}
+    with pytest.raises(CheckpointError, match=f"{key}: is .*, expected a dense dtype"):
+        identify(Header.from_state_dict(tensors)).check()
+    tensors[key] = torch.ones(64).to(FP8)
+    assert identify(Header.from_state_dict(tensors)).clear
+
+
 @pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
 @pytest.mark.parametrize("grid", [(1, 64), (2, 64), (1, 128)])
 def test_a_grid_that_may_be_transposed_is_ambiguous(name, grid):

@@ -147,6 +147,26 @@ class Identification:
                 "casts alone; install the scheme that wrote the file"
             )
 
+        for key in self._not_dense():
+            yield CheckpointError(
+                f"{self.source}: {key}: is {self.infos[key].dtype}, expected a dense "
+                "dtype or FP8; install the scheme that wrote the file"
+            )
+
+    def _not_dense(self) -> Iterator[str]:
+        """Keys beside weights that no model has in their dtype.
+
+        Integers may be buffers, but no biases.
+        """
+        used = {key for claim in self.layers.values() for key in claim.keys.values()}
+        used.update(key for layer in self.unsupported.values() for key in layer.keys)
+        for key, info in self.infos.items():
+            name = key.rpartition(".")[2]
+            readable = info.dtype in DENSE_NAMES or info.dtype in PLAIN_CASTS
+            odd = info.dtype.startswith(("F8", "F6", "F4")) or name == "bias"
+            if odd and not readable and key not in used:
+                yield key
+
     def lacks_scales(self) -> bool:
         """Whether any unscaled data is not a plain cast.
 
