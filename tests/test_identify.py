@@ -245,6 +245,13 @@ def test_schemes_that_are_not_there_are_named():
     assert found.claims() == {}
 
 
+def test_metadata_of_another_scheme_outweighs_shapes_that_fit():
+    """Whatever reads claims, such as convert, must not take the layer for another."""
+    tensors = {"x__weight": torch.ones(4, 8).to(FP8), "x__weight_scale": torch.ones(())}
+    found = identify(marked(entry(scheme="rotated_fp8"), **tensors))
+    assert (found.unknown, found.claims()) == ({"x": "rotated_fp8"}, {})
+
+
 def test_metadata_of_a_layer_that_was_made_dense_means_nothing():
     """Other tools keep metadata when they replace tensors."""
     found = identify(marked(entry(), x__weight=torch.ones(4, 8)))

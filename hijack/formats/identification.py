@@ -252,6 +252,7 @@ def identify(
     layers, ambiguous = _resolve(claims)
     layers, ambiguous = _assume(header.source, layers, ambiguous, assume)
     mismatches, unknown = _metadata_mismatches(header, registry, layers)
+    layers = {name: claim for name, claim in layers.items() if name not in unknown}
     known = {*layers, *ambiguous, *mismatches, *unknown}
     unsupported: Mapping[str, UnsupportedLayer] = {}
     if _has_quantized_data(header, known):
