@@ -472,6 +472,7 @@ def test_what_may_scale_stacked_experts_is_unconsumed(key):
     [
         *("blocks.0.norm.key_norm.scale", "logit_scale", "blocks.0.scale_shift_table"),
         *("scale_embedder.weight", "self_attn.k_scale"),
+        *("upscaler.attn.in_proj_weight", "upscaler.quant_conv.weight"),
     ],
 )
 def test_parameters_that_are_called_scales_leave_plain_casts_clear(key):

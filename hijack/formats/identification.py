@@ -461,8 +461,10 @@ class _Nearby:
         if self.is_named(key):
             return True
         owner, _, name = key.rpartition(".")
-        shared = name != "weight" and "weight" in name  # such as a table of all
-        return owner in self.owners or shared or "quant" in key
+        if not any(word in name.lower() for word in _DECODING_WORDS):
+            return False  # of a module such as an upscaler
+        of_all = "weight" in name or "quant" in key
+        return of_all or owner in self.owners
 
     def is_named(self, key: str) -> bool:
         """Whether a tensor has the name of any of the data, apart from its own."""
