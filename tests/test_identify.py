@@ -525,6 +525,15 @@ def test_a_grid_that_may_be_transposed_is_ambiguous(name, grid):
     assert identify(Header.from_state_dict(wide)).layers["x"].block_size == (64, 128)
 
 
+def test_a_norm_beside_scaled_layers_may_be_a_plain_cast():
+    """No format scales a weight of one dimension."""
+    coded, norm = torch.ones(64, 128).to(FP8), torch.ones(64).to(FP8)
+    found = identify(
+        header(x__weight=coded, x__scale_weight=torch.ones(64, 2, 1), n__weight=norm)
+    )
+    assert (found.unscaled, found.clear) == (("n",), True)
+
+
 def test_the_table_is_short_and_speaks_of_rows_and_tensors():
     """Three notes of a kind and the number of the rest; whole rows are called so."""
     coded = torch.ones(64, 128).to(FP8)

@@ -170,14 +170,17 @@ class Identification:
     def lacks_scales(self) -> bool:
         """Whether any unscaled data is not a plain cast.
 
-        Only FP8 is, and that is not if other layers of the file have scales.
+        Only FP8 is, and a matrix is none if other layers of the file have scales.
         """
-        infos = (self.infos.get(join(layer, "weight")) for layer in self.unscaled)
+        infos = [self.infos.get(join(layer, "weight")) for layer in self.unscaled]
         dtypes = {info.dtype for info in infos if info is not None}
         weights = (next(iter(claim.keys.values())) for claim in self.layers.values())
         if not dtypes.issubset(PLAIN_CASTS):
             return True
-        return bool(dtypes) and any(self.infos[key].dtype in dtypes for key in weights)
+        matrices = {
+            info.dtype for info in infos if info is not None and len(info.shape) > 1
+        }
+        return any(self.infos[key].dtype in matrices for key in weights)
 
     def claims(self) -> dict[str, Claim]:
         """The claim to each layer.
