@@ -34,7 +34,7 @@ def make_config(scheme: str, block_size: str) -> QuantizationConfig:
     """
     chosen = current_registry().get(scheme)
     options: dict[str, Any] = {}
-    if block_size.strip() not in ("", AUTO):
+    if block_size.strip().lower() not in ("", AUTO):
         if "block_size" not in {option.name for option in chosen.declared_options()}:
             raise HijackError(
                 f"block_size: scheme {scheme} has no blocks; got {block_size!r}, "
