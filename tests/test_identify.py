@@ -525,6 +525,18 @@ def test_a_grid_that_may_be_transposed_is_ambiguous(name, grid):
     assert identify(Header.from_state_dict(wide)).layers["x"].block_size == (64, 128)
 
 
+@pytest.mark.parametrize("name", ["proj_down", "lora_A", "perm", "smooth", "lut"])
+def test_the_rest_of_a_weight_is_not_left_out(name):
+    """A part of low rank, or an order of columns, makes a weight another."""
+    scaled = {
+        "x__weight": torch.ones(64, 128).to(FP8),
+        "x__weight_scale": torch.ones(()),
+    }
+    assert identify(header(**scaled)).clear
+    found = identify(header(**scaled, **{f"x__{name}": torch.ones(2, 128)}))
+    assert found.unconsumed == (f"x.{name}",)
+
+
 def test_a_norm_beside_scaled_layers_may_be_a_plain_cast():
     """No format scales a weight of one dimension."""
     coded, norm = torch.ones(64, 128).to(FP8), torch.ones(64).to(FP8)

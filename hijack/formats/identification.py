@@ -46,6 +46,15 @@ SCALE_NAMES = frozenset(
 PLAIN_CASTS = ("F8_E4M3", "F8_E5M2")
 #: Words in the names of tensors that are needed to decode the weight beside them.
 _DECODING_WORDS = ("scale", "scaling", "amax", "absmax", "zero_point", "svd_")
+#: Names of what else a weight is made of: a part of low rank, the order of its columns,
+#: a rotation, factors of its inputs.
+_REST_NAMES = frozenset(
+    {
+        *("proj_down", "proj_up", "lora_down", "lora_up", "lora_A", "lora_B"),
+        *("perm", "g_idx", "smooth", "smooth_factor", "hadamard", "rotation"),
+        *("weight_offset", "weight_bias", "zero_points", "zeros", "codebook", "lut"),
+    }
+)
 #: Words beside those in names of scales, which are none of the layer's own.
 _SCALE_FILLERS = frozenset({"weight", "weights", "inv", "factor", "fp8"})
 #: Last parts of keys of scales of the outputs of a layer or its attention.
@@ -418,7 +427,9 @@ def _unconsumed(
         layer, _, name = key.rpartition(".")
         if name in _OUTPUT_SCALES and not nearby.is_named(key):
             continue
-        scales = name in SCALE_NAMES or (name in decoding and layer in quantized)
+        scales = name in SCALE_NAMES or (
+            layer in quantized and (name in decoding or name in _REST_NAMES)
+        )
         if scales or nearby.may_scale(key):
             unconsumed.append(key)
     return tuple(unconsumed)
