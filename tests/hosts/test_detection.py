@@ -478,3 +478,19 @@ def test_integers_without_a_scale_are_refused(registry, dtype):
         encode_claimed(state_dict, "", registry=registry)
     fnuz = {"a.weight": torch.ones(8, 128).to(torch.float8_e4m3fnuz)}
     assert not encode_claimed(fnuz, "", registry=registry)
+
+
+def test_a_layer_that_lost_its_scale_is_refused(registry):
+    """Others of its kind have one; layers of other kinds may be casts."""
+    coded = torch.ones(8, 128).to(E4M3)
+    state_dict = {
+        "blocks.0.q.weight": coded,
+        "blocks.0.q.scale_weight": torch.ones(8, 2, 1),
+        "embed.weight": coded,
+    }
+    assert encode_claimed(dict(state_dict), "", registry=registry)
+    state_dict["blocks.1.q.weight"] = coded
+    with pytest.raises(
+        UnconsumedScaleError, match=r"^blocks.1.q: .* as blocks.0.q has"
+    ):
+        encode_claimed(state_dict, "", registry=registry)

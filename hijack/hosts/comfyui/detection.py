@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -34,6 +35,8 @@ log = logger(__name__)
 
 #: Scales of what a layer is given; without them its weight is the same.
 _INPUTS = ("scale_input", "input_scale", "activation_scale")
+#: The number of a block in the name of a layer.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def encode_claimed(
@@ -174,6 +177,7 @@ def _claims(
     bare = [la for la in found.unscaled if not comfyuis(la)]
     _check_orphans(orphans, tensors, alone=not claims, bare=bare)
     _check_integers(bare, tensors)
+    _check_lost(bare, claims, tensors)
     if claims and bare:
         log.warning(
             "hijack: %d layers hold quantized data without a scale, such as %s, while "
@@ -335,6 +339,23 @@ def _check_orphans(
             orphans[0],
             len(orphans),
         )
+
+
+def _check_lost(
+    bare: Iterable[str], claims: Iterable[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuse data without a scale in a layer that has one in other blocks.
+
+    Data of other layers may be casts, which ComfyUI writes beside quantized ones.
+    """
+    scaled = {_NUMBER.sub("*", layer): layer for layer in claims}
+    for layer in bare:
+        other = scaled.get(_NUMBER.sub("*", layer))
+        if other is not None and tensors[join(layer, "weight")].ndim > 1:
+            raise UnconsumedScaleError(
+                f"{layer}: holds quantized data without a scale, expected one as "
+                f"{other} has; the file is damaged, get it again"
+            )
 
 
 def _check_integers(bare: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
