@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 
@@ -77,13 +78,17 @@ _KINDS: Mapping[str, re.Pattern[str]] = {
         r".*norm.*|(.*_)?ln(_.*|\d*)|ada_?ln.*|(.*_)?mod(ulation)?(_.*)?|scale_shift.*"
     ),
 }
-#: What the last layers of a model are called, outside of its blocks.
+#: What heads are called, outside of blocks; within one, only those of its own model.
 _HEAD = re.compile(
-    r"(.*_)?heads?|.*classifier|logits|scores?|pooler|proj_out|(.*_)?final(_.*)?"
-    r"|out(put)?(_.*)?|unembed.*"
+    r"(.*_)?heads?|.*classifier|logits|scores?|pooler|cls|(visual|text)_projection"
+    r"|vocab_.*|qa_outputs|unembed.*"
 )
+_INNER_HEAD = re.compile(r"(lm|shared)_head")
+#: What the last layers of a model are called too, if no block of it is.
+_LAST = re.compile(r"proj_out|(.*_)?final(_.*)?|out(put)?(_.*)?")
 #: What chooses among experts is called; it has a row for each of them.
-_ROUTER, _MOST_EXPERTS = re.compile(r"(.*_)?router(_.*)?|gate|wg|gating"), 1024
+_ROUTER = re.compile(r"(.*_)?router(_.*)?")
+_GATE, _MOST_EXPERTS = re.compile(r"(.*expert_)?gate|wg|gating"), 1024
 
 
 def delicate(layer: str, shape: tuple[int, ...]) -> str | None:
@@ -98,9 +103,18 @@ def delicate(layer: str, shape: tuple[int, ...]) -> str | None:
     for kind, pattern in _KINDS.items():
         if any(pattern.fullmatch(word) for word in words):
             return kind
-    if words == parts and any(_HEAD.fullmatch(word) for word in words):
+    if words and (_EMBEDDING.fullmatch(words[-1]) or words[-1].endswith("_tokens")):
+        return "an embedding"
+    outer = list(itertools.takewhile(lambda part: not part.isdigit(), parts))
+    if any(_HEAD.fullmatch(word) for word in outer) or any(
+        _INNER_HEAD.fullmatch(word) for word in words
+    ):
+        return "a head"
+    if outer == parts and any(_LAST.fullmatch(word) for word in words):
         return "a head"
     rows, cols = shape[0], shape[-1]
-    if words and _ROUTER.fullmatch(words[-1]) and rows <= _MOST_EXPERTS and rows < cols:
+    router = any(_ROUTER.fullmatch(word) for word in words)
+    gate = bool(words) and bool(_GATE.fullmatch(words[-1]))
+    if (router or gate) and rows <= _MOST_EXPERTS and rows < cols:
         return "a router"
     return None

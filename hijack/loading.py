@@ -12,10 +12,15 @@ from torch import Tensor, nn
 
 from hijack.claim import Claim
 from hijack.dtypes import DENSE_DTYPES
-from hijack.errors import CheckpointError, ModuleError, ShapeError
+from hijack.errors import (
+    CheckpointError,
+    ModuleError,
+    ShapeError,
+    UnconsumedScaleError,
+)
 from hijack.formats import matching
 from hijack.formats.dialect import Dialect
-from hijack.formats.identification import identify
+from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
 from hijack.modules import Change, Wrapped, apply_all, prepare
 from hijack.quantized import QuantizedTensor
@@ -25,8 +30,6 @@ from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.scheme import Scheme
 from hijack.stored import plain, refuse_raw
 
-#: safetensors' names of dtypes that files hold dense tensors in, to make them small.
-PLAIN_CASTS = ("F8_E4M3", "F8_E5M2")
 Source = (
     str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
 )
@@ -244,6 +247,18 @@ class _Plan:
         for key in given & set(current):
             dtype = _check_dense(key, self.header, current[key], self.modules)
             self.places[key] = current[key].device, dtype
+        self._check_unknown_scales()
+
+    def _check_unknown_scales(self) -> None:
+        """Refuse what the model lacks and may be the scale of plain FP8 data."""
+        cast = self.cast
+        for key in self.unexpected if cast else ():
+            if "scale" in key.rpartition(".")[2] or "quant" in key:
+                raise UnconsumedScaleError(
+                    f"{self.header.source}: {key}: the model has no such tensor; "
+                    f"it may be the scale of FP8 data such as {cast[0]}; expected "
+                    "plain casts alone; install the scheme that wrote the file"
+                )
 
     @property
     def cast(self) -> tuple[str, ...]:

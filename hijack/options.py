@@ -112,7 +112,9 @@ class Option:
         Raises:
             SchemeError: with the expected values.
         """
-        if value is None or value == self.default:
+        if value is None or (
+            type(value) is type(self.default) and value == self.default
+        ):
             return
         kinds: dict[str, tuple[type, ...]] = {
             "int": (int,),

@@ -122,7 +122,8 @@ class Selection:
         usual_include = family.include if family is not None else ()
         usual_exclude = family.exclude if family is not None else ()
         self._usual = frozenset((*usual_include, *usual_exclude))
-        included, excluded = _as_list(include), _as_list(exclude)
+        included = _as_list(include, "include")
+        excluded = _as_list(exclude, "exclude")
         self.named = [word for word in included or () if word != DEFAULT]
         self._unwanted = [word for word in excluded or () if word != DEFAULT]
         self._include = _expand(included, usual_include or ["*"])
@@ -172,7 +173,7 @@ class Selection:
             others: names that ``exclude`` may match too, of what is never chosen.
         """
         names = list(names)
-        known = {"include": names, "exclude": [*names, *others]}
+        known = {"include": names, "exclude": [*names, *filter(None, others)]}
         given = {"include": self.named, "exclude": self._unwanted}
         for option, patterns in given.items():
             for pattern in patterns:
@@ -211,11 +212,20 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) or "none"
 
 
-def _as_list(patterns: Patterns) -> list[str] | None:
+def _as_list(patterns: Patterns, option: str) -> list[str] | None:
     """Patterns that can be gone through many times, unlike those of an iterator."""
+    if patterns is None:
+        return None
     if isinstance(patterns, str):
         return [patterns]
-    return None if patterns is None else list(patterns)
+    listed = list(patterns) if isinstance(patterns, Iterable) else [patterns]
+    for pattern in listed:
+        if not isinstance(pattern, str):
+            raise CheckpointError(
+                f"{option}: got {patterns!r}, expected a text such as 'blocks.*', or "
+                "several"
+            )
+    return listed
 
 
 def _expand(patterns: Sequence[str] | None, usual: Sequence[str]) -> list[str]:
@@ -324,7 +334,7 @@ class _Chooser:
         self.header, self.targets, self.declines = header, targets, declines
         self.family = detect_family(header.tensors)
         self.selection = Selection(include, exclude, self.family)
-        self.rules = [Rule.parse(rule) for rule in _as_list(rules) or ()]
+        self.rules = [Rule.parse(rule) for rule in _as_list(rules, "rule") or ()]
         self.applied: set[Rule] = set()
         self.layers: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}

@@ -44,7 +44,9 @@ def parse_block_size(text: str) -> tuple[int, int] | int | str:
     if text in ("row", "tensor"):
         return text
     parts = text.split("x")
-    if len(parts) > 2 or not all(p.isdecimal() and int(p) > 0 for p in parts):
+    if len(parts) > 2 or not all(
+        p.isascii() and p.isdecimal() and int(p) > 0 for p in parts
+    ):
         raise SchemeError(
             f"got {text!r}, expected ROWSxCOLS such as 1x64 or 128x128, a number of "
             "columns, row, or tensor"

@@ -246,8 +246,27 @@ def building(
 # -- details ---------------------------------------------------------------------------
 
 
-#: Arguments of a constructor, and the device its module shall be on.
-_Call = tuple[tuple[Any, ...], dict[str, Any], torch.device]
+#: Where a module that is being built keeps its `_Call`, for copies of it to have it.
+_CALL = "_hijack_call"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """How a module was constructed, and the device it shall be on."""
+
+    module: weakref.ref[nn.Module]
+    builder: _DeferredModules
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: torch.device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Call:
+        copied = weakref.ref(memo[id(self.module())])  # no constructor ran for it
+        self.builder.modules.append(copied)
+        return dataclasses.replace(self, module=copied)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a file knows of no context
 
 
 class _DeferredModules:
@@ -265,9 +284,6 @@ class _DeferredModules:
         self.owners = {_owner(target, "__init__") for target in scheme.targets}
         self.collects = False
         self.modules: list[weakref.ref[nn.Module]] = []
-        self.calls: weakref.WeakKeyDictionary[nn.Module, _Call] = (
-            weakref.WeakKeyDictionary()
-        )
 
     @contextlib.contextmanager
     def collecting(self) -> Iterator[None]:
@@ -282,6 +298,10 @@ class _DeferredModules:
             self.collects = True
             try:
                 yield
+            except BaseException:
+                for _, module in self._named():
+                    vars(module).pop(_CALL, None)
+                raise
             finally:
                 self.collects = False
                 _BUILDING.set(_active())
@@ -302,7 +322,14 @@ class _DeferredModules:
         """Remember how a module was constructed, and where it shall be."""
         # an empty tensor knows the default of a surrounding context, in every torch
         where = torch.empty(0).device if device is None else torch.device(device)
-        self.calls[module] = args, kwargs, where
+        vars(module)[_CALL] = _Call(weakref.ref(module), self, args, kwargs, where)
+
+    def _named(self) -> list[tuple[str, nn.Module]]:
+        """All modules that were constructed, and copies of them, by their names."""
+        alive = [module for ref in self.modules if (module := ref()) is not None]
+        children = {id(c) for m in alive for c in m.children()}
+        roots = [m for m in alive if id(m) not in children]
+        return [pair for root in roots for pair in root.named_modules()]
 
     def materialize(self) -> None:
         """Give every collected module its parameters, by its name in its model."""
@@ -313,36 +340,37 @@ class _DeferredModules:
             _BUILDING.reset(outer)
 
     def _materialize(self) -> None:
-        alive = [module for ref in self.modules if (module := ref()) is not None]
-        children = {id(c) for m in alive for c in m.children()}
-        roots = [m for m in alive if id(m) not in children]
-        named = [pair for root in roots for pair in root.named_modules()]
-        targets = [name for name, module in named if module in self.calls]
+        named = self._named()
+        pending: dict[nn.Module, tuple[str, _Call]] = {}
+        for name, module in named:
+            call = vars(module).get(_CALL)
+            if call is not None and call.builder is self:
+                pending.setdefault(module, (name, call))
         vain = self.selection.unmatched(
-            targets,
+            [name for name, _ in pending.values()],
             f"those {self.scheme.name} can wrap",
             noun="module",
             others=[name for name, _ in named],
         )
-        if targets and vain is not None:
+        if pending and vain is not None:
             raise ModuleError(vain)
-        pending: dict[nn.Module, str] = {}
-        for name, module in named:
-            if module in self.calls:
-                pending.setdefault(module, name)
         # everything is prepared before the first module is changed
+        shared = _Shared()
         planned = {
-            module: self._change(name, module) for module, name in pending.items()
+            module: self._change(name, module, call.device, shared)
+            for module, (name, call) in pending.items()
         }
         apply_all(change for change in planned.values() if change is not None)
         for module, change in planned.items():
-            args, kwargs, device = self.calls.pop(module)
+            call = vars(module).pop(_CALL)
             if change is None:
-                _fill_from_fresh(module, args, kwargs)
-            elif device.type != "meta":
-                _fill_with_zeros(module, device)
+                _fill_from_fresh(module, call, shared)
+            elif call.device.type != "meta":
+                _fill_with_zeros(module, call.device)
 
-    def _change(self, name: str, module: nn.Module) -> Change | None:
+    def _change(
+        self, name: str, module: nn.Module, device: torch.device, shared: _Shared
+    ) -> Change | None:
         """What makes a module quantized; None if it is left out."""
         prefix, scheme = f"{name}." if name else "", self.scheme
         options = self.options
@@ -353,11 +381,30 @@ class _DeferredModules:
             left_out = _why_not(module, scheme, options)
         if left_out is not None:
             return None
-        where, device = name or type(module).__name__, self.calls[module][2]
-        weight = _quantized(
-            self.registry, module, scheme, options, prefix, where, device
-        )
+
+        def quantized() -> Any:
+            where = name or type(module).__name__
+            weight = _quantized(
+                self.registry, module, scheme, options, prefix, where, device
+            )
+            return nn.Parameter(weight, requires_grad=False)
+
+        weight = shared.instead(_weight(module), quantized, "quantized")
         return prepare(module, weight, self.registry)
+
+
+class _Shared:
+    """What takes the place of parameters, once for all modules that share one."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, str], tuple[Tensor, Any]] = {}
+
+    def instead(self, tensor: Tensor, make: Callable[[], Any], kind: str) -> Any:
+        """What takes the place of a tensor, made the first time."""
+        key = id(tensor), kind
+        if key not in self._made:
+            self._made[key] = tensor, make()  # a tensor that lives keeps its id
+        return self._made[key][1]
 
 
 #: The contexts of `building` in this thread or task, the innermost first.
@@ -443,20 +490,19 @@ def _fill_with_zeros(module: nn.Module, device: torch.device) -> None:
             module._buffers[key] = zeros
 
 
-def _fill_from_fresh(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def _fill_from_fresh(module: nn.Module, call: _Call, shared: _Shared) -> None:
     """Initialise a module that was constructed on meta, keeping what was set on it."""
     fresh = type(module).__new__(type(module))
-    fresh.__init__(*args, **kwargs)  # type: ignore[misc]
+    fresh.__init__(*call.args, **call.kwargs)  # type: ignore[misc]
     for mine, theirs in (
         (module._parameters, fresh._parameters),
         (module._buffers, fresh._buffers),
     ):
-        for key, tensor in theirs.items():
+        for key in theirs:
             current = mine.get(key)
             if current is not None and current.is_meta:
-                mine[key] = tensor  # type: ignore[assignment]
+                fresh_one = functools.partial(theirs.get, key)
+                mine[key] = shared.instead(current, fresh_one, "fresh")
 
 
 def _owner(cls: type, name: str) -> type:

@@ -493,3 +493,16 @@ def test_validate_names_the_layer():
         SCHEME.validate(q, {"weight_scale": torch.ones(4, 1).int()}, "x.y")
     with pytest.raises(ShapeError, match=r"^x.y: weight_scale: is \(3, 1\)"):
         SCHEME.validate(q, {"weight_scale": torch.ones(3, 1)}, "x.y")
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        *(0, True, 1.5, (1, 64.0), (1,), "1xfoo", "0x64", "-1x64", "\u0663x\u0664"),
+        *(torch.tensor(64), torch.tensor([1, 64]), {1, 64}, b"1x64"),
+    ],
+)
+def test_what_is_no_block_size_is_named(size):
+    """Also if comparing it gives no answer, as with arrays."""
+    with pytest.raises(SchemeError, match=r"block_size: got .*, expected "):
+        SCHEME.quantize(torch.ones(4, 64), block_size=size)

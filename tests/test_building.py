@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import copy
 import gc
 import random
 import threading
@@ -408,3 +409,51 @@ def test_threads_and_tasks_at_once(scheme, constructors):
     for worker in workers:
         worker.join(120)
     assert failures == []
+
+
+def test_copies_are_quantized_like_the_original(scheme, constructors):
+    """Encoders copy their first layer, and no constructor runs for the copies."""
+    layer = nn.TransformerEncoderLayer
+    with hijack.building(scheme, exclude="*linear1"):
+        net = nn.TransformerEncoder(layer(8, 2, batch_first=True), 2)
+        alone = copy.deepcopy(net.layers[0].linear2)
+    for part in (*net.layers, net.layers[1].linear1):
+        assert not any(tensor.is_meta for tensor in part.parameters())
+    assert all(isinstance(part.linear2, Wrapped) for part in net.layers)
+    assert isinstance(alone, Wrapped)
+    assert not isinstance(net.layers[1].linear1, Wrapped)
+    assert net.layers[0].linear2.weight is not net.layers[1].linear2.weight
+    assert vars(alone).keys() == vars(net.layers[0].linear2).keys()
+    assert not any("call" in key for key in vars(alone) if "hook" not in key)
+
+
+@pytest.mark.parametrize("include", ["*", "body"])
+def test_weights_that_are_shared_stay_shared(scheme, include, constructors):
+    """Quantized or left out, so that a file needs only one of them."""
+
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.body = nn.Embedding(8, 8), nn.Linear(8, 8)
+            self.head = nn.Linear(8, 8, bias=False)
+            self.head.weight = self.embed.weight
+
+    with hijack.building(scheme, include=include):
+        net = Tied()
+    assert net.head.weight is net.embed.weight
+    assert isinstance(net.head, Wrapped) == (include == "*")
+    assert not net.head.weight.is_meta
+
+
+def test_what_is_left_of_a_failed_context_is_an_ordinary_module(scheme, constructors):
+    """Nothing of the context stays on it."""
+    kept = []
+
+    def build():
+        with hijack.building(scheme):
+            kept.append(nn.Linear(4, 4))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        build()
+    assert vars(kept[0]).keys() == vars(nn.Linear(4, 4)).keys()

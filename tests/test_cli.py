@@ -511,6 +511,17 @@ def test_names_in_a_file_print_nothing_but_letters(run, tmp_path):
     assert "\nerror" not in text
 
 
+@pytest.mark.parametrize("words", [["schemes"], ["schemes", "-v"], ["doctor"]])
+def test_unknown_arguments_print_nothing_but_letters(words, capsys):
+    """They may come from a file's name in a script."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*words, "--a\x1b[2J\nerror: \u202eb"])
+    text = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert text.endswith("\n")
+    assert text[:-1].isprintable()
+
+
 # -- before torch is there -------------------------------------------------------------
 
 

@@ -144,3 +144,38 @@ def test_a_tensor_that_is_not_written_is_named(tmp_path, out):
     report = hijack.convert_file(source, out, "musubi")
     assert report.dropped == ("a.weight_scalar",)
     assert "1 tensors left out" in str(report)
+
+
+@pytest.mark.parametrize("value", [True, 1, "true"])
+def test_the_flag_may_be_any_value_that_comfyui_takes_for_true(tmp_path, value):
+    """ComfyUI asks only whether it is truthy."""
+    source = current(tmp_path / "source.safetensors", a={FLAG: value}, b={FLAG: 0})
+    hijack.convert_file(source, tmp_path / "out.safetensors", "comfy_quant")
+    assert flagged(tmp_path / "out.safetensors") == {"a"}
+
+
+@pytest.mark.parametrize("says", ["header", "tensor"])
+def test_the_header_outweighs_the_marker_of_a_layer(tmp_path, says):
+    """ComfyUI replaces the tensor with the header's entry; what it said is named."""
+    entries = {says: {"format": "float8_e4m3fn", FLAG: True}}
+    tensor, entry = (
+        entries.get(w, {"format": "float8_e4m3fn"}) for w in ("tensor", "header")
+    )
+    source = current(tmp_path / "source.safetensors", a={**tensor})
+    table = json.dumps({"format_version": "1.0", "layers": {"a": entry}, "mixed": 1})
+    save_file(load_file(source), source, {"_quantization_metadata": table})
+    report = hijack.convert_file(source, tmp_path / "out.safetensors", "comfy_quant")
+    assert flagged(tmp_path / "out.safetensors") == (
+        {"a"} if says == "header" else set()
+    )
+    assert (FLAG in report.lost) == (says == "tensor")
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["_quantization_metadata"])["mixed"] == 1
+
+
+def test_what_a_marker_nests_is_named_as_lost(tmp_path):
+    """Of the parameters of a format only the size of groups is read."""
+    nested = {"group_size": 32, "offset": 3}
+    source = current(tmp_path / "source.safetensors", a={"params": nested})
+    report = hijack.convert_file(source, tmp_path / "out.safetensors", "comfy_quant")
+    assert dict(report.lost) == {"offset": 1}

@@ -766,3 +766,22 @@ def test_the_marker_tells_the_true_shape_of_a_padded_weight(tmp_path, biased):
     model = torch.nn.ModuleDict({"a": torch.nn.Linear(40, 24, bias=biased)})
     hijack.load(model, out)
     assert model["a"].weight.shape == (24, 40)
+
+
+@pytest.mark.parametrize("dialect", ["deepseek", "compressed_tensors"])
+def test_hijacks_own_marker_outranks_a_config_in_the_folder(tmp_path, dialect):
+    """The config describes the file that was converted from."""
+    folder = tmp_path / "coded"
+    folder.mkdir()
+    dense, coded = tmp_path / "dense.safetensors", folder / "coded.safetensors"
+    save_file({"0.weight": torch.randn(130, 70)}, dense)
+    options = {"block_size": "128x128", "dialect": dialect}
+    hijack.quantize_file(dense, coded, write_config=True, **options)
+    hijack.convert_file(coded, folder / "own.safetensors", "hijack")
+    weights = []
+    for name in ("coded", "own"):
+        assert identify(folder / f"{name}.safetensors").clear
+        model = torch.nn.Sequential(torch.nn.Linear(70, 130, bias=False))
+        hijack.load(model, folder / f"{name}.safetensors")
+        weights.append(model[0].weight.dense(torch.float32))
+    assert torch.equal(*weights)

@@ -216,6 +216,20 @@ def test_an_index_whose_shards_lack_a_tensor_is_refused(tmp_path):
         read_header(path)
 
 
+def test_an_index_that_leaves_a_shard_out_is_refused(tmp_path):
+    """The scales may be in it; shards of other sets in the folder do not count."""
+    for name in ("m-00001-of-00002", "m-00002-of-00002", "n-00001-of-00002", "m"):
+        save_file({name: torch.ones(1)}, tmp_path / f"{name}.safetensors")
+    path = tmp_path / "m.safetensors.index.json"
+    shards = {f"m-0000{i}-of-00002": f"m-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    path.write_text(json.dumps({"weight_map": shards}))
+    assert len(read_header(path).tensors) == 2
+    del shards["m-00002-of-00002"]
+    path.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(HeaderError, match="does not name m-00002-of-00002"):
+        read_header(path)
+
+
 def test_a_shard_that_links_out_of_its_folder_is_refused(tmp_path):
     """A symbolic link to elsewhere is not followed."""
     outside = tmp_path / "outside.safetensors"

@@ -245,6 +245,13 @@ def test_schemes_that_are_not_there_are_named():
     assert found.claims() == {}
 
 
+def test_metadata_of_another_scheme_outweighs_shapes_that_fit():
+    """Whatever reads claims, such as convert, must not take the layer for another."""
+    tensors = {"x__weight": torch.ones(4, 8).to(FP8), "x__weight_scale": torch.ones(())}
+    found = identify(marked(entry(scheme="rotated_fp8"), **tensors))
+    assert (found.unknown, found.claims()) == ({"x": "rotated_fp8"}, {})
+
+
 def test_metadata_of_a_layer_that_was_made_dense_means_nothing():
     """Other tools keep metadata when they replace tensors."""
     found = identify(marked(entry(), x__weight=torch.ones(4, 8)))
@@ -429,6 +436,114 @@ def test_a_layer_that_lost_its_scale_is_no_plain_cast():
         "1 layers hold quantized data without a scale, unlike others"
         in found.as_table()
     )
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("blocks.0.q_scale", "blocks.0.q_weight_scale", "blocks.0.q_scale.weight"),
+        *("blocks.0.scale_q", "blocks.0.scales.q", "blocks_0_q_scale"),
+        *("blocks.0.q:scale", "scales.blocks/0/q", "meta.blocks.0.q.weight.scale"),
+        *("weight_scales", "quantization.scales", "blocks.0.Q_SCALE"),
+    ],
+)
+def test_what_may_scale_plain_data_is_unconsumed_wherever_it_is(key):
+    """A scale may be beside the layer, in a table, or all scales in one tensor."""
+    tensors = {"blocks.0.q.weight": torch.ones(64, 128).to(FP8)}
+    found = identify(Header.from_state_dict({**tensors, key: torch.ones(1)}))
+    assert (found.unconsumed, found.clear) == ((key,), False)
+
+
+@pytest.mark.parametrize(
+    "key", ["scale", "up_scale", "gate_up_proj_amax", "gate_up_proj_weight_scale"]
+)
+def test_what_may_scale_stacked_experts_is_unconsumed(key):
+    """FP8 experts in one tensor may have their scales beside them."""
+    experts = {"experts.gate_up_proj": torch.ones(4, 64, 128).to(FP8)}
+    assert identify(Header.from_state_dict(experts)).clear
+    found = identify(
+        Header.from_state_dict({**experts, f"experts.{key}": torch.ones(4)})
+    )
+    assert not found.clear
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("blocks.0.norm.key_norm.scale", "logit_scale", "blocks.0.scale_shift_table"),
+        *("scale_embedder.weight", "self_attn.k_scale"),
+        *("upscaler.attn.in_proj_weight", "upscaler.quant_conv.weight"),
+    ],
+)
+def test_parameters_that_are_called_scales_leave_plain_casts_clear(key):
+    """Models have scales of their own, and norms of the name of another's module."""
+    tensors = {
+        "blocks.0.q.weight": torch.ones(64, 128).to(FP8),
+        "norm.weight": torch.ones(64).to(FP8),
+    }
+    assert identify(Header.from_state_dict({**tensors, key: torch.ones(1)})).clear
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.int16, torch.int32, torch.int64, torch.bool),
+        *(torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
+    ],
+)
+def test_weights_that_load_cannot_cast_are_not_clear(dtype):
+    """Of dense weights in another dtype only FP8 is a plain cast."""
+    found = identify(header(x__weight=torch.ones(64, 128).to(dtype)))
+    assert (found.unscaled, found.clear) == (("x",), False)
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        *(("x.bias", torch.int8), ("x.bias", torch.float8_e4m3fnuz)),
+        *(("table", torch.float8_e5m2fnuz), ("table", torch.float8_e8m0fnu)),
+    ],
+)
+def test_tensors_beside_weights_that_load_refuses_are_not_clear(key, dtype):
+    """Biases are no integers, and no model has the FP8 of older GPUs."""
+    dense = {"x.weight": torch.ones(64, 128), "ids": torch.arange(4)}
+    tensors = {**dense, key: torch.ones(64).to(dtype)}
+    with pytest.raises(CheckpointError, match=f"{key}: is .*, expected a dense dtype"):
+        identify(Header.from_state_dict(tensors)).check()
+    tensors[key] = torch.ones(64).to(FP8)
+    assert identify(Header.from_state_dict(tensors)).clear
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "weight_scale_inv"])
+@pytest.mark.parametrize("grid", [(1, 64), (2, 64), (1, 128)])
+def test_a_grid_that_may_be_transposed_is_ambiguous(name, grid):
+    """As many columns of scales as rows of the weight may be a scale for each row."""
+    tensors = {"x.weight": torch.ones(64, 128).to(FP8), f"x.{name}": torch.ones(grid)}
+    found = identify(Header.from_state_dict(tensors))
+    assert (list(found.ambiguous), found.layers) == (["x"], {})
+    wide = {"x.weight": torch.ones(64, 8192).to(FP8), f"x.{name}": torch.ones(1, 64)}
+    assert identify(Header.from_state_dict(wide)).layers["x"].block_size == (64, 128)
+
+
+@pytest.mark.parametrize("name", ["proj_down", "lora_A", "perm", "smooth", "lut"])
+def test_the_rest_of_a_weight_is_not_left_out(name):
+    """A part of low rank, or an order of columns, makes a weight another."""
+    scaled = {
+        "x__weight": torch.ones(64, 128).to(FP8),
+        "x__weight_scale": torch.ones(()),
+    }
+    assert identify(header(**scaled)).clear
+    found = identify(header(**scaled, **{f"x__{name}": torch.ones(2, 128)}))
+    assert found.unconsumed == (f"x.{name}",)
+
+
+def test_a_norm_beside_scaled_layers_may_be_a_plain_cast():
+    """No format scales a weight of one dimension."""
+    coded, norm = torch.ones(64, 128).to(FP8), torch.ones(64).to(FP8)
+    found = identify(
+        header(x__weight=coded, x__scale_weight=torch.ones(64, 2, 1), n__weight=norm)
+    )
+    assert (found.unscaled, found.clear) == (("n",), True)
 
 
 def test_the_table_is_short_and_speaks_of_rows_and_tensors():

@@ -345,6 +345,21 @@ def test_what_identify_finds_unclear_load_refuses(tmp_path):
             hijack.load(model, path, strict=False)
 
 
+@pytest.mark.parametrize("key", ["scale", "table.scales", "quantizers.of_0"])
+def test_what_may_scale_plain_casts_is_never_left_out(tmp_path, key):
+    """A scale is not to be lost because its name tells nothing, even if not strict."""
+    tensors = {"0.weight": torch.ones(8, 8).to(torch.float8_e4m3fn)}
+    path = tmp_path / "cast.safetensors"
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    save_file({**tensors, key: torch.ones(1)}, path)
+    with pytest.raises(CheckpointError, match=key):
+        hijack.load(model, path, strict=False)
+    save_file({**tensors, "1.bias": torch.ones(1)}, path)
+    assert hijack.load(model, path, strict=False).unexpected == ("1.bias",)
+    save_file({"0.weight": torch.ones(8, 8), key: torch.ones(1)}, path)
+    assert hijack.load(model, path, strict=False).unexpected == (key,)
+
+
 @pytest.mark.parametrize("shards", [False, True])
 def test_a_file_replaced_after_its_header_was_read_is_refused(tmp_path, shards):
     """Shapes of one file and data of another would be a mixture nobody made."""

@@ -702,6 +702,10 @@ def test_a_lora_for_another_model_is_an_error_even_then(folder):
             {k: t.to(torch.int8) for k, t in pair("a")[0].items()},
             r"a\.lora_.*\.weight: is I8, expected floating point numbers",
         ),
+        (
+            {**pair("a")[0], "a.lora_up.scale_weight": torch.tensor(0.5)},
+            "a.lora_up.scale_weight: is the scale of a LoRA that is quantized",
+        ),
         ({"b.diff_b": torch.ones(N)}, "b: targets b.bias, which is not in .*; is it"),
     ],
 )  # fmt: skip

@@ -51,6 +51,8 @@ DELICATE = {
     "model.embed_tokens": ((1000, 64), "an embedding"),
     "x_embedder": ((64, 64), "an embedding"),
     "t_embedder.mlp.0": ((64, 64), "an embedding"),
+    "shared": ((32128, 64), "an embedding"),
+    "mask_decoder.mask_tokens": ((4, 256), "an embedding"),
     "wpe": ((1024, 64), "an embedding"),
     "position_table": ((1024, 64), "a positional table"),
     "block.0.layer.0.SelfAttention.relative_attention_bias": (
@@ -64,9 +66,19 @@ DELICATE = {
     "lm_head": ((1000, 64), "a head"),
     "proj_out": ((64, 64), "a head"),
     "final_layer.linear": ((64, 64), "a head"),
+    "model.layers.61.shared_head.head": ((1000, 64), "a head"),
+    "mask_decoder.iou_head.layers.0": ((64, 64), "a head"),
+    "cls.predictions.transform.dense": ((384, 384), "a head"),
+    "vocab_projector": ((30522, 384), "a head"),
+    "text_projection": ((64, 64), "a head"),
+    "output_blocks.3.1.proj_in": ((64, 64), None),
+    "blocks.0.to_heads": ((64, 64), None),
     "pooler.dense": ((384, 384), "a head"),
     "model.layers.3.mlp.gate": ((128, 2048), "a router"),
-    "layers.3.block_sparse_moe.router.layer": ((8, 2048), None),
+    "layers.3.block_sparse_moe.router.layer": ((8, 2048), "a router"),
+    "model.layers.3.mlp.shared_expert_gate": ((1, 2048), "a router"),
+    "layers.0.per_layer_input_gate": ((2560, 2048), None),
+    "layers.0.mlp.shared_experts.up_proj": ((64, 64), None),
     "layers.3.router": ((8, 2048), "a router"),
     "blocks.0.ffn.gate.0": ((10240, 4096), None),
     "model.layers.3.mlp.gate_proj": ((11008, 4096), None),
@@ -248,6 +260,15 @@ def test_patterns_may_come_from_an_iterator(known):
     """They are gone through more than once, and none is lost."""
     choice = choose(known, iter(["blocks.*"]), iter(["*.mod", "*.ffn.0"]))
     assert list(choice.layers) == ["blocks.0.q", "blocks.0.k"]
+
+
+@pytest.mark.parametrize("option", ["include", "exclude", "rules"])
+@pytest.mark.parametrize("value", [3, [None], b"blocks.*", [b"blocks.*"]])
+def test_patterns_that_are_no_texts_are_refused(option, value):
+    """The error names the option."""
+    name = option.removesuffix("s")
+    with pytest.raises(CheckpointError, match=f"^{name}: got .*, expected a text"):
+        choose(header(*MODEL), **{option: value})
 
 
 def test_a_rule_does_not_include_what_is_excluded(known):

@@ -120,7 +120,23 @@ def test_sizes_are_numbers_or_text(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", [0, -1, "0GB", "", "GB", "5XB", "5GB!", 1.5, None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        0,
+        -1,
+        "0GB",
+        "",
+        "GB",
+        "5XB",
+        "5GB!",
+        1.5,
+        None,
+        True,
+        "\u0665GB",
+        "9" * 400 + "B",
+    ],
+)
 def test_other_sizes_are_refused(text):
     """With what was expected."""
     with pytest.raises(

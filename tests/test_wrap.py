@@ -199,6 +199,13 @@ def test_a_pattern_that_matches_nothing_is_an_error(scheme, option):
     assert not any(isinstance(m, Wrapped) for m in model.modules())
 
 
+def test_an_empty_pattern_names_only_a_model_that_is_a_layer(scheme):
+    """The name of a model is empty, and excluding it all is no exclusion."""
+    with pytest.raises(ModuleError, match="exclude: pattern '' matches no module"):
+        hijack.wrap_model(small_model(), scheme, exclude="")
+    assert hijack.wrap_model(nn.Linear(4, 4), scheme, exclude="").layers == ()
+
+
 def test_modules_that_are_never_wrapped_may_be_excluded(scheme):
     """A list for many models names norms too; a typo of theirs is an error."""
     model = nn.ModuleDict({"fc": nn.Linear(4, 4), "norm": nn.LayerNorm(4)})

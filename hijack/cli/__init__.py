@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from hijack import __version__
 from hijack.cli import compare, convert, demo, doctor, identify, quantize, schemes
-from hijack.errors import HijackError
+from hijack.errors import HijackError, printable
 from hijack.text import did_you_mean
 
 #: The modules of the commands, in the order the help shows them.
@@ -103,7 +103,9 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2."""
         end = "" if message.endswith("?") else ";"
-        self.exit(2, f"{self.prog}: {message}{end} see `{self.prog} --help`\n")
+        self.exit(
+            2, f"{self.prog}: {printable(message)}{end} see `{self.prog} --help`\n"
+        )
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         try:

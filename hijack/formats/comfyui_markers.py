@@ -30,9 +30,14 @@ FILE_MARKER = "scaled_fp8"
 
 
 def layer_marker(header: Header, layer: str) -> Mapping[str, object] | None:
-    """The marker of a layer: its own tensor, else its entry in the header."""
-    marker = header.marker(join(layer, LAYER_MARKER))
-    return layer_table(header).get(layer) if marker is None else marker
+    """The marker of a layer: its entry in the header, as in ComfyUI, or its tensor."""
+    entry = layer_table(header).get(layer)
+    return layer_tensor(header, layer) if entry is None else entry
+
+
+def layer_tensor(header: Header, layer: str) -> Mapping[str, object] | None:
+    """What a layer's own tensor says, which an entry in the header outweighs."""
+    return header.marker(join(layer, LAYER_MARKER))
 
 
 def layer_table(header: Header) -> Mapping[str, Mapping[str, object]]:

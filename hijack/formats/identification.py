@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -41,12 +42,21 @@ SCALE_NAMES = frozenset(
         "_weight_scale",
     }
 )
-#: Dtypes of quantized data, whatever else their layer holds.
-QUANTIZED_DTYPES = frozenset(
-    {"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "I8", "U8", "F4"}
-)
+#: Dtypes that files hold dense tensors in, to make them small.
+PLAIN_CASTS = ("F8_E4M3", "F8_E5M2")
 #: Words in the names of tensors that are needed to decode the weight beside them.
 _DECODING_WORDS = ("scale", "scaling", "amax", "absmax", "zero_point", "svd_")
+#: Names of what else a weight is made of: a part of low rank, the order of its columns,
+#: a rotation, factors of its inputs.
+_REST_NAMES = frozenset(
+    {
+        *("proj_down", "proj_up", "lora_down", "lora_up", "lora_A", "lora_B"),
+        *("perm", "g_idx", "smooth", "smooth_factor", "hadamard", "rotation"),
+        *("weight_offset", "weight_bias", "zero_points", "zeros", "codebook", "lut"),
+    }
+)
+#: Words beside those in names of scales, which are none of the layer's own.
+_SCALE_FILLERS = frozenset({"weight", "weights", "inv", "factor", "fp8"})
 #: Last parts of keys of scales of the outputs of a layer or its attention.
 _OUTPUT_SCALES = frozenset({"output_scale", "q_scale", "k_scale", "v_scale"})
 
@@ -146,17 +156,40 @@ class Identification:
                 "casts alone; install the scheme that wrote the file"
             )
 
+        for key in self._not_dense():
+            yield CheckpointError(
+                f"{self.source}: {key}: is {self.infos[key].dtype}, expected a dense "
+                "dtype or FP8; install the scheme that wrote the file"
+            )
+
+    def _not_dense(self) -> Iterator[str]:
+        """Keys beside weights that no model has in their dtype.
+
+        Integers may be buffers, but no biases.
+        """
+        used = {key for claim in self.layers.values() for key in claim.keys.values()}
+        used.update(key for layer in self.unsupported.values() for key in layer.keys)
+        for key, info in self.infos.items():
+            name = key.rpartition(".")[2]
+            readable = info.dtype in DENSE_NAMES or info.dtype in PLAIN_CASTS
+            odd = info.dtype.startswith(("F8", "F6", "F4")) or name == "bias"
+            if odd and not readable and key not in used:
+                yield key
+
     def lacks_scales(self) -> bool:
         """Whether any unscaled data is not a plain cast.
 
-        Integers never are. FP8 is not if other layers of the file have scales.
+        Only FP8 is, and a matrix is none if other layers of the file have scales.
         """
-        infos = (self.infos.get(join(layer, "weight")) for layer in self.unscaled)
+        infos = [self.infos.get(join(layer, "weight")) for layer in self.unscaled]
         dtypes = {info.dtype for info in infos if info is not None}
         weights = (next(iter(claim.keys.values())) for claim in self.layers.values())
-        if any(not dtype.startswith("F8") for dtype in dtypes):
+        if not dtypes.issubset(PLAIN_CASTS):
             return True
-        return bool(dtypes) and any(self.infos[key].dtype in dtypes for key in weights)
+        matrices = {
+            info.dtype for info in infos if info is not None and len(info.shape) > 1
+        }
+        return any(self.infos[key].dtype in matrices for key in weights)
 
     def claims(self) -> dict[str, Claim]:
         """The claim to each layer.
@@ -231,6 +264,7 @@ def identify(
     layers, ambiguous = _resolve(claims)
     layers, ambiguous = _assume(header.source, layers, ambiguous, assume)
     mismatches, unknown = _metadata_mismatches(header, registry, layers)
+    layers = {name: claim for name, claim in layers.items() if name not in unknown}
     known = {*layers, *ambiguous, *mismatches, *unknown}
     unsupported: Mapping[str, UnsupportedLayer] = {}
     if _has_quantized_data(header, known):
@@ -364,7 +398,7 @@ def _unscaled(header: Header, known: set[str]) -> tuple[str, ...]:
         layer
         for layer, parts in header.parts.items()
         if "weight" in parts
-        and parts["weight"].dtype in QUANTIZED_DTYPES
+        and parts["weight"].dtype not in DENSE_NAMES
         and layer not in known
     )
 
@@ -384,36 +418,84 @@ def _unconsumed(
     used |= {key for layer in unsupported.values() for key in layer.keys}
     quantized = {claim.layer for claim in claims}.union(unscaled)
     lone = set(unscaled)
+    nearby = _Nearby(header, lone, used)
     decoding = {n for n in header.owners if any(word in n for word in _DECODING_WORDS)}
     unconsumed = []
     for key in header.tensors:
         if key in used:
             continue
         layer, _, name = key.rpartition(".")
-        if name in _OUTPUT_SCALES:
+        if name in _OUTPUT_SCALES and not nearby.is_named(key):
             continue
-        scales = name in SCALE_NAMES or (name in decoding and layer in quantized)
-        if scales or (lone and _may_scale_one_of(lone, header, key)):
+        scales = name in SCALE_NAMES or (
+            layer in quantized and (name in decoding or name in _REST_NAMES)
+        )
+        if scales or nearby.may_scale(key):
             unconsumed.append(key)
     return tuple(unconsumed)
 
 
-def _may_scale_one_of(layers: Collection[str], header: Header, key: str) -> bool:
-    """Whether a tensor may be the scale of one of some layers without any.
+class _Nearby:
+    """Finds the tensors that may be the scales of quantized data without any.
 
-    Programs keep it one level down (``X.weight_quantizer.scale``), beside the layer
-    (``X_scale``), or in a table of its own (``scales.X``). Whatever its name is, a
-    matrix needs nothing beside it but a bias.
+    Programs keep them one level down (``X.weight_quantizer.scale``), beside the layer
+    (``X_scale``, ``scale_X``), in a table of their own (``scales.X``), or all in one
+    tensor. Data of any name counts, such as that of stacked experts.
+
+    Args:
+        header: of the checkpoint.
+        layers: those whose weight is such data.
+        used: keys that are read.
     """
-    owner, _, name = key.rpartition(".")
-    if _is_part_of(layers, header, key):
-        return True
-    word = next((word for word in _DECODING_WORDS if word in name), None)
-    if word is not None and join(owner, name.partition(word)[0].rstrip("_")) in layers:
-        return True
-    table, _, layer = key.removesuffix(".weight").partition(".")
-    listed = any(word in table for word in _DECODING_WORDS)
-    return listed and "." in layer and layer in layers
+
+    def __init__(
+        self, header: Header, layers: Collection[str], used: Collection[str]
+    ) -> None:
+        self.header, self.layers = header, layers
+        self.stacked = {
+            key
+            for key, info in header.tensors.items()
+            if info.dtype in PLAIN_CASTS and len(info.shape) > 2 and key not in used
+            if key.rpartition(".")[2] != "weight"
+        }
+        matrices = [
+            layer for layer in layers if len(header.parts[layer]["weight"].shape) > 1
+        ]
+        self.names = {_words(name) for name in (*matrices, *self.stacked)}
+        self.owners = {key.rpartition(".")[0] for key in self.stacked}
+
+    def may_scale(self, key: str) -> bool:
+        """Whether a tensor may be the scale of any of the data."""
+        if not self.names or not self.header.tensors[key].real:
+            return False
+        if self.layers and _is_part_of(self.layers, self.header, key):
+            return True
+        if not any(word in key.lower() for word in _DECODING_WORDS):
+            return False
+        if self.is_named(key):
+            return True
+        owner, _, name = key.rpartition(".")
+        if not any(word in name.lower() for word in _DECODING_WORDS):
+            return False  # of a module such as an upscaler
+        of_all = "weight" in name or "quant" in key
+        return of_all or owner in self.owners
+
+    def is_named(self, key: str) -> bool:
+        """Whether a tensor has the name of any of the data, apart from its own."""
+        words = _words(key)
+        inner = (words[start:] for start in range(1, len(words) - 2))  # of a table
+        return words in self.names or any(name in self.names for name in inner)
+
+
+def _words(key: str) -> tuple[str, ...]:
+    """The words of a name, without those that only say that it is of a scale."""
+    return tuple(
+        word
+        for word in re.split("[^0-9a-z]+", key.lower())
+        if word
+        and word not in _SCALE_FILLERS
+        and not any(each in word for each in _DECODING_WORDS)
+    )
 
 
 def _is_part_of(layers: Collection[str], header: Header, key: str) -> bool:

@@ -390,4 +390,10 @@ def _group_keys(source: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
         )
     for parts in modules.values():
         check_parts(parts, source.source)
+    for key in unknown_keys:
+        if "scale" in key and any(key.startswith(f"{name}.") for name in modules):
+            raise CheckpointError(
+                f"{source.source}: {key}: is the scale of a LoRA that is quantized, "
+                "expected numbers without scales; get the LoRA in 16 bits"
+            )
     return modules, unknown_keys

@@ -288,10 +288,10 @@ def merge_metadata(
     for name in metadata.keys() & more.keys():
         if metadata[name] == more[name]:
             continue
-        layers, more_layers = layers_in(metadata[name]), layers_in(more[name])
-        if layers and more_layers:
-            table = {**parse_table(more[name]), "layers": {**layers, **more_layers}}
-            merged[name] = json.dumps(table)
+        table, more_table = parse_table(metadata[name]), parse_table(more[name])
+        if "layers" in table and "layers" in more_table:
+            layers = {**layers_in(metadata[name]), **layers_in(more[name])}
+            merged[name] = json.dumps({**table, **more_table, "layers": layers})
     return merged
 
 

@@ -7,8 +7,9 @@ import io
 import math
 import mmap
 import os
+import re
 import reprlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -44,6 +45,8 @@ _MAGIC = {
     b"\x80\x04": "a pickle; hijack never unpickles",
     b"\x80\x05": "a pickle; hijack never unpickles",
 }
+#: A name that counts the shards of its set.
+_COUNTED = re.compile(r"(?P<stem>.*)-\d+-of-(?P<count>\d+)\.safetensors")
 #: Characters that no plain file name has.
 _SEPARATORS = frozenset("/\\\0")
 
@@ -247,7 +250,27 @@ def _indexed(path: Path) -> tuple[list[Path], set[str]]:
                 f"{path}: the shard {shard.name!r} is a link out of its folder; "
                 "replace it with the file"
             )
+    left_out = _unnamed(shards)
+    if left_out is not None:
+        raise HeaderError(
+            f"{path}: does not name {left_out.name}, which is of the same set of "
+            "shards; the index is of another checkpoint, or incomplete"
+        )
     return shards, set(weight_map)
+
+
+def _unnamed(shards: Collection[Path]) -> Path | None:
+    """A shard that is there, is counted in the names of others, and is not named."""
+    matches = [match for shard in shards if (match := _COUNTED.fullmatch(shard.name))]
+    sets = {match.group("stem", "count") for match in matches}
+    if not sets:
+        return None
+    with contextlib.suppress(OSError):  # whoever opens the shards will say it
+        for sibling in sorted(next(iter(shards)).parent.iterdir()):
+            found = _COUNTED.fullmatch(sibling.name)
+            if found and found.group("stem", "count") in sets and sibling not in shards:
+                return sibling
+    return None
 
 
 def _is_plain(name: object) -> bool:

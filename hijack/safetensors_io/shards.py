@@ -253,7 +253,7 @@ def _check_file(path: Path, target: Path) -> None:
 
 # -- sizes ---------------------------------------------------------------------------
 
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B?|B)", re.IGNORECASE)
+_SIZE = re.compile(r"([0-9]{1,18}(?:\.[0-9]+)?)\s*([KMGT]i?B?|B)", re.IGNORECASE)
 
 
 def parse_size(size: int | str) -> int:
@@ -265,7 +265,7 @@ def parse_size(size: int | str) -> int:
         CheckpointError: if it is none of these, or not positive.
     """
     match = _SIZE.fullmatch(size.strip()) if isinstance(size, str) else None
-    count = size if isinstance(size, int) else 0
+    count = size if type(size) is int else 0
     if match is not None:
         number, unit = float(match[1]), match[2].upper().removesuffix("B")
         base = 1024 if unit.endswith("I") else 1000

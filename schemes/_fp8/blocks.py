@@ -26,6 +26,8 @@ Pair = tuple[int, int]
 
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+#: Columns of the narrowest blocks of any format.
+_NARROWEST = 32
 _E8M0 = getattr(torch, "float8_e8m0fnu", None)
 #: Scales that are powers of two; uint8 holds the exponent's bits.
 POWER_DTYPES: tuple[torch.dtype, ...] = () if _E8M0 is None else (_E8M0, torch.uint8)
@@ -59,7 +61,7 @@ def parse_block_size(block_size: BlockSize, shape: Pair) -> Pair:
             size = text.parse_block_size(size)
         except SchemeError as error:
             raise SchemeError(f"block_size: {error}") from error
-    if size in ("row", "tensor"):
+    if isinstance(size, str):
         size = (1 if size == "row" else max(shape[0], 1), max(shape[1], 1))
     if isinstance(size, int):
         size = (1, size)
@@ -112,9 +114,9 @@ def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
 
     A grid is ambiguous if blocks may be short: 192 rows in 2 blocks are 2 x 96 or
     128 + 64. Writers use powers of two. So an exact division is certain if it is one,
-    or if no power of two gives the same grid. One scale per column is never certain:
-    no known program writes it, and for a square weight it may be one scale per row,
-    transposed.
+    or if no power of two gives the same grid. One scale per column, or as many columns
+    of scales as there are rows, is never certain: no known program writes it, and it
+    may be one scale per row, or blocks of rows, transposed.
 
     Args:
         shape: (N, K) of the weight.
@@ -123,12 +125,15 @@ def possible_sizes(shape: Pair, grid: Pair) -> tuple[list[Pair], bool]:
     rows, certain_rows = _possible(shape[0], grid[0])
     cols, certain_cols = _possible(shape[1], grid[1])
     sizes = [(r, c) for r in rows for c in cols]
-    return sizes, certain_rows and certain_cols and not columns_of(shape, grid)
+    return sizes, certain_rows and certain_cols and not transposed(shape, grid)
 
 
-def columns_of(shape: Pair, grid: Pair) -> bool:
-    """Whether there is one scale per column, which is ambiguous."""
-    return shape[0] > 1 and shape[1] > 1 and grid == (1, shape[1])
+def transposed(shape: Pair, grid: Pair) -> bool:
+    """Whether a grid may be that of rows, transposed; then it is ambiguous."""
+    (n, k), (rows, cols) = shape, grid
+    if n == 1 or cols == 1 or rows == n:
+        return False
+    return grid == (1, k) or (cols == n and k < n * _NARROWEST)
 
 
 @functools.lru_cache(maxsize=1024)

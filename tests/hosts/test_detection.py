@@ -433,6 +433,8 @@ def test_a_quantized_tensor_spells_itself_as_its_file_did(quantized):
         ({"a.s": torch.ones(8, 3)}, "a: no scheme reads a.s"),
         ({"a.quantizer.scale": torch.ones(3)}, "a: no scheme reads a.quantizer.scale"),
         ({"a_scale": torch.ones(3)}, "a: no scheme reads a_scale"),
+        ({"a_weight_scale": torch.ones(3)}, "a_weight_scale, .* while a has quantized"),
+        ({"weight_scales": torch.ones(3)}, "^weight_scales: no scheme reads"),
     ],
 )
 def test_scales_nobody_reads_are_refused_where_no_layer_is_ours(registry, lone, words):
@@ -465,4 +467,30 @@ def test_integers_that_nothing_marks_are_refused(registry):
         "a.scale": torch.ones(8, 1),
     }
     with pytest.raises(HijackError, match="integers without a marker"):
+        encode_claimed(state_dict, "", registry=registry)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32])
+def test_integers_without_a_scale_are_refused(registry, dtype):
+    """They are no weights; FP8 without one is, of any kind that torch has."""
+    state_dict = {"a.weight": torch.ones(8, 128).to(dtype)}
+    with pytest.raises(HijackError, match=f"a: has a weight of {dtype} without"):
+        encode_claimed(state_dict, "", registry=registry)
+    fnuz = {"a.weight": torch.ones(8, 128).to(torch.float8_e4m3fnuz)}
+    assert not encode_claimed(fnuz, "", registry=registry)
+
+
+def test_a_layer_that_lost_its_scale_is_refused(registry):
+    """Others of its kind have one; layers of other kinds may be casts."""
+    coded = torch.ones(8, 128).to(E4M3)
+    state_dict = {
+        "blocks.0.q.weight": coded,
+        "blocks.0.q.scale_weight": torch.ones(8, 2, 1),
+        "embed.weight": coded,
+    }
+    assert encode_claimed(dict(state_dict), "", registry=registry)
+    state_dict["blocks.1.q.weight"] = coded
+    with pytest.raises(
+        UnconsumedScaleError, match=r"^blocks.1.q: .* as blocks.0.q has"
+    ):
         encode_claimed(state_dict, "", registry=registry)

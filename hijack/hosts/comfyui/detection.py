@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ log = logger(__name__)
 
 #: Scales of what a layer is given; without them its weight is the same.
 _INPUTS = ("scale_input", "input_scale", "activation_scale")
+#: The number of a block in the name of a layer.
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def encode_claimed(
@@ -170,8 +173,10 @@ def _claims(
     _check_unknown(found, comfyuis, registry)
     _check_foreign(found, header, comfyuis, alone=not claims, native=native)
     orphans = sorted(k for k in found.unconsumed if not comfyuis(k.rpartition(".")[0]))
-    _check_orphans(orphans, tensors, alone=not claims)
     bare = [la for la in found.unscaled if not comfyuis(la)]
+    _check_orphans(orphans, tensors, alone=not claims, bare=bare)
+    _check_integers(bare, tensors)
+    _check_lost(bare, claims, tensors)
     if claims and bare:
         log.warning(
             "hijack: %d layers hold quantized data without a scale, such as %s, while "
@@ -311,21 +316,30 @@ def _check_foreign(
 
 
 def _check_orphans(
-    orphans: list[str], tensors: Mapping[str, Tensor], *, alone: bool
+    orphans: list[str],
+    tensors: Mapping[str, Tensor],
+    *,
+    alone: bool,
+    bare: Sequence[str] = (),
 ) -> None:
-    """Refuse to ignore scales that a weight needs."""
+    """Refuse to ignore scales that a weight needs.
+
+    One that stands beside no weight may be that of any layer whose data is bare.
+    """
     for key in orphans:
         name = key.rpartition(".")[2]
         layer = _scaled_layer(key, tensors)
         weight = tensors.get(join(layer, "weight"))
-        if alone and (
-            weight is None or weight.dtype in DENSE_DTYPES or name in _INPUTS
-        ):
+        dense = not bare if weight is None else weight.dtype in DENSE_DTYPES
+        if alone and (dense or name in _INPUTS):
             continue
         others = f" and {len(orphans) - 1} others" if len(orphans) > 1 else ""
+        beside = f"beside a weight of {None if weight is None else tuple(weight.shape)}"
+        if weight is None and bare:
+            beside = f"while {bare[0]} has quantized data without a scale"
         raise UnconsumedScaleError(
-            f"{layer}: no scheme reads {key}, {tuple(tensors[key].shape)} beside a "
-            f"weight of {None if weight is None else tuple(weight.shape)}; loading "
+            f"{layer or key}: no scheme reads {key}, {tuple(tensors[key].shape)} "
+            f"{beside}; loading "
             f"would ignore it{others}; install the scheme that wrote this file, or "
             "quantize it again"
         )
@@ -336,6 +350,34 @@ def _check_orphans(
             orphans[0],
             len(orphans),
         )
+
+
+def _check_lost(
+    bare: Iterable[str], claims: Iterable[str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuse data without a scale in a layer that has one in other blocks.
+
+    Data of other layers may be casts, which ComfyUI writes beside quantized ones.
+    """
+    scaled = {_NUMBER.sub("*", layer): layer for layer in claims}
+    for layer in bare:
+        other = scaled.get(_NUMBER.sub("*", layer))
+        if other is not None and tensors[join(layer, "weight")].ndim > 1:
+            raise UnconsumedScaleError(
+                f"{layer}: holds quantized data without a scale, expected one as "
+                f"{other} has; the file is damaged, get it again"
+            )
+
+
+def _check_integers(bare: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuse integers that nothing scales, which ComfyUI would take for weights."""
+    for layer in bare:
+        dtype = tensors[join(layer, "weight")].dtype
+        if not dtype.is_floating_point:
+            raise HijackError(
+                f"{layer}: has a weight of {dtype} without a scale, expected floating "
+                "point numbers; install the scheme that wrote this file"
+            )
 
 
 def _scaled_layer(key: str, tensors: Mapping[str, Tensor]) -> str:

@@ -19,6 +19,7 @@ from hijack.formats.comfyui_markers import (
     file_marker,
     file_markers_of,
     layer_marker,
+    layer_tensor,
     marker_tensor,
 )
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
@@ -36,11 +37,11 @@ from schemes._fp8.blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
-    columns_of,
     divides,
     grid_shape,
     matrix_shape,
     parse_block_size,
+    transposed,
 )
 from schemes._fp8.dialects.base import (
     FULL_PRECISION,
@@ -164,8 +165,8 @@ class ComfyQuantDialect(FP8Dialect):
         experts = info.weight.shape[0] if len(info.weight.shape) == 3 else 0
         if experts and marker.get("num_experts") == experts == info.grid[0]:
             size = (1, info.shape[1])  # stacked experts, one scale each
-        full = {FULL_PRECISION: "true"} if marker.get(FULL_PRECISION) is True else {}
-        unread = tuple(sorted(str(key) for key in marker.keys() - _ENTRIES))
+        full = {FULL_PRECISION: "true"} if marker.get(FULL_PRECISION) else {}
+        unread = _unread(marker, layer_tensor(header, info.layer) or {})
         return Declared(
             Certainty.MARKED,
             f"comfy_quant says {name}",
@@ -193,7 +194,7 @@ class ComfyQuantDialect(FP8Dialect):
         """As in the base class; its writers have whole rows, squares and 1 x C."""
         sizes, certain = super()._sizes(info, declared)
         exact = divides(info.shape, info.grid)
-        if certain or not exact or columns_of(info.shape, info.grid):
+        if certain or not exact or transposed(info.shape, info.grid):
             return sizes, certain
         rows, cols = sizes[-1]
         return (sizes[-1:], True) if rows in (1, cols) else (sizes, certain)
@@ -242,7 +243,7 @@ class ComfyQuantDialect(FP8Dialect):
             entries = entries if isinstance(entries, dict) else {}
             kept = {name: e for name, e in entries.items() if name not in removed}
             del remaining[LAYER_TABLE]
-            if kept:
+            if kept or table.keys() - {"format_version", "layers"}:
                 remaining[LAYER_TABLE] = json.dumps({**table, "layers": kept})
         markers = {join(layer, LAYER_MARKER) for layer in removed}
         return remaining, markers & set(keys)
@@ -316,6 +317,16 @@ class ComfyQuantDialect(FP8Dialect):
                 table[name][FULL_PRECISION] = True
         text = json.dumps({"format_version": "1.0", "layers": table})
         return FormatMetadata({LAYER_TABLE: text})
+
+
+def _unread(
+    marker: Mapping[str, object], outweighed: Mapping[str, object]
+) -> tuple[str, ...]:
+    """What a marker says that is not read, or another one says that does not count."""
+    nested = marker.get("params")
+    inner = nested.keys() - _ENTRIES if isinstance(nested, dict) else ()
+    others = {key for key in outweighed if outweighed[key] != marker.get(key)}
+    return tuple(sorted({*(marker.keys() - _ENTRIES), *inner, *others}))
 
 
 def _named(name: str, marker: Mapping[str, object], shape: Pair) -> Pair | None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
+from hijack.claim import Certainty, Claim
 from hijack.formats.dialect import FormatMetadata
-from hijack.safetensors_io.header import CONFIG_KEY
+from hijack.formats.native_marker import native_marker
+from hijack.safetensors_io.header import CONFIG_KEY, Header
+from hijack.scheme import Scheme
 from schemes._fp8.blocks import POWER_DTYPES, SCALE_DTYPES, Pair
 from schemes._fp8.dialects.base import FP8Dialect
 
@@ -25,6 +29,18 @@ class ConfiguredDialect(FP8Dialect):
     """
 
     scale_dtypes = (*SCALE_DTYPES, *POWER_DTYPES)
+
+    def readings(self, scheme: Scheme, header: Header, layer: str) -> Iterator[Claim]:
+        """As in the base class; hijack's own marker in the file outranks a config.
+
+        The config may be that of another file in the folder.
+        """
+        marked = native_marker(header, layer) is not None
+        for claim in super().readings(scheme, header, layer):
+            certainty = claim.certainty
+            if marked:
+                certainty = min(certainty, Certainty.UNIQUE)
+            yield dataclasses.replace(claim, certainty=certainty)
 
     def unmark(
         self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]

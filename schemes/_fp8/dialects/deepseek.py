@@ -20,10 +20,10 @@ from schemes._fp8.blocks import (
     FP8_DTYPES,
     POWER_DTYPES,
     Pair,
-    columns_of,
     grid_shape,
     matrix_shape,
     parse_block_size,
+    transposed,
 )
 from schemes._fp8.dialects.base import Declared, QuantizedWeightInfo, is_power
 from schemes._fp8.dialects.configured import (
@@ -71,7 +71,7 @@ class DeepSeekDialect(ConfiguredDialect):
             size = info.shape if info.grid == (1, 1) else None
             if "scale" not in info.keys:
                 return Declared(Certainty.UNIQUE, size=size)
-            if columns_of(info.shape, info.grid):
+            if transposed(info.shape, info.grid):
                 return None  # SDNQ's rows, transposed
             # SDNQ's rows and single scales look the same, and may be rotated
             sdnq = info.grid in ((info.shape[0], 1), (1, 1))

@@ -55,7 +55,7 @@ def make_config(
     declared = chosen.declared_options()
     size = custom_block_size.strip() or block_size.strip()
     values = {
-        "block_size": "" if size == AUTO else size,
+        "block_size": "" if size.lower() == AUTO else size,
         "dtype": "" if dtype == AUTO else dtype,
         "scale_dtype": "" if scale_dtype == AUTO else scale_dtype,
         "scale_search": str(scale_search or ""),
