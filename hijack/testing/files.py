@@ -422,7 +422,8 @@ def _unfitting(
     """A file with one defect in one layer: a description, and its tensors."""
     for role, key in claim.keys.items():
         tensor = tensors[key]
-        if role == "weight" or not tensor.numel():
+        # those that do not affect the weight may be anything
+        if role == "weight" or role in claim.unused or not tensor.numel():
             continue
         yield f"no {role}", {k: t for k, t in tensors.items() if k != key}
         rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
