@@ -785,3 +785,14 @@ def test_hijacks_own_marker_outranks_a_config_in_the_folder(tmp_path, dialect):
         hijack.load(model, folder / f"{name}.safetensors")
         weights.append(model[0].weight.dense(torch.float32))
     assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize("original", [[70, 64], [40, 32], [24, 40, 1], [0, 40]])
+def test_a_true_shape_that_the_stored_one_does_not_pad_is_not_believed(original):
+    """Sides are padded to the next multiple of 32, and no further."""
+    stored = {"a.weight": ("F8_E4M3", 64, 64), "a.weight_scale": ("U8", 128, 4)}
+    marker = {"format": "mxfp8", "orig_shape": original}
+    (claim,) = identify(
+        header_of({**stored, **MARK}, markers={"a.comfy_quant": marker})
+    ).layers.values()
+    assert claim.shape is None
