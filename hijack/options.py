@@ -148,6 +148,7 @@ class Option:
             "bool": "true or false",
             "dtype": "a dtype such as float8_e4m3fn",
             "block_size": "a block size such as 1x64, row or tensor",
+            "any": "any value",
         }.get(self.type, "a text")
         least, most = self.minimum, self.maximum
         if least is not None and most is not None:

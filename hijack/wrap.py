@@ -42,7 +42,7 @@ class WrapReport:
 
     Attributes:
         layers: names of the modules that were quantized, in model order.
-        skipped: name of every other target module, and why it was left dense.
+        skipped: name of every other target module, and why it was left as it was.
         bytes_before: size of the quantized modules' weights before.
         bytes_after: size of their quantized data and parameters.
     """
@@ -54,7 +54,7 @@ class WrapReport:
 
     def __str__(self) -> str:
         return (
-            f"{len(self.layers)} layers quantized, {len(self.skipped)} left dense, "
+            f"{len(self.layers)} layers quantized, {len(self.skipped)} skipped, "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
 

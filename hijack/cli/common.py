@@ -105,7 +105,8 @@ def files_written(dst: str, *, sharded: bool) -> list[Path]:
 def wrote(files: Sequence[Path], watch: Stopwatch) -> str:
     """The end of a summary: what was written, how large, and how long it took."""
     size = sum(path.stat().st_size for path in files)
-    of = f" and {len(files) - 1} shards" if len(files) > 1 else ""
+    shards = len(files) - 1
+    of = f" and {shards} shard{'s' * (shards > 1)}" if shards else ""
     return printable(f"wrote {files[0]}{of}, {bytes_text(size)}, in {watch}")
 
 

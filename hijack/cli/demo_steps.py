@@ -149,7 +149,7 @@ class Demo:
     def say(self, text: str) -> None:
         """Print a table, or a paragraph of lines that terminals can hold."""
         if not self.quiet:
-            print(text if "\n" in text else textwrap.fill(text, 88))
+            print(text if "\n" in text else _filled(text))
 
     def title(self, text: str) -> None:
         """Print the title of the next step."""
@@ -364,7 +364,7 @@ class Demo:
             "The best format depends on the model: int8 rows, plugged in above, err by "
             f"{_mean(facts['plugged_in_degrees']):.1f} degrees here.",
         ):
-            self.say(textwrap.fill(f"- {sentence}", 88, subsequent_indent="  "))
+            self.say(_filled(f"- {sentence}", indent="  "))
 
     def draw(self) -> None:
         """Draw the angles, if matplotlib is installed."""
@@ -423,6 +423,11 @@ def train_lora(encoder: Encoder, ids: Tensor, mask: Tensor) -> dict[str, Tensor]
     for hook in hooks:
         hook.remove()
     return {key: tensor.detach() for key, tensor in tensors.items()}
+
+
+def _filled(text: str, indent: str = "") -> str:
+    """Lines that terminals can hold; a path with a hyphen in it stays whole."""
+    return textwrap.fill(text, 88, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 import hijack
 from hijack.cli.common import add_assume, add_json, print_json
 from hijack.errors import CheckpointError, HijackError, printable
-from hijack.text import block_text, bytes_text, count_text, table
+from hijack.text import bytes_text, count_text, table
 
 HELP = "detect the format of checkpoints"
 #: Suffixes of the files that are looked at in a folder.
@@ -184,8 +184,10 @@ class Facts:
         return [self.result.source, *columns]
 
     def _format(self) -> str:
+        from hijack.formats.report import block_word
+
         kinds = Counter(
-            f"{claim.dialect} {block_text(claim.block_size)}"
+            f"{claim.dialect} {block_word(self.result, claim)}"
             for claim in self.result.layers.values()
         )
         kinds.update(layer.format for layer in self.result.unsupported.values())

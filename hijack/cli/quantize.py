@@ -228,7 +228,10 @@ def _show_defaults(args: argparse.Namespace) -> None:
     elif families:
         print("\n".join(map(_patterns, families)))
     else:
-        print("the model is unknown; every layer with a 2-D weight is quantized")
+        print(
+            "the model is unknown; every layer with a 2-D weight is quantized, but for "
+            "what looks like embeddings, norms, heads or routers; --dry-run -v lists it"
+        )
 
 
 def _patterns(family: ModelFamily) -> str:

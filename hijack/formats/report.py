@@ -33,8 +33,13 @@ def groups(
     return [(*kind, count) for kind, count in sorted(kinds.items())]
 
 
-def _block(found: Identification, claim: Claim) -> str:
-    """The block size, or ``row`` or ``tensor`` if a block is a whole one."""
+def block_word(found: Identification, claim: Claim) -> str:
+    """The block size of a layer, or ``row`` or ``tensor`` if a block is a whole one.
+
+    Args:
+        found: what holds the layer.
+        claim: to the layer.
+    """
     weight = found.infos.get(next(iter(claim.keys.values()), ""))
     if claim.block_size is None or weight is None or not weight.shape:
         return block_text(claim.block_size)
@@ -54,7 +59,7 @@ def as_table(found: Identification, verbose: bool) -> str:
     lines = [printable(f"{found.source}: {found.tensors} tensors")]
     rows = [
         [s, d, b, str(n)]
-        for s, d, b, n in groups(found, functools.partial(_block, found))
+        for s, d, b, n in groups(found, functools.partial(block_word, found))
     ]
     formats = Counter(layer.format for layer in found.unsupported.values())
     rows += [["-", name, "-", str(n)] for name, n in sorted(formats.items())]
@@ -91,7 +96,7 @@ def _without_layers(found: Identification) -> str:
 
 def _layer_rows(found: Identification) -> Iterator[list[str]]:
     for name, claim in found.layers.items():
-        block, evidence = block_text(claim.block_size), "; ".join(claim.evidence)
+        block, evidence = block_word(found, claim), "; ".join(claim.evidence)
         yield [name, claim.scheme, claim.dialect, block, excerpt(evidence)]
     for name, layer in found.unsupported.items():
         yield [name, "-", layer.format, "-", excerpt(layer.evidence)]
