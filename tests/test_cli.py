@@ -222,7 +222,9 @@ def test_shards_are_written_beside_their_index(run, dense, tmp_path):
 
 def test_defaults_are_shown(run, dense, tmp_path, monkeypatch):
     """Those of a checkpoint's model, and those of every model known."""
-    assert "the model is unknown" in run("quantize", "--show-defaults", dense)[1]
+    text = run("quantize", "--show-defaults", dense)[1]
+    assert "the model is unknown" in text
+    assert "but for what looks like embeddings, norms, heads or routers" in text
     toy = ModelFamily("Toy", ("a*",), ("*.mod", "*.b"), "its makers", ())
     for module in (model_families, selection):
         monkeypatch.setattr(module, "detect_family", lambda keys: toy)
@@ -750,3 +752,20 @@ def test_several_files_are_several_checkpoints(run, folder, dense):
     status, out, _ = run("identify", dense, broken, "--assume", "musubi")
     assert status == 3
     assert out.splitlines()[-1].endswith("cannot be loaded as it is; see -v")
+
+
+def test_a_block_has_one_name_everywhere(run, tmp_path, dense):
+    """A whole row is one in the summary, in the list of layers and among files."""
+    path = tmp_path / "rows.safetensors"
+    assert run("quantize", dense, path, "--block-size", "row")[0] == 0
+    _, out, _ = run("identify", path, "-v")
+    assert "musubi   row " in out
+    assert "1x" not in out
+    assert "musubi row" in run("identify", path, dense)[1]
+
+
+def test_one_shard_is_no_plural(run, tmp_path, dense):
+    """A file that fits into one shard says so in plain words."""
+    path = tmp_path / "q.safetensors"
+    _, out, _ = run("quantize", dense, path, "--max-shard-size", "5GB")
+    assert "and 1 shard, " in out
