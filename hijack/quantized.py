@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import uuid
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -137,6 +139,9 @@ class WeightView:
 
 #: torch's own descriptor behind ``tensor.data``.
 _DATA: Any = Tensor.data
+
+#: A scheme to what stands for it in keys of compiled code.
+_TOKENS: weakref.WeakKeyDictionary[Scheme, str] = weakref.WeakKeyDictionary()
 
 
 class QuantizedTensor(Tensor):
@@ -382,11 +387,14 @@ class QuantizedTensor(Tensor):
         )
 
     def _stable_hash_for_caching(self) -> str:
-        """What compiled code depends on, the same in every process."""
-        kind = type(self.scheme)
-        parts = (kind.__module__, kind.__qualname__, self.scheme.name)
+        """What compiled code depends on; another in every process.
+
+        The code of a scheme is compiled into it, and nothing here knows that code. So
+        torch must not find on the disk what was compiled with an earlier version.
+        """
+        scheme = _TOKENS.setdefault(self.scheme, uuid.uuid4().hex)
         tensors = {name: (t.dtype, t.shape) for name, t in self.plain_tensors().items()}
-        return repr((parts, self.config.options, tensors, self.dtype, self.additions))
+        return repr((scheme, self.config.options, tensors, self.dtype, self.additions))
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -2,9 +2,11 @@
 
 import copy
 import io
+import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -588,3 +590,41 @@ def test_reset_parameters_creates_fresh_quantized_weights(scheme):
     assert layer.weight.qdata.dtype == torch.int8
     assert not torch.equal(before, after)
     assert 0.5 < (after.std() / before.std()).item() < 2
+
+
+ROOT = Path(__file__).parents[1]
+
+STALE = """
+import sys
+import torch
+import hijack
+from torch import nn
+
+class Times(hijack.Scheme):
+    name = "times"
+    targets = (nn.Linear,)
+
+    def quantize(self, weight):
+        return weight.half(), {}
+
+    def dequantize(self, qdata, params, dtype):
+        return (qdata.float() * %s).to(dtype)
+
+torch.manual_seed(0)
+model = hijack.wrap_module(nn.Linear(8, 8, bias=False), Times())
+x = torch.randn(2, 8)
+with torch.no_grad():
+    torch.testing.assert_close(torch.compile(model)(x), model(x))
+"""
+
+
+@pytest.mark.thorough
+def test_code_compiled_with_an_earlier_version_of_a_scheme_is_not_used(tmp_path):
+    """torch keeps what it compiles on the disk; an edited scheme has the same name."""
+    folders = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for factor in (1, 2):
+        command = [sys.executable, "-c", STALE % factor]
+        done = subprocess.run(
+            command, env={**os.environ, **folders}, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
