@@ -159,7 +159,8 @@ PATTERNS = (
         "STRING",
         "Layers to quantize, as patterns such as transformer_blocks.*.img_mlp.*, one "
         "a line. Empty, or the word default: what is usual for this family of models, "
-        "or every linear layer of a model that is not known.",
+        "or, of a model that is not known, the linear layers that are no embedding, "
+        "norm, head or router.",
         default="",
         multiline=True,
         optional=True,
