@@ -110,6 +110,13 @@ def test_a_lock_that_is_deleted_while_it_is_waited_for_is_taken_again(tmp_path):
     assert names(tmp_path) == []
 
 
+def test_a_lock_that_vanishes_while_it_is_looked_at_is_taken(tmp_path, monkeypatch):
+    """Its last holder deletes it between two looks."""
+    monkeypatch.setattr(os.path, "lexists", lambda path: True)
+    with atomic.temp_dir(tmp_path / "x.safetensors") as folder:
+        assert folder.is_dir()
+
+
 def test_what_only_looks_like_a_leftover_stays(tmp_path):
     """Files and links of such a name are somebody else's."""
     (tmp_path / ".x.safetensors.abcdefgh.part").write_bytes(b"mine")

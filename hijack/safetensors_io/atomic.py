@@ -123,8 +123,8 @@ def _exclusive(path: Path) -> Iterator[bool]:
     The file is deleted at the end. A process that waited for a file that is deleted by
     then tries again.
     """
-    if os.path.lexists(path) and not stat.S_ISREG(path.lstat().st_mode):
-        yield False  # a link or a pipe of another program
+    if _is_foreign(path):
+        yield False
         return
     lock = FileLock(path, thread_local=False)
     while True:
@@ -144,6 +144,14 @@ def _exclusive(path: Path) -> Iterator[bool]:
         with contextlib.suppress(OSError):  # on Windows, release deletes it
             os.unlink(path)
         lock.release()
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether it is a link, a pipe or the like of another program."""
+    try:
+        return not stat.S_ISREG(path.lstat().st_mode)
+    except OSError:  # there is none, or its last holder has just deleted it
+        return False
 
 
 def _acquire(lock: FileLock, path: Path) -> None:
