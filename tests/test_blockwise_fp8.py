@@ -506,3 +506,12 @@ def test_what_is_no_block_size_is_named(size):
     """Also if comparing it gives no answer, as with arrays."""
     with pytest.raises(SchemeError, match=r"block_size: got .*, expected "):
         SCHEME.quantize(torch.ones(4, 64), block_size=size)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (6,), (6, 1)])
+def test_scales_of_fewer_dimensions_are_rows_or_one(shape):
+    """As files have them; a number is the scale of everything."""
+    q, scale = torch.ones(6, 8).to(E4M3), torch.arange(1.0, 7)
+    scale = scale.view(shape) if 6 in shape else torch.full(shape, 3.0)
+    got = SCHEME.dequantize(q, {"weight_scale": scale}, torch.float32)
+    assert torch.equal(got, scale.reshape(-1, 1).expand(-1, 8).expand(6, 8))

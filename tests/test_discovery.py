@@ -1,5 +1,6 @@
 """Plugins of installed distributions: what is loaded, and what is said of the rest."""
 
+import importlib.metadata
 import logging
 import sys
 import types
@@ -234,3 +235,21 @@ def test_the_node_pack_imports_nothing_disabled(tmp_path, disabled):
     assert imported == str(disabled == "")
     assert ("disarmed by HIJACK_DISABLE" in status) == (disabled == "*")
     assert ("waiting for comfy" in status) == (disabled != "*")
+
+
+def test_a_plugin_that_asks_for_schemes_while_it_is_loaded_is_loaded_once(monkeypatch):
+    """It sees those that are there by then, and nothing starts anew."""
+    registry, loads = hijack.create_registry(entry_points=True), []
+
+    class Entry:
+        name, group, value = "curious", "hijack", "curious:thing"
+
+        def load(self):
+            loads.append(sorted(registry.schemes()))
+            return Plain
+
+    dist = types.SimpleNamespace(entry_points=[Entry()])
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [dist])
+    assert set(registry.schemes()) == {"plain"}
+    assert loads == [[]]
+    assert registry.problems == []

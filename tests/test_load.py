@@ -406,3 +406,27 @@ def test_a_file_cannot_name_a_tensor_like_what_modules_have(nibbles, tmp_path, n
         (type(m), m.weight is weight, vars(m)) == (kind, True, own)
         for m, (kind, weight, own) in zip(fresh, before, strict=True)
     )
+
+
+def test_hijacks_marker_says_nothing_that_the_tensors_show(tmp_path):
+    """The shape of a weight is in the file; only packed data need it written."""
+    model, path = nn.Sequential(nn.Linear(64, 8)), tmp_path / "x.safetensors"
+    hijack.wrap_model(model, "blockwise_fp8")
+    hijack.save(model, path, dialect="hijack")
+    with safe_open(path, "pt") as file:
+        entry = json.loads(file.metadata()["hijack"])["layers"]["0"]
+    assert "shape" not in entry
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_wrapped_layer_that_was_made_dense_takes_a_dense_weight(assign):
+    """Somebody replaced its weight; from then on it is loaded as any layer is."""
+    layer = hijack.wrap_module(nn.Linear(8, 8), "blockwise_fp8")
+    layer.weight = nn.Parameter(torch.zeros(8, 8))
+    tensors = {"weight": torch.ones(8, 8), "bias": torch.ones(8)}
+    layer.load_state_dict(tensors, assign=assign)
+    assert torch.equal(layer.weight, torch.ones(8, 8))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        layer.load_state_dict({"bias": torch.ones(8)}, assign=assign)
+    with pytest.raises(RuntimeError, match=r"weight: got shape \(4, 8\)"):
+        layer.load_state_dict({**tensors, "weight": torch.ones(4, 8)}, assign=assign)

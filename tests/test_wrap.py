@@ -319,6 +319,18 @@ def test_attention_is_left_to_read_its_own_weight(scheme):
         torch.testing.assert_close(model(x), expected)
 
 
+def test_without_the_fast_path_a_transformer_layer_is_quantized(scheme):
+    """Then nobody reads the weights of its Linears but they themselves."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+        report = hijack.wrap_model(model, scheme, exclude="norm*")
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert set(report.layers) == {"linear1", "linear2"}
+
+
 READS = {
     "linear": lambda w, x: F.linear(x, w),
     "matmul": lambda w, x: x @ w.t(),
