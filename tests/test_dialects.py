@@ -796,3 +796,13 @@ def test_a_true_shape_that_the_stored_one_does_not_pad_is_not_believed(original)
         header_of({**stored, **MARK}, markers={"a.comfy_quant": marker})
     ).layers.values()
     assert claim.shape is None
+
+
+def test_two_rows_are_rows_already():
+    """The smallest weight for which a scale per row is not the scale of all."""
+    rows = layer_of(("F32", 2), shape=(2, 256), name="scale_weight")
+    claim = identify(header_of(rows)).layers["a"]
+    assert (claim.dialect, claim.block_size) == ("scaled_fp8", (1, 256))
+    single = layer_of(("F32", 1, 1), shape=(2, 64), name="scale")
+    config = quantization(quant_method="sdnq", use_quantized_matmul=True)
+    assert not identify(header_of(single, config=config)).layers  # maybe transposed
