@@ -457,3 +457,12 @@ def test_shards_that_are_read_are_not_replaced(musubi, tmp_path):
             index, tmp_path / "model.safetensors", "musubi", max_shard_size="1GB"
         )
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_exponents_are_bytes_in_files_of_compressed_tensors(tmp_path):
+    """Quantized there, they are float8_e8m0fnu until they are written."""
+    dense, path = tmp_path / "dense.safetensors", tmp_path / "out.safetensors"
+    save_file({"a.weight": torch.randn(8, 64)}, dense)
+    options = {"block_size": "1x32", "scale_dtype": torch.float8_e8m0fnu}
+    hijack.quantize_file(dense, path, dialect="compressed_tensors", **options)
+    assert load_file(path)["a.weight_scale"].dtype == torch.uint8

@@ -203,3 +203,20 @@ def test_the_registry_gets_what_a_pack_needs():
         "schemes",
     }
     assert "hijack/hosts/comfyui/nodes/web/hijack.js" in kept
+
+
+def test_importing_the_scheme_is_what_waits_for_comfyui():
+    """One import in any node pack is enough; that of hijack alone patches nothing."""
+    code = "import hijack{}; print(hijack.status()['comfyui'].reason)"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code.format(more)],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+        ).stdout
+        for more in ("", ", schemes.blockwise_fp8")
+    ]
+    assert "waiting for" not in said[0]
+    assert "waiting for" in said[1]
