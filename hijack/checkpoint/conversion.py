@@ -159,8 +159,8 @@ class Conversion:
         weight = self._weight((qdata.to("meta"), meta))
         tensors = self._encode(weight.qdata, meta)
         encoded = matching.encoded_layer(weight, tensors)
-        kept = {} if not self.requantized else encoded.options
-        options = {**self.claim.options, **kept}
+        new = encoded.options if self.requantized else {}
+        options = {**self.claim.options, **new}
         self.encoded = dataclasses.replace(encoded, options=options)
 
     @property

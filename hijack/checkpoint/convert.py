@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from hijack.checkpoint.config_json import config_of, write_config_beside
 from hijack.checkpoint.conversion import Conversion
 from hijack.checkpoint.copying import SourceSnapshot, check_output, chunks
@@ -241,12 +243,13 @@ class _ConversionJob:
         Raises:
             CheckpointError: if one cannot be stored and must not be dropped.
         """
+        tensors = open_tensors(self.header)  # once, so that files are mapped once
         for name, layer in self.layers.items():
             claim = layer.claim
             for role in claim.unused:
                 if role not in layer.source.inputs:
                     continue
-                if self._stands_for_none(layer.source, claim.keys[role]):
+                if _stands_for_none(layer.source, tensors, claim.keys[role]):
                     continue
                 if layer.target.input_written and not layer.inputs:
                     target = join(name, layer.target.input_written)
@@ -259,15 +262,6 @@ class _ConversionJob:
                         f"{self.dialect} cannot store; pass drop_input_scales "
                         "(--drop-input-scales) to leave it out"
                     )
-
-    def _stands_for_none(self, dialect: Dialect, key: str) -> bool:
-        """Whether an input scale has the value by which a dialect says it has none."""
-        if dialect.absent_input is None or self.header.tensors[key].shape not in (
-            (),
-            (1,),
-        ):
-            return False
-        return open_tensors(self.header)[key].item() == dialect.absent_input
 
     def plan_file(self) -> FormatMetadata:
         """Plan all tensors of the file; returns the metadata of the whole."""
@@ -374,3 +368,10 @@ class _ConversionJob:
             notes,
             Counter(name for layer in self.layers.values() for name in layer.lost),
         )
+
+
+def _stands_for_none(dialect: Dialect, tensors: Mapping[str, Tensor], key: str) -> bool:
+    """Whether an input scale has the value by which a dialect says it has none."""
+    if dialect.absent_input is None or tensors[key].shape not in ((), (1,)):
+        return False
+    return tensors[key].item() == dialect.absent_input

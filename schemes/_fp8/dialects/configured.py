@@ -35,11 +35,12 @@ class ConfiguredDialect(FP8Dialect):
 
         The config may be that of another file in the folder.
         """
-        marked = native_marker(header, layer) is not None
-        for claim in super().readings(scheme, header, layer):
-            certainty = claim.certainty
-            if marked:
-                certainty = min(certainty, Certainty.UNIQUE)
+        claims = super().readings(scheme, header, layer)
+        if native_marker(header, layer) is None:
+            yield from claims
+            return
+        for claim in claims:
+            certainty = min(claim.certainty, Certainty.UNIQUE)
             yield dataclasses.replace(claim, certainty=certainty)
 
     def unmark(
