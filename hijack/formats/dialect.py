@@ -42,6 +42,7 @@ class EncodedLayer:
         tensors: suffix to dtype and shape, as `Dialect.encode` returned them.
         options: options the layer was quantized with that cannot be inferred from its
             tensors, as texts.
+        quantized: dtype and shape of the scheme's own tensors, ``weight`` among them.
     """
 
     scheme: str
@@ -50,6 +51,7 @@ class EncodedLayer:
     block_size: tuple[int, int] | None
     tensors: Mapping[str, TensorInfo]
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    quantized: Mapping[str, TensorInfo] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,6 +238,11 @@ class Dialect:
         """
         entries = {name: layer_entry(layer) for name, layer in layers.items()}
         return FormatMetadata({METADATA_KEY: write_marker(entries)} if entries else {})
+
+
+def infos_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Dtype and shape of each tensor."""
+    return {name: TensorInfo.of(tensor) for name, tensor in tensors.items()}
 
 
 def layer_entry(layer: EncodedLayer) -> dict[str, object]:

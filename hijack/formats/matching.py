@@ -15,13 +15,13 @@ from torch import Tensor
 
 from hijack.claim import Certainty, Claim
 from hijack.errors import CheckpointError, HijackError
-from hijack.formats.dialect import Dialect, EncodedLayer, layer_entry
+from hijack.formats.dialect import Dialect, EncodedLayer, infos_of, layer_entry
 from hijack.quantized import (
     QuantizationConfig,
     QuantizedTensor,
     check_shape,
 )
-from hijack.safetensors_io.header import Header, TensorInfo
+from hijack.safetensors_io.header import Header
 from hijack.scheme import Quantized, Scheme
 from hijack.text import did_you_mean
 
@@ -242,8 +242,9 @@ def encoded_layer(
         tuple(weight.params),
         tuple(weight.shape),
         weight.scheme.block_size(weight.qdata, weight.params),
-        {suffix: TensorInfo.of(tensor) for suffix, tensor in tensors.items()},
+        infos_of(tensors),
         hidden_options(weight),
+        infos_of(weight.plain_tensors()),
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,22 +12,19 @@ from torch import Tensor
 
 import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty, Claim
+from hijack.formats.comfy_quant import MarkedDialect, unread_entries
 from hijack.formats.comfyui_markers import (
     LAYER_MARKER,
-    LAYER_TABLE,
     file_marker,
     file_markers_of,
     layer_marker,
     layer_tensor,
-    marker_tensor,
 )
-from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import (
     DTYPE_NAMES,
     Header,
     TensorInfo,
     join,
-    parse_table,
 )
 from hijack.scheme import Scheme
 from schemes._fp8.blocks import (
@@ -62,11 +58,8 @@ FORMAT_DTYPES = {
     "hybrid_mxfp8": torch.float8_e4m3fn,
 }
 _MX = ("mxfp8", "hybrid_mxfp8")
-#: What is known of a marker's entries: the rest says something that is not read.
-_ENTRIES = {
-    *("format", "group_size", "params", "orig_shape", "orig_dtype", "num_experts"),
-    *("convrot", FULL_PRECISION),
-}
+#: Entries of a marker that are read, or say nothing of the weight.
+_KNOWN = ("group_size", "num_experts", "convrot", FULL_PRECISION)
 #: ComfyUI pads the sides of an MXFP8 weight to multiples of this.
 PAD = (32, 32)
 
@@ -123,7 +116,7 @@ def _converted(info: QuantizedWeightInfo) -> bool:
     return len(info.scale.shape) == 2 and square and info.grid != (1, 1)
 
 
-class ComfyQuantDialect(FP8Dialect):
+class ComfyQuantDialect(MarkedDialect, FP8Dialect):
     """ComfyUI's current format: each layer has a marker, or an entry in the header.
 
     The marker names a format, which is trusted only if the shapes match:
@@ -131,7 +124,6 @@ class ComfyQuantDialect(FP8Dialect):
     marks everything with ``scale_weight`` as one scale of E4M3 when it loads a file.
     """
 
-    name = "comfy_quant"
     writes = True
     stores = (FULL_PRECISION,)
     scale_dtypes = (*SCALE_DTYPES, *POWER_DTYPES)
@@ -166,7 +158,8 @@ class ComfyQuantDialect(FP8Dialect):
         if experts and marker.get("num_experts") == experts == info.grid[0]:
             size = (1, info.shape[1])  # stacked experts, one scale each
         full = {FULL_PRECISION: "true"} if marker.get(FULL_PRECISION) else {}
-        unread = _unread(marker, layer_tensor(header, info.layer) or {})
+        outweighed = layer_tensor(header, info.layer) or {}
+        unread = unread_entries(marker, outweighed, _KNOWN)
         return Declared(
             Certainty.MARKED,
             f"comfy_quant says {name}",
@@ -231,23 +224,6 @@ class ComfyQuantDialect(FP8Dialect):
         """Exponents are stored in tiles."""
         return mx.from_tiles(scale, shape) if is_power(scale) else scale
 
-    def unmark(
-        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
-    ) -> tuple[dict[str, str], set[str]]:
-        """Remove the layers from the header's table, and drop their markers."""
-        removed = set(layers)
-        remaining = dict(metadata)
-        table = parse_table(remaining.get(LAYER_TABLE, ""))
-        if table:
-            entries = table.get("layers")
-            entries = entries if isinstance(entries, dict) else {}
-            kept = {name: e for name, e in entries.items() if name not in removed}
-            del remaining[LAYER_TABLE]
-            if kept or table.keys() - {"format_version", "layers"}:
-                remaining[LAYER_TABLE] = json.dumps({**table, "layers": kept})
-        markers = {join(layer, LAYER_MARKER) for layer in removed}
-        return remaining, markers & set(keys)
-
     # -- writing -----------------------------------------------------------------------
 
     def encode(
@@ -265,20 +241,15 @@ class ComfyQuantDialect(FP8Dialect):
             and grid_shape(shape, size) == (1, 1)
             and not is_power(scale)
         ):
-            marker = _entry(TensorInfo.of(qdata).dtype)
             tensors = {"weight": qdata, "weight_scale": scale.view(()).float()}
         elif qdata.ndim == 2 and _is_mx(qdata, scale, size):
-            marker = _mx_entry(shape)
             padded, exponents = _pad(qdata, scale.view(torch.uint8))
             tensors = {"weight": padded, "weight_scale": mx.to_tiles(exponents)}
         else:
             raise self.cannot(
                 qdata, params, "one floating scale, or float8_e8m0fnu of blocks of 1x32"
             )
-        if options.get(FULL_PRECISION):
-            marker[FULL_PRECISION] = True
-        tensors[LAYER_MARKER] = marker_tensor(marker, qdata.device)
-        return tensors
+        return {**tensors, LAYER_MARKER: self.marker(qdata, params, tensors, options)}
 
     def fit_options(
         self, shape: tuple[int, ...], options: Mapping[str, Any]
@@ -300,33 +271,28 @@ class ComfyQuantDialect(FP8Dialect):
         whole = matrix_shape(shape)
         return [(1, mx.COLS), whole] if block_size == (1, mx.COLS) else [whole]
 
-    def finish(
-        self, layers: Mapping[str, EncodedLayer], others: Mapping[str, TensorInfo]
-    ) -> FormatMetadata:
-        """The table that ComfyUI's own writers put into the header."""
-        if not layers:
-            return FormatMetadata()
-        table = {
-            name: _mx_entry(matrix_shape(layer.shape))
-            if layer.tensors["weight_scale"].dtype == "U8"
-            else _entry(layer.tensors["weight"].dtype)
-            for name, layer in layers.items()
-        }
-        for name, layer in layers.items():
-            if layer.options.get(FULL_PRECISION, "").lower() == "true":
-                table[name][FULL_PRECISION] = True
-        text = json.dumps({"format_version": "1.0", "layers": table})
-        return FormatMetadata({LAYER_TABLE: text})
-
-
-def _unread(
-    marker: Mapping[str, object], outweighed: Mapping[str, object]
-) -> tuple[str, ...]:
-    """What a marker says that is not read, or another one says that does not count."""
-    nested = marker.get("params")
-    inner = nested.keys() - _ENTRIES if isinstance(nested, dict) else ()
-    others = {key for key in outweighed if outweighed[key] != marker.get(key)}
-    return tuple(sorted({*(marker.keys() - _ENTRIES), *inner, *others}))
+    def entry(
+        self,
+        quantized: Mapping[str, TensorInfo],
+        stored: Mapping[str, TensorInfo],
+        options: Mapping[str, str],
+    ) -> dict[str, object]:
+        """The marker of one scale, or of MXFP8 with what convert_to_quant adds."""
+        weight = quantized["weight"]
+        if stored["weight_scale"].dtype == "U8":
+            shape = list(matrix_shape(weight.shape))
+            marker: dict[str, object] = {
+                "format": "mxfp8",
+                "group_size": mx.COLS,
+                "orig_shape": shape,
+            }
+        else:
+            dtypes = FORMAT_DTYPES.items()
+            names = (name for name, d in dtypes if DTYPE_NAMES[d] == weight.dtype)
+            marker = {"format": next(names)}
+        if options.get(FULL_PRECISION, "").lower() == "true":
+            marker[FULL_PRECISION] = True
+        return marker
 
 
 def _named(name: str, marker: Mapping[str, object], shape: Pair) -> Pair | None:
@@ -385,14 +351,3 @@ def _pad(qdata: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     exponents = scale.new_zeros((high, wide // mx.COLS))
     exponents[:rows, :cols] = scale
     return padded.view(qdata.dtype), exponents
-
-
-def _entry(dtype: str) -> dict[str, object]:
-    """The marker of a layer with one scale."""
-    names = (name for name, d in FORMAT_DTYPES.items() if DTYPE_NAMES[d] == dtype)
-    return {"format": next(names)}
-
-
-def _mx_entry(shape: Pair) -> dict[str, object]:
-    """The marker of MXFP8, as convert_to_quant writes it; ComfyUI needs the format."""
-    return {"format": "mxfp8", "group_size": mx.COLS, "orig_shape": list(shape)}
