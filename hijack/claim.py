@@ -6,6 +6,8 @@ import dataclasses
 import enum
 from collections.abc import Callable, Mapping
 
+from hijack.text import block_text
+
 
 class Certainty(enum.IntEnum):
     """How certain a claim is; the highest wins."""
@@ -43,6 +45,7 @@ class Claim:
         unread: what the layer's marker says that the dialect does not know.
         unused: roles of tensors that do not affect the weight, such as the scale of an
             input.
+        chosen: why it was taken of several that are as certain; "" if there are none.
     """
 
     layer: str
@@ -58,6 +61,7 @@ class Claim:
     unused: tuple[str, ...] = ()
     unread: tuple[str, ...] = ()
     options: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    chosen: str = ""
 
     def cropped(self, shape: tuple[int, ...]) -> Claim:
         """The claim with the layer's true shape, if the file pads the weight."""
@@ -86,4 +90,18 @@ class Claim:
 
     def interpretation(self) -> tuple[object, ...]:
         """Equal for two claims that decode a layer to the same weight."""
-        return self.scheme, self.dialect, self.block_size
+        options = tuple(sorted(self.options.items()))
+        return self.scheme, self.dialect, self.block_size, options
+
+    def words(self) -> dict[str, str]:
+        """What tells the claim from others to the layer, by what it says.
+
+        The values are the words that ``assume`` takes: the scheme, the dialect, the
+        block size as text, and each option as ``name=value``.
+        """
+        return {
+            "scheme": self.scheme,
+            "dialect": self.dialect,
+            "block size": block_text(self.block_size),
+            **{name: f"{name}={value}" for name, value in self.options.items()},
+        }

@@ -74,5 +74,5 @@ def as_markdown(table):
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch):
     """Tests set the variables they are about; the caller's do not count."""
-    for name in ("HIJACK_DISABLE", "HIJACK_STRICT", "HIJACK_LORA"):
+    for name in ("HIJACK_DISABLE", "HIJACK_STRICT", "HIJACK_LORA", "HIJACK_PREFER"):
         monkeypatch.delenv(name, raising=False)

@@ -1,5 +1,6 @@
 """identify: claims weighed, evidence kept, nothing ignored."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 import hijack
 from hijack.errors import AmbiguousError, CheckpointError
 from hijack.formats.identification import identify
+from hijack.formats.preference import prefer
 from hijack.safetensors_io.header import Header, TensorInfo, join
 from schemes.blockwise_fp8 import BlockwiseFP8
 
@@ -691,3 +693,68 @@ def test_a_plain_cast_with_modules_and_statistics_beside_it_is_clear():
     )
     assert found.unconsumed == ()
     assert found.clear
+
+
+class MayBeRotated(Claimant):
+    """Claims every layer twice: the file does not say whether it is rotated."""
+
+    name = "may_be_rotated"
+    certainty = hijack.Certainty.GUESS
+
+    def match(self, header):
+        """Both readings, as guesses."""
+        for claim in super().match(header):
+            for rotation in ("0", "256"):
+                yield dataclasses.replace(claim, options={"rotation": rotation})
+
+
+MARKED = {"a__weight": torch.ones(2, 2), "a__mark": torch.ones(1)}
+
+
+def test_an_option_tells_two_readings_apart():
+    """The error names both, and the word that assumes one."""
+    registry = registry_of(MayBeRotated())
+    found = identify(header(**MARKED), registry)
+    with pytest.raises(
+        AmbiguousError, match=r"rotation=0 or .*rotation=256.*assume=\['rotation=0'\]"
+    ):
+        found.check()
+    found = identify(header(**MARKED), registry, assume=["rotation=256"])
+    assert found.claims()["a"].options == {"rotation": "256"}
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        ("rival", "rival"),
+        ("other, claimant, rival", "claimant"),
+        ("rival,claimant", "rival"),
+    ],
+)
+def test_a_preferred_scheme_wins_among_equals(monkeypatch, order, expected):
+    """HIJACK_PREFER lists words, the first first; the report says that it chose."""
+    monkeypatch.setenv("HIJACK_PREFER", order)
+    found = identify(header(**MARKED), registry_of(Claimant(), Rival()))
+    assert found.claims()["a"].scheme == expected
+    assert f"chosen: 1 layers are read as {expected} d, preferred: " in found.as_table()
+    assert json.loads(found.to_json())["layers"]["a"]["chosen"] == (
+        f"preferred: {expected}"
+    )
+
+
+def test_what_is_preferred_does_not_outweigh_a_marker(monkeypatch):
+    """A preference chooses among equals only, and none is no error."""
+    monkeypatch.setenv("HIJACK_PREFER", "claimant")
+    found = identify(header(**MARKED), registry_of(Claimant(), Surer()))
+    assert found.claims()["a"].scheme == "surer"
+    assert "chosen" not in found.as_table()
+
+
+def test_what_is_assumed_outweighs_what_is_preferred(monkeypatch):
+    """The call says it nearer than the environment."""
+    monkeypatch.setenv("HIJACK_PREFER", "claimant")
+    registry = registry_of(Claimant(), Rival())
+    found = identify(header(**MARKED), registry, assume=["rival"])
+    assert found.claims()["a"].chosen == "assumed: rival"
+    with prefer(["rival"]):
+        assert identify(header(**MARKED), registry).claims()["a"].scheme == "rival"

@@ -15,6 +15,7 @@ from hijack.formats import matching, report
 from hijack.formats.dialect import check_marker
 from hijack.formats.gguf import read_gguf
 from hijack.formats.native_marker import METADATA_KEY
+from hijack.formats.preference import preferred
 from hijack.formats.unsupported import UnsupportedLayer, find_unsupported
 from hijack.registry import Registry, current_registry, disabled
 from hijack.safetensors_io.header import (
@@ -246,8 +247,10 @@ def identify(
     Args:
         source: a path, a list of shards, or a header already read.
         registry: whose schemes are tried; default is the registry in force.
-        assume: names of schemes or dialects, or block sizes such as ``"128x128"``, that
-            choose where the file is ambiguous. They change nothing elsewhere.
+        assume: names of schemes or dialects, block sizes such as ``"128x128"``, or
+            options such as ``"rotation=256"``, that choose where the file is ambiguous.
+            They change nothing elsewhere. What they leave open, ``HIJACK_PREFER``
+            chooses, a comma list of the same words, the first first.
 
     Returns:
         Claims with their evidence, and what no scheme claims.
@@ -332,29 +335,42 @@ def _assume(
     ambiguous: dict[str, tuple[Claim, ...]],
     assume: Sequence[str],
 ) -> tuple[dict[str, Claim], dict[str, tuple[Claim, ...]]]:
-    """Choose among the claims to a layer by what the user assumes."""
+    """Choose among the claims to a layer by what the user assumes, then prefers."""
     assumed = [assume] if isinstance(assume, str) else list(assume)
+    orders = (("assumed", assumed), ("preferred", preferred()))
     unused = set(assumed)
     undecided: dict[str, tuple[Claim, ...]] = {}
     for layer, claims in ambiguous.items():
-        for word in assumed:
-            chosen = tuple(claim for claim in claims if word in report.names_of(claim))
-            unused.difference_update([word] if chosen else ())
-            claims = chosen or claims
-        claim = claims[0]
-        one = len({claim.interpretation() for claim in claims}) == 1
-        if one and any(word in report.names_of(claim) for word in assumed):
-            evidence = (*claim.evidence, f"assumed: {', '.join(assumed)}")
-            layers[layer] = dataclasses.replace(claim, evidence=evidence)
+        why: list[str] = []
+        for verb, words in orders:
+            if why and _is_one(claims):
+                break
+            used = []
+            for word in words:
+                fitting = tuple(c for c in claims if word in c.words().values())
+                unused.difference_update([word] if fitting else ())
+                used += [word] if fitting else []
+                claims = fitting or claims
+            why += [f"{verb}: {', '.join(used)}"] if used else []
+        if why and _is_one(claims):
+            evidence = (*claims[0].evidence, *why)
+            layers[layer] = dataclasses.replace(
+                claims[0], evidence=evidence, chosen="; ".join(why)
+            )
         else:
             undecided[layer] = claims
     if unused:
         raise CheckpointError(
             f"assume: {sorted(unused)[0]!r} chooses nothing in {source}; expected the "
-            "name of a scheme or dialect, or a block size, that a layer is ambiguous "
-            "about; see `hijack identify`"
+            "name of a scheme or dialect, a block size, or an option as NAME=VALUE, "
+            "that a layer is ambiguous about; see `hijack identify`"
         )
     return layers, undecided
+
+
+def _is_one(claims: Sequence[Claim]) -> bool:
+    """Whether all claims decode a layer to the same weight."""
+    return len({claim.interpretation() for claim in claims}) == 1
 
 
 def _metadata_mismatches(

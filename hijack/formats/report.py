@@ -130,6 +130,13 @@ def _notes(found: Identification) -> Iterator[str]:
         if claim.contradiction:
             block = block_text(claim.block_size)
             yield f"wrong marker: {excerpt(claim.contradiction)}; read as {block}"
+    chosen = Counter(
+        (claim.chosen, claim.scheme, claim.dialect)
+        for claim in found.layers.values()
+        if claim.chosen
+    )
+    for (why, scheme, dialect), count in sorted(chosen.items()):
+        yield f"chosen: {count} layers are read as {scheme} {dialect}, {excerpt(why)}"
     for scheme, count in sorted(Counter(found.unknown.values()).items()):
         name = excerpt(scheme)
         yield f"unknown: {count} layers are {name}, which is not registered"
@@ -189,6 +196,8 @@ def _claim(found: Identification, claim: Claim) -> dict[str, Any]:
         "evidence": list(claim.evidence),
         "contradiction": claim.contradiction,
         "unused": list(claim.unused),
+        "options": dict(claim.options),
+        "chosen": claim.chosen,
     }
 
 
@@ -202,28 +211,28 @@ def _info_text(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)}"
 
 
-def names_of(claim: Claim) -> tuple[str, ...]:
-    """The words that assume a claim: its scheme, dialect and block size."""
-    return claim.scheme, claim.dialect, block_text(claim.block_size)
-
-
 def choice(claims: Iterable[Claim]) -> str:
     """The interpretations of a layer, and how to choose one."""
     claims = list(claims)
     if len({claim.scheme for claim in claims}) > 1:
         names = ", ".join(sorted({claim.scheme for claim in claims}))
         return (
-            f"claimed equally by {names}; expected one scheme; assume one of them, or "
-            "disable the others with HIJACK_DISABLE"
+            f"claimed equally by {names}; expected one scheme; assume one of them, "
+            "name it in HIJACK_PREFER, or disable the others with HIJACK_DISABLE"
         )
-    candidates = [f"{c.dialect} {block_text(c.block_size)}" for c in claims]
+    words = [claim.words() for claim in claims]
     # in the order claimed: a scheme yields the likeliest first
-    _, dialects, blocks = map(dict.fromkeys, zip(*map(names_of, claims), strict=True))
-    choice = [next(iter(names)) for names in (dialects, blocks) if len(names) > 1]
-    choice = choice or [names_of(claims[0])[2]]
-    arguments = " ".join(f"--assume {word}" for word in choice)
+    kinds = dict.fromkeys(kind for each in words for kind in each)
+    differing = [kind for kind in kinds if len({w.get(kind) for w in words}) > 1]
+    first = [words[0][kind] for kind in differing if kind in words[0]]
+    first = first or [words[0]["block size"]]
+    shown = dict.fromkeys(("dialect", "block size", *differing))
+    candidates = dict.fromkeys(
+        " ".join(each[kind] for kind in shown if kind in each) for each in words
+    )
+    arguments = " ".join(f"--assume {word}" for word in first)
     return (
         f"the format is ambiguous; it may be {' or '.join(candidates)}; choose with "
-        f"assume={choice}, or store the choice in a copy: "
+        f"assume={first}, or store the choice in a copy: "
         f"`hijack convert FILE COPY --dialect hijack {arguments}`"
     )

@@ -20,7 +20,7 @@ from hijack.registry import Registry, current_registry
 #: Packages that formats and hosts depend on, whether they are installed or not.
 PACKAGES = ("torch", "safetensors", "pluggy", "wrapt", "comfy-kitchen", "triton")
 #: Variables that hijack reads; others that begin like them are shown too.
-VARIABLES = ("HIJACK_DISABLE", "HIJACK_LORA", "HIJACK_STRICT")
+VARIABLES = ("HIJACK_DISABLE", "HIJACK_LORA", "HIJACK_PREFER", "HIJACK_STRICT")
 _PREFIX = "HIJACK_"
 
 
