@@ -19,6 +19,7 @@ from hijack.errors import (
     UnconsumedScaleError,
 )
 from hijack.formats import matching
+from hijack.formats.comfyui_markers import needless_markers
 from hijack.formats.dialect import Dialect
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
@@ -289,11 +290,12 @@ def _marker_keys(
         dialect = matching.dialect_of(registry.get(claim.scheme), claim.dialect)
         layers.setdefault(dialect, []).append(name)
     keys = header.tensors.keys()
-    return {
+    marked = {
         key
         for dialect, names in layers.items()
         for key in dialect.unmark(header.metadata, keys, names)[1]
     }
+    return marked.union(needless_markers(header))
 
 
 def _check_target(module: nn.Module, scheme: Scheme, name: str) -> None:

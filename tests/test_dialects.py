@@ -337,11 +337,6 @@ NAMED = {
         table_of(format="float8_of_tomorrow"),
         "comfy_quant of another kind",
     ),
-    "a marker of integers beside FP8": (
-        layer_of(("F32",)),
-        table_of(format="int8_tensorwise"),
-        "comfy_quant of another kind",
-    ),
     "SDNQ's integers without its config": (
         layer_of(("F32", 64, 1), shape=(64, 64), dtype="I8", name="scale"),
         {},

@@ -13,6 +13,7 @@ from torch import Tensor
 from hijack.claim import Claim
 from hijack.errors import CheckpointError, HijackError, ShapeError, printable
 from hijack.formats import matching
+from hijack.formats.comfyui_markers import needless_markers
 from hijack.formats.identification import Identification, identify
 from hijack.metrics import QuantizationError, quantization_error
 from hijack.naming.resolver import LayerNames, Span
@@ -261,12 +262,13 @@ def _markers(
 ) -> set[str]:
     """Tensors that only describe the format of layers; some are floating."""
     schemes = {claim.scheme for claim in claims.values()}
-    return {
+    marked = {
         key
         for name in schemes
         for dialect in matching.dialects_of(registry.get(name))
         for key in dialect.unmark(header.metadata, header.tensors.keys(), claims)[1]
     }
+    return marked.union(needless_markers(header))
 
 
 def _unreadable(result: Identification) -> dict[str, str]:

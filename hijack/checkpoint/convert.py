@@ -17,6 +17,7 @@ from hijack.checkpoint.copying import SourceSnapshot, check_output, chunks
 from hijack.checkpoint.notes import format_notes
 from hijack.errors import CheckpointError, UnconsumedScaleError, printable
 from hijack.formats import matching
+from hijack.formats.comfyui_markers import needless_markers
 from hijack.formats.dialect import Dialect, FormatMetadata
 from hijack.formats.identification import Identification, identify
 from hijack.metrics import QuantizationError
@@ -204,7 +205,7 @@ class _ConversionJob:
             for key in layer.claim.keys.values()
         }
         self.metadata = dict(header.metadata)
-        self.removed: set[str] = set()  # markers that no longer apply
+        self.removed = set(needless_markers(header))  # and those that no longer apply
         self.dropped: list[str] = []
         self.errors: dict[str, QuantizationError] = {}
         self.tensors: dict[str, TensorInfo] = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError, NonFiniteError
 from hijack.formats import matching
+from hijack.formats.comfyui_markers import needless_markers
 from hijack.formats.dialect import Dialect, EncodedLayer
 from hijack.lora.files import Loras
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
@@ -99,7 +100,8 @@ class QuantizePlan:
 
         A dense file may have them if it was once quantized.
         """
-        metadata, removed = dict(self.header.metadata), set[str]()
+        metadata = dict(self.header.metadata)
+        removed = set(needless_markers(self.header))
         for dialect in matching.dialects_of(self.scheme):
             metadata, keys = dialect.unmark(
                 metadata, self.header.tensors.keys(), self.options

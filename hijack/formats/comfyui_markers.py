@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from hijack.safetensors_io.header import (
+    DENSE_NAMES,
     Header,
     TensorInfo,
     join,
     parse_table,
 )
+from hijack.text import excerpt
 
 #: Last part of the key of a layer's marker.
 LAYER_MARKER = "comfy_quant"
@@ -27,12 +29,62 @@ LAYER_MARKER = "comfy_quant"
 LAYER_TABLE = "_quantization_metadata"
 #: Last part of the key of the older marker, of a whole model.
 FILE_MARKER = "scaled_fp8"
+#: ``format`` of a layer's marker to safetensors' names of the dtypes its weight has.
+STORED_AS: Mapping[str, tuple[str, ...]] = {
+    "float8_e4m3fn": ("F8_E4M3",),
+    "float8_e5m2": ("F8_E5M2",),
+    "mxfp8": ("F8_E4M3",),
+    "nvfp4": ("U8",),
+    "int8_tensorwise": ("I8",),
+    "int8_blockwise": ("I8",),
+    "convrot_w4a4": ("I8", "U8"),
+    "asym_w4a8_int8": ("I8", "U8"),
+}
 
 
 def layer_marker(header: Header, layer: str) -> Mapping[str, object] | None:
-    """The marker of a layer: its entry in the header, as in ComfyUI, or its tensor."""
-    entry = layer_table(header).get(layer)
-    return layer_tensor(header, layer) if entry is None else entry
+    """The marker of a layer: its entry in the header, as in ComfyUI, or its tensor.
+
+    The tensor's where the entry names a format that the weight's dtype rules out, and
+    the tensor names one that it does not.
+
+    Returns:
+        The marker's entries, none if it cannot be read; None if there is no marker.
+    """
+    entry, tensor = layer_table(header).get(layer), layer_tensor(header, layer)
+    if entry is None or not tensor or not wrong_format(header, layer, entry):
+        return tensor if entry is None else entry
+    named = tensor.get("format") in STORED_AS
+    return tensor if named and not wrong_format(header, layer, tensor) else entry
+
+
+def wrong_format(header: Header, layer: str, marker: Mapping[str, object]) -> str:
+    """What is wrong with the format that a marker names, or "".
+
+    Args:
+        header: of the checkpoint.
+        layer: whose marker it is.
+        marker: its entries.
+    """
+    weight = header.tensors.get(join(layer, "weight"))
+    name = marker.get("format")
+    if not isinstance(name, str) or not name:
+        return "comfy_quant names no format" if marker else "comfy_quant is unreadable"
+    if weight is None or weight.dtype in STORED_AS.get(name, (weight.dtype,)):
+        return ""
+    return f"comfy_quant says {excerpt(name)}, the weight is {weight.dtype}"
+
+
+def needless_markers(header: Header) -> tuple[str, ...]:
+    """Keys of the markers of layers that are dense, and have no scale either."""
+    needless = []
+    for layer in header.owners.get(LAYER_MARKER, ()):
+        parts = header.parts[layer]
+        weight = parts.get("weight")
+        rest = parts.keys() - {"weight", "bias", LAYER_MARKER}
+        if weight is not None and weight.dtype in DENSE_NAMES and not rest:
+            needless.append(join(layer, LAYER_MARKER))
+    return tuple(needless)
 
 
 def layer_tensor(header: Header, layer: str) -> Mapping[str, object] | None:

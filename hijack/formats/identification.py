@@ -10,8 +10,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from hijack.claim import Certainty, Claim
-from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
+from hijack.errors import (
+    AmbiguousError,
+    CheckpointError,
+    HijackError,
+    UnconsumedScaleError,
+)
 from hijack.formats import matching, report
+from hijack.formats.comfyui_markers import needless_markers
 from hijack.formats.dialect import check_marker
 from hijack.formats.gguf import read_gguf
 from hijack.formats.native_marker import METADATA_KEY
@@ -77,6 +83,7 @@ class Identification:
             or an unknown format.
         mismatches: layer to where its tensors do not match its metadata.
         unknown: layer to the scheme its metadata names, which is not registered.
+        needless: keys of markers of quantized layers on dense ones, which are ignored.
         container: what the file is instead of safetensors, such as GGUF; else "".
         infos: key to dtype and shape of every tensor.
     """
@@ -92,6 +99,7 @@ class Identification:
     unscaled: tuple[str, ...] = ()
     mismatches: Mapping[str, str] = dataclasses.field(default_factory=dict)
     unknown: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    needless: tuple[str, ...] = ()
     container: str = ""
     infos: Mapping[str, TensorInfo] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
@@ -267,6 +275,7 @@ def identify(
     layers, ambiguous = _resolve(claims)
     layers, ambiguous = _assume(header.source, layers, ambiguous, assume)
     mismatches, unknown = _metadata_mismatches(header, registry, layers)
+    mismatches |= _odd_options(registry, layers)
     layers = {name: claim for name, claim in layers.items() if name not in unknown}
     known = {*layers, *ambiguous, *mismatches, *unknown}
     unsupported: Mapping[str, UnsupportedLayer] = {}
@@ -283,6 +292,7 @@ def identify(
         unscaled=unscaled,
         mismatches=mismatches,
         unknown=unknown,
+        needless=needless_markers(header),
         infos=header.tensors,
     )
 
@@ -396,6 +406,25 @@ def _metadata_mismatches(
         if problem := check_marker(schemes[name], native, header, layer):
             mismatches[layer] = problem
     return mismatches, unknown
+
+
+def _odd_options(registry: Registry, layers: Mapping[str, Claim]) -> dict[str, str]:
+    """Layers whose marker gives an option a value that it cannot have."""
+    reasons: dict[tuple[object, ...], str] = {}
+    odd: dict[str, str] = {}
+    for layer, claim in layers.items():
+        if not claim.options:
+            continue
+        kind = (claim.scheme, *claim.options.items())
+        if kind not in reasons:
+            reasons[kind] = ""
+            try:
+                matching.declared_options(claim, registry.get(claim.scheme))
+            except HijackError as error:
+                reasons[kind] = str(error).removeprefix(f"{layer}: ")
+        if reasons[kind]:
+            odd[layer] = reasons[kind]
+    return odd
 
 
 def _is_quantized(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:

@@ -137,6 +137,11 @@ def _notes(found: Identification) -> Iterator[str]:
     )
     for (why, scheme, dialect), count in sorted(chosen.items()):
         yield f"chosen: {count} layers are read as {scheme} {dialect}, {excerpt(why)}"
+    if found.needless:
+        yield (
+            f"needless: {len(found.needless)} dense layers have a marker of quantized "
+            f"ones, such as {found.needless[0]}; they are read as dense"
+        )
     for scheme, count in sorted(Counter(found.unknown.values()).items()):
         name = excerpt(scheme)
         yield f"unknown: {count} layers are {name}, which is not registered"
@@ -175,6 +180,7 @@ def to_json(found: Identification) -> str:
             "unscaled": list(found.unscaled),
             "contradictions": dict(found.mismatches),
             "unknown": dict(found.unknown),
+            "needless": list(found.needless),
         },
         indent=1,
     )

@@ -76,10 +76,22 @@ def marked_blocks(rows, cols, name, **entry):
         qdata, scale, dense = quantize(weight, rows or 1, cols or weight.shape[1])
         shape = (-1,) if cols is None else scale.shape
         mark = marker(format=name, **entry)
-        tensors = {"weight_scale": scale.reshape(shape), "comfy_quant": mark}
+        tensors = {"weight_scale": scale.reshape(shape), "comfy_quant": mark.clone()}
         return {"weight": qdata, **tensors}, dense
 
     return spell, {}, {}
+
+
+def mismarked(mark):
+    """One scale, and a marker that cannot be true or read."""
+
+    def spell(layer, weight):
+        qdata, scale, dense = quantize(weight, *weight.shape)
+        tensors = {"weight_scale": scale.reshape(()), "comfy_quant": mark.clone()}
+        return {"weight": qdata, **tensors}, dense
+
+    # and one of a layer that is dense
+    return spell, {"img_in.comfy_quant": torch.zeros(27, dtype=torch.uint8)}, {}
 
 
 def mxfp8():
@@ -160,6 +172,9 @@ def dialects(dense):
         "comfy_quant rows for blocks": marked_blocks(
             None, None, "float8_e4m3fn_blockwise", group_size=64
         ),
+        "comfy_quant of zeros": mismarked(torch.zeros(27, dtype=torch.uint8)),
+        "comfy_quant without format": mismarked(marker(orig_dtype="torch.bfloat16")),
+        "comfy_quant of integers": mismarked(marker(format="int8_tensorwise")),
         "mxfp8": mxfp8(),
         "kijai": plain(None, None, lambda scale: ()),
         "fp8r": plain(1, None, lambda scale: (len(scale),)),

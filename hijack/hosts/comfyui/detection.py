@@ -6,7 +6,7 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -187,8 +187,8 @@ def _claims(
     return claims
 
 
-def _log_layers(file: str, claims: Iterable[Claim], fate: str) -> None:
-    """Say in one line which quantized layers a file has."""
+def _log_layers(file: str, claims: Collection[Claim], fate: str) -> None:
+    """Say in one line which quantized layers a file has, and what was odd of them."""
     count = Counter(
         format_text(claim.scheme, claim.dialect, claim.block_size) for claim in claims
     )
@@ -200,6 +200,17 @@ def _log_layers(file: str, claims: Iterable[Claim], fate: str) -> None:
         each,
         f"; {fate}" if fate else "",
     )
+    said = ("have a wrong marker", "contradiction"), ("may be read otherwise", "chosen")
+    for what, field in said:
+        notes = [note for claim in claims if (note := getattr(claim, field))]
+        if notes:
+            log.warning(
+                "hijack: %s: %d layers %s: %s",
+                file,
+                len(notes),
+                what,
+                excerpt(notes[0]),
+            )
 
 
 def _renamed(

@@ -9,23 +9,32 @@ on ComfyUI has by then rewritten all keys of such a file, which is undone here.
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, MutableMapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hijack.errors import printable
 from hijack.formats.comfyui_markers import (
     FILE_MARKER,
     LAYER_MARKER,
     file_marker,
     file_marker_keys,
     layer_marker,
+    needless_markers,
     read_marker,
+    wrong_format,
 )
 from hijack.safetensors_io.header import Header, join
+from hijack.text import logger
+
+log = logger(__name__)
 
 #: How files with the old marker spell scales, and what ComfyUI renames them to.
 RENAMED = {"scale_weight": "weight_scale", "scale_input": "input_scale"}
+#: Tensors that releases ignore which do not list them, although the weight needs them.
+_IGNORED = frozenset({"pre_quant_scale"})
 FORMATS = {
     "float8_e4m3fn": torch.float8_e4m3fn,
     "float8_e5m2": torch.float8_e5m2,
@@ -76,7 +85,8 @@ def native(header: Header, layer: str) -> bool:
     if marker is not None:
         apart = join(layer, LAYER_MARKER) in header.tensors
         readable = reads_layers() or not apart
-        return readable and marker.get("format") in _formats()
+        named = not wrong_format(header, layer, marker)
+        return readable and named and _reads(marker, header.parts.get(layer, {}))
     return file_marker(header, layer) is not None
 
 
@@ -91,13 +101,45 @@ def reads_layers() -> bool:
     return utils is None or hasattr(utils, "convert_old_quants")
 
 
-def _formats() -> Collection[str]:
-    """The formats this release reads."""
+def drop_needless(tensors: MutableMapping[str, Any], file: str = "") -> None:
+    """Take the markers of dense layers out of a state dict, which are no formats.
+
+    ComfyUI fails at the zeros that some programs write there.
+
+    Args:
+        tensors: full key to tensor.
+        file: what the tensors are of, for the log.
+    """
+    if not any(is_marker(key) for key in tensors if isinstance(key, str)):
+        return
+    known = {
+        key: tensor
+        for key, tensor in tensors.items()
+        if isinstance(key, str) and isinstance(tensor, Tensor)
+    }
+    keys = needless_markers(Header.from_state_dict(known))
+    for key in keys:
+        del tensors[key]
+    if keys:
+        log.warning(
+            "hijack: %s: %d dense layers have a marker of quantized ones, such as %s; "
+            "they are read as dense",
+            file or "state dict",
+            len(keys),
+            printable(keys[0]),
+        )
+
+
+def _reads(marker: Mapping[str, object], parts: Collection[str]) -> bool:
+    """Whether this release reads a layer's format, with all that it needs."""
     if "comfy.utils" not in sys.modules:
-        return FORMATS
+        return marker.get("format") in FORMATS
     quant_ops = sys.modules.get("comfy.quant_ops")
-    known: Collection[str] = getattr(quant_ops, "QUANT_ALGOS", ())
-    return known
+    known: Mapping[str, Any] = getattr(quant_ops, "QUANT_ALGOS", {})
+    format_ = known.get(str(marker.get("format")))
+    if format_ is None:
+        return False
+    return all(name in format_.get("parameters", ()) for name in _IGNORED & set(parts))
 
 
 def _contradicts(tensors: Mapping[str, Tensor], layer: str) -> bool:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+import hijack.hosts.comfyui.markers as markers
 import hijack.hosts.comfyui.tensor_metadata as tensor_metadata
 from hijack.errors import HijackError
 from hijack.hosts.comfyui.detection import (
@@ -84,6 +85,11 @@ class FileStateDict(_Dict):
         if self._native:
             self._native = False
             self._layers, self._hidden, self._dense = None, {}, {}
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return Path(self._path).name
 
     def stored(self) -> dict[str, Any]:
         """A plain state dict of the tensors as they are stored."""
@@ -166,7 +172,7 @@ class FileStateDict(_Dict):
         return key not in self._hidden and key in self._stored
 
     def __repr__(self) -> str:
-        return f"FileStateDict({Path(self._path).name}, {len(self)} tensors)"
+        return f"FileStateDict({self.name}, {len(self)} tensors)"
 
     # what dict's own methods would find is nothing
     def copy(self) -> dict[str, Any]:
@@ -230,6 +236,7 @@ def make_load_torch_file(original: Callable[..., Any]) -> Callable[..., Any]:
         state_dict, *rest = result if isinstance(result, tuple) else (result,)
         if type(state_dict) is FileStateDict or not isinstance(state_dict, dict):
             return result  # of a copy of the reader that is patched too
+        markers.drop_needless(state_dict, Path(str(ckpt)).name)
         marked = tensor_metadata.tie_markers(state_dict, str(ckpt))
         if not marked and not may_be_quantized(state_dict):
             return result
@@ -263,8 +270,11 @@ def make_convert_old_quants(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def convert_old_quants(state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(state_dict, FileStateDict):
-            return original(state_dict, *args, **kwargs)
+            result = original(state_dict, *args, **kwargs)
+            markers.drop_needless(result[0])
+            return result
         converted, *rest = original(state_dict.stored(), *args, **kwargs)
+        markers.drop_needless(converted, state_dict.name)
         state_dict.leave_native()
         state_dict.store(converted)
         return (state_dict, *rest)

@@ -19,6 +19,7 @@ from hijack.formats.comfyui_markers import (
     file_markers_of,
     layer_marker,
     layer_tensor,
+    wrong_format,
 )
 from hijack.safetensors_io.header import (
     DTYPE_NAMES,
@@ -143,8 +144,10 @@ class ComfyQuantDialect(MarkedDialect, FP8Dialect):
         if marker is None:
             return self._unmarked(header, info)
         name = str(marker.get("format", ""))
-        if name not in FORMAT_DTYPES or marker.get("convrot"):
+        if marker.get("convrot"):
             return None  # the weight is rotated
+        if name not in FORMAT_DTYPES:
+            return self._wrongly_marked(header, info, marker)
         tiles = mx.is_mx(info) and mx.is_tiled(info)
         if (info.scale.torch_dtype in POWER_DTYPES) != (name in _MX) or (
             name in _MX and not tiles
@@ -180,6 +183,25 @@ class ComfyQuantDialect(MarkedDialect, FP8Dialect):
             return None
         certainty = Certainty.GUESS if mx.is_plain(info) else Certainty.UNIQUE
         return Declared(certainty, "scales in tiles of 128 x 4", (1, mx.COLS))
+
+    def _wrongly_marked(
+        self,
+        header: Header,
+        info: QuantizedWeightInfo,
+        marker: Mapping[str, object],
+    ) -> Declared | None:
+        """Match what can only be FP8 with scales, whatever its marker says."""
+        problem = wrong_format(header, info.layer, marker)
+        if not problem:
+            return None  # a format of another program
+        if info.scale.torch_dtype in POWER_DTYPES:
+            declared = self._unmarked(header, info)
+        else:
+            size = info.shape if info.grid == (1, 1) else None
+            declared = Declared(Certainty.UNIQUE, size=size)
+        if declared is None:
+            return None
+        return dataclasses.replace(declared, mismatch=f"{info.layer}: {problem}")
 
     def _sizes(
         self, info: QuantizedWeightInfo, declared: Declared
