@@ -6,6 +6,7 @@ import os
 import sys
 from typing import Any
 
+from hijack.formats import preference
 from hijack.hosts.comfyui import quantize
 from hijack.hosts.comfyui.lora import Merge
 from hijack.hosts.comfyui.nodes.options import (
@@ -103,6 +104,19 @@ def _loaded(unet_name: str, loras: str = "") -> str:
     return "\n".join([file_state(_model_path(unet_name)), *lora_states(loras)])
 
 
+def load_as(unet_name: str, prefer: str) -> Result:
+    """Run *Load Diffusion Model (choose format)*."""
+    words = [word for line in lines_of(prefer) for word in line.split(",")]
+    with preference.prefer([word.strip() for word in words if word.strip()]):
+        model = sys.modules["comfy.sd"].load_diffusion_model(_model_path(unet_name))
+    return Result((model,))
+
+
+def _loaded_as(unet_name: str) -> str:
+    """What *Load Diffusion Model (choose format)*'s model depends on: the file."""
+    return file_state(_model_path(unet_name))
+
+
 def merge_loras(model: Any) -> Result:
     """Run *Merge LoRAs into Quantized Weights*."""
     result = model.clone()
@@ -161,6 +175,32 @@ NODES = (
         (Output("MODEL", "model", "The quantized model."),),
         load_quantized,
         fingerprint=_loaded,
+    ),
+    Node(
+        "HijackLoadAs",
+        "Load Diffusion Model (choose format)",
+        "Loads a quantized file that can be read in several ways, the way you say. "
+        "The ordinary Load Diffusion Model node loads every other quantized file, and "
+        "names the choices where it cannot.",
+        (*ALIASES, "unet loader", "ambiguous", "assume"),
+        (
+            Input(
+                "unet_name",
+                "COMBO",
+                "A quantized file in models/diffusion_models.",
+                options=diffusion_models,
+            ),
+            Input(
+                "prefer",
+                "STRING",
+                "Schemes, dialects, block sizes or options such as rotation=256, the "
+                "first first; a comma between. Empty leaves it to HIJACK_PREFER.",
+                default="",
+            ),
+        ),
+        (Output("MODEL", "model", "The model, as the stock node would load it."),),
+        load_as,
+        fingerprint=_loaded_as,
     ),
     Node(
         "HijackMergeLoras",
