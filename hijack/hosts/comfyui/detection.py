@@ -25,6 +25,7 @@ from hijack.formats.native_marker import (
     marked_layers,
     write_marker,
 )
+from hijack.formats.preference import preferred
 from hijack.hosts.comfyui.lazy_tensor import LazyTensor
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry
@@ -156,7 +157,10 @@ def _claims(
     registry: Registry,
     native: bool,
 ) -> dict[str, Claim]:
-    """The claim to each layer that is not ComfyUI's own, unless those count too."""
+    """The claim to each layer that is not ComfyUI's own, unless those count too.
+
+    A scheme that the user prefers has its layers in any case.
+    """
     given = tensor_metadata.claims_of(tensors)
     used = {key for claim in given.values() for key in claim.keys.values()}
     rest = {key: tensor for key, tensor in tensors.items() if key not in used}
@@ -164,8 +168,11 @@ def _claims(
     found = identify(Header.from_state_dict(rest, metadata), registry)
     every = {**given, **found.claims()}
 
+    wanted = set(preferred())
+
     def comfyuis(layer: str) -> bool:
-        return not native and markers.native(header, layer)
+        asked = layer in every and every[layer].scheme in wanted
+        return not native and not asked and markers.native(header, layer)
 
     claims = {la: c for la, c in every.items() if not comfyuis(la)}
     if claims and not markers.reads_layers():
