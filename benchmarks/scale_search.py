@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import Laplace, StudentT
 
 from benchmarks.timing import alternate, machine, ratio
-from schemes._fp8.blocks import BlockSize, parse_block_size
+from schemes._blocks import BlockSize, parse_block_size
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()

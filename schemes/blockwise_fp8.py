@@ -41,23 +41,22 @@ from hijack.errors import (
 )
 from hijack.modules import linear_forward as default_linear
 from hijack.options import Option
-from schemes._fp8 import decode, quantize
-from schemes._fp8.blocks import (
-    FP8_DTYPES,
-    POWER_DTYPES,
+from schemes._blocks import (
     SCALE_DTYPES,
     BlockSize,
     as_grid,
     block_size_of,
-    check_scales,
     cut,
-    decode_scale,
+    embedding_forward,
     infer_block_size,
     make_params,
     matrix_shape,
+    multiply,
     parse_block_size,
     reblock,
 )
+from schemes._fp8 import decode, quantize
+from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES, check_scales, decode_scale
 from schemes._fp8.dialects import DIALECTS, NATIVE
 from schemes._fp8.dialects.base import FULL_PRECISION, likeness
 
@@ -72,6 +71,7 @@ class BlockwiseFP8(hijack.Scheme):
     dialects = DIALECTS
     native = NATIVE
     claims_unmarked = True
+    is_default = True
     options = (
         Option("block_size", "block_size", (1, 64), "elements that share a scale"),
         Option(
@@ -189,8 +189,12 @@ class BlockwiseFP8(hijack.Scheme):
         elif codes.is_cuda and decode.are_plain(codes, scale):
             dense = decode.multiply_in_place(codes, scale, size, dtype)
         else:
-            dense = _multiply(codes.float(), decode_scale(scale), size).to(dtype)
+            dense = multiply(codes.float(), decode_scale(scale), size).to(dtype)
         return dense.view(qdata.shape)
+
+    def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:
+        """Weights without elements, which no block has."""
+        return "it has no elements" if 0 in shape else None
 
     def dense_shape(
         self, qdata: Tensor, params: Mapping[str, Tensor]
@@ -372,21 +376,6 @@ def _empty_params(
     return params
 
 
-def _multiply(codes: Tensor, scale: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, K) times (ceil(N/R), ceil(K/C)), each scale over its block."""
-    (n, k), (rows, cols) = codes.shape, size
-    if n % rows == 0 and k % cols == 0:
-        blocks = codes.reshape(n // rows, rows, k // cols, cols)
-        return (blocks * scale[:, None, :, None]).view(n, k)
-    # Inductor of torch 2.13 compiles scales that are spread over a ragged width into
-    # garbage, by repeat_interleave as by an index: so whole blocks, then the short ones
-    scale = scale[torch.arange(n, device=codes.device) // rows]  # (N, ceil(K/C))
-    many, whole = k // cols, k // cols * cols
-    blocks = codes[:, :whole].reshape(n, many, cols) * scale[:, :many, None]
-    rest = codes[:, whole:] * scale[:, many:] if whole < k else codes[:, k:]
-    return torch.cat([blocks.view(n, whole), rest], 1)
-
-
 # -- forwards --------------------------------------------------------------------------
 
 
@@ -417,35 +406,6 @@ def linear_forward(
             if decode.can_decode(codes, scale, size):
                 return decode.linear(input, codes, scale, size, bias)
     return default_linear(module, input, weight, bias)
-
-
-def embedding_forward(
-    module: nn.Module, input: Tensor, weight: hijack.QuantizedTensor, bias: None
-) -> Tensor:
-    """``F.embedding`` that decodes the rows asked for and no others.
-
-    Args:
-        module: not used.
-        input: (...) int64 or int32.
-        weight: (N, K).
-        bias: None.
-
-    Returns:
-        (..., K) of the dense weight's dtype.
-    """
-    qdata, params = weight.qdata, weight.params
-    rows, cols = block_size_of(qdata, params)
-    index = input.reshape(-1)  # (M,)
-    shape = (*input.shape, qdata.shape[1])
-    if not len(index):
-        return torch.empty(shape, dtype=weight.dtype, device=qdata.device)
-    found = {
-        "weight_scale": as_grid(params["weight_scale"])[index // rows],  # (M, K/C)
-        "weight_block_size": qdata.new_empty((1, cols, 0), dtype=torch.uint8),
-    }
-    codes = qdata.view(torch.uint8)[index].view(qdata.dtype)  # (M, K)
-    dense = weight.scheme.dequantize(codes, found, weight.dtype)
-    return dense.view(shape)
 
 
 #: The scheme; it keeps nothing, so that one serves everybody.

@@ -19,7 +19,7 @@ from hijack.errors import (
 )
 from hijack.formats import matching
 from hijack.safetensors_io.header import Header
-from schemes._fp8 import blocks
+from schemes import _blocks as blocks
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()
@@ -405,7 +405,7 @@ def test_scales_of_fewer_dimensions_are_read():
 def test_layers_of_others_are_left_alone():
     """ComfyUI's own marker, odd grids, odd dtypes and missing scales are no claims."""
     q, scale = torch.zeros(6, 8).to(E4M3), torch.rand(6, 1)
-    marker = torch.zeros(9, dtype=torch.uint8)
+    marker = torch.tensor(list(b'{"format": "theirs"}'), dtype=torch.uint8)
     base = {"a.b.weight": q, "a.b.weight_scale": scale}
     assert claim_of(base) is not None
     assert claim_of({**base, "a.b.comfy_quant": marker}) is None

@@ -15,7 +15,7 @@ from hijack.errors import CheckpointError, HeaderError, ShapeError
 from hijack.lora.files import Loras
 from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.text import excerpt
-from schemes._fp8.blocks import infer_block_size
+from schemes._blocks import infer_block_size
 from tests.fuzz.case import Case
 from tests.fuzz.check import Checker
 from tests.fuzz.fuzz import make

@@ -14,12 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hijack.errors import NonFiniteError
-from schemes._fp8.blocks import (
-    POWER_DTYPES,
-    decode_scale,
-    grid_shape,
-    matrix_shape,
-)
+from schemes._blocks import grid_shape, matrix_shape
+from schemes._fp8.blocks import POWER_DTYPES, decode_scale
 
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8

@@ -28,9 +28,7 @@ from hijack.formats.native_marker import native_marker
 from hijack.safetensors_io.header import Header, TensorInfo, join, signature
 from hijack.scheme import Scheme
 from hijack.text import block_text
-from schemes._fp8.blocks import (
-    FP8_DTYPES,
-    POWER_DTYPES,
+from schemes._blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
@@ -41,6 +39,7 @@ from schemes._fp8.blocks import (
     parse_block_size,
     possible_sizes,
 )
+from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES
 
 #: What torchao calls the quantized data of a weight.
 TORCHAO_DATA = "_weight_qdata"

@@ -19,6 +19,8 @@ from hijack.formats.comfyui_markers import (
     file_markers_of,
     layer_marker,
     layer_tensor,
+    pads,
+    unpadded_shape,
     wrong_format,
 )
 from hijack.safetensors_io.header import (
@@ -28,9 +30,7 @@ from hijack.safetensors_io.header import (
     join,
 )
 from hijack.scheme import Scheme
-from schemes._fp8.blocks import (
-    FP8_DTYPES,
-    POWER_DTYPES,
+from schemes._blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
@@ -40,6 +40,7 @@ from schemes._fp8.blocks import (
     parse_block_size,
     transposed,
 )
+from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES
 from schemes._fp8.dialects.base import (
     FULL_PRECISION,
     Declared,
@@ -47,6 +48,7 @@ from schemes._fp8.dialects.base import (
     QuantizedWeightInfo,
     is_power,
 )
+from schemes._tiles import from_tiles, to_tiles
 
 #: ``format`` of a marker to the dtype of the quantized data.
 FORMAT_DTYPES = {
@@ -222,7 +224,7 @@ class ComfyQuantDialect(MarkedDialect, FP8Dialect):
             if scale.torch_dtype not in POWER_DTYPES:
                 yield claim
                 continue
-            shape = _true_shape(header, layer, info.shape)
+            shape = unpadded_shape(header, layer, info.shape, PAD)
             yield dataclasses.replace(claim, padded=PAD, shape=shape)
 
     def decode(
@@ -231,7 +233,7 @@ class ComfyQuantDialect(MarkedDialect, FP8Dialect):
         """View the scale as the scheme's grid; undo tiles and padding."""
         weight, params = super().decode(claim, tensors)
         shape = claim.shape
-        if shape is None or len(shape) != 2 or not _pads(shape, tuple(weight.shape)):
+        if shape is None or not pads(shape, tuple(weight.shape), PAD):
             return weight, params
         n, k = shape
         cols = grid_shape((n, k), (1, mx.COLS))[1]
@@ -244,7 +246,9 @@ class ComfyQuantDialect(MarkedDialect, FP8Dialect):
 
     def plain(self, scale: Tensor, shape: Pair) -> Tensor:
         """Exponents are stored in tiles."""
-        return mx.from_tiles(scale, shape) if is_power(scale) else scale
+        if not is_power(scale):
+            return scale
+        return from_tiles(scale.view(torch.uint8), mx.plain_shape(shape))
 
     # -- writing -----------------------------------------------------------------------
 
@@ -266,7 +270,7 @@ class ComfyQuantDialect(MarkedDialect, FP8Dialect):
             tensors = {"weight": qdata, "weight_scale": scale.view(()).float()}
         elif qdata.ndim == 2 and _is_mx(qdata, scale, size):
             padded, exponents = _pad(qdata, scale.view(torch.uint8))
-            tensors = {"weight": padded, "weight_scale": mx.to_tiles(exponents)}
+            tensors = {"weight": padded, "weight_scale": to_tiles(exponents)}
         else:
             raise self.cannot(
                 qdata, params, "one floating scale, or float8_e8m0fnu of blocks of 1x32"
@@ -332,29 +336,6 @@ def _named(name: str, marker: Mapping[str, object], shape: Pair) -> Pair | None:
             return min(size, shape[0]), min(size, shape[1])
         return None
     return None if name.endswith("_block3d") else shape
-
-
-def _true_shape(header: Header, layer: str, stored: tuple[int, ...]) -> Pair | None:
-    """The true shape of a padded weight, if the file shows it.
-
-    convert_to_quant stores it in its marker. ComfyUI does not, but a bias has as many
-    elements as there are rows.
-    """
-    original = (layer_marker(header, layer) or {}).get("orig_shape")
-    bias = header.tensors.get(join(layer, "bias"))
-    if isinstance(original, list) and all(type(size) is int for size in original):
-        shape = tuple(original)
-    else:
-        shape = stored if bias is None else (*bias.shape, *stored[1:])
-    return (shape[0], shape[1]) if _pads(shape, stored) else None
-
-
-def _pads(shape: tuple[int, ...], stored: tuple[int, ...]) -> bool:
-    """Whether a stored shape is a smaller one with its sides padded."""
-    return len(shape) == len(stored) == 2 and all(
-        0 < size <= padded < size + pad
-        for size, padded, pad in zip(shape, stored, PAD, strict=True)
-    )
 
 
 def _is_mx(qdata: Tensor, scale: Tensor, size: Pair) -> bool:

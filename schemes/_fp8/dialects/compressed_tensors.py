@@ -14,9 +14,7 @@ from hijack.claim import Certainty
 from hijack.formats.comfyui_markers import is_marked
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import Header, TensorInfo
-from schemes._fp8.blocks import (
-    FP8_DTYPES,
-    POWER_DTYPES,
+from schemes._blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
@@ -24,6 +22,7 @@ from schemes._fp8.blocks import (
     matrix_shape,
     parse_block_size,
 )
+from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES
 from schemes._fp8.dialects.base import Declared, QuantizedWeightInfo, is_power
 from schemes._fp8.dialects.configured import (
     BLOCK,

@@ -14,7 +14,8 @@ from hijack.formats.dialect import FormatMetadata
 from hijack.formats.native_marker import native_marker
 from hijack.safetensors_io.header import CONFIG_KEY, Header
 from hijack.scheme import Scheme
-from schemes._fp8.blocks import POWER_DTYPES, SCALE_DTYPES, Pair
+from schemes._blocks import SCALE_DTYPES, Pair
+from schemes._fp8.blocks import POWER_DTYPES
 from schemes._fp8.dialects.base import FP8Dialect
 
 #: DeepSeek's blocks, and those of most programs since.

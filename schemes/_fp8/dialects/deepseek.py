@@ -16,15 +16,8 @@ from hijack.errors import CheckpointError
 from hijack.formats.comfyui_markers import is_marked
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import Header, TensorInfo
-from schemes._fp8.blocks import (
-    FP8_DTYPES,
-    POWER_DTYPES,
-    Pair,
-    grid_shape,
-    matrix_shape,
-    parse_block_size,
-    transposed,
-)
+from schemes._blocks import Pair, grid_shape, matrix_shape, parse_block_size, transposed
+from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES
 from schemes._fp8.dialects.base import Declared, QuantizedWeightInfo, is_power
 from schemes._fp8.dialects.configured import (
     BLOCK,

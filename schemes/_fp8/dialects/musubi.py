@@ -12,7 +12,7 @@ from hijack.claim import Certainty
 from hijack.formats.comfyui_markers import file_markers_of, is_marked
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import Header, TensorInfo, join
-from schemes._fp8.blocks import Pair, block_size_of, matrix_shape, parse_block_size
+from schemes._blocks import Pair, block_size_of, matrix_shape, parse_block_size
 from schemes._fp8.dialects.base import (
     Declared,
     FP8Dialect,

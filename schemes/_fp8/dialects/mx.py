@@ -1,22 +1,17 @@
-"""MXFP8: one power of two for 32 columns, and the order its scales are stored in.
+"""MXFP8: one power of two for 32 columns, stored in plain order or in tiles.
 
-NVIDIA's matrix units read the scales in tiles of 128 x 4, each as 32 x 16: row r and
-column c of a tile are at row r % 32, column 4 * (r // 32) + c. ComfyUI stores them that
-way, padded to whole tiles; all other programs store them in plain order.
-Reference: cuBLAS documentation, "1D block scaling factors layout"; OCP MX, version 1.0.
+Reference: OCP Microscaling Formats (MX), version 1.0.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES, Pair
+from schemes import _tiles as tiles
+from schemes._blocks import Pair
+from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES
 from schemes._fp8.dialects.base import QuantizedWeightInfo
 
 #: Columns that share a scale.
 COLS = 32
-_TILE = (128, 4)
 
 
 def plain_shape(shape: Pair) -> Pair:
@@ -26,32 +21,17 @@ def plain_shape(shape: Pair) -> Pair:
 
 def tiled_shape(shape: Pair) -> Pair:
     """Shape of the scales of (N, K) in tiles, padded to whole ones."""
-    rows, cols = plain_shape(shape)
-    return -(-rows // _TILE[0]) * _TILE[0], -(-cols // _TILE[1]) * _TILE[1]
-
-
-def to_tiles(scale: Tensor) -> Tensor:
-    """(N, K/32) in plain order as tiles, padded with zeros."""
-    rows, cols = scale.shape
-    high, wide = -(-rows // _TILE[0]), -(-cols // _TILE[1])
-    padded = scale.new_zeros((high * _TILE[0], wide * _TILE[1]), dtype=torch.uint8)
-    padded[:rows, :cols] = scale.view(torch.uint8)
-    tiles = padded.view(high, 4, 32, wide, 4).permute(0, 3, 2, 1, 4)
-    return tiles.reshape(padded.shape)
-
-
-def from_tiles(scale: Tensor, shape: Pair) -> Tensor:
-    """Tiles as (N, K/32) in plain order; a copy of the exponents' bits."""
-    rows, cols = plain_shape(shape)
-    high, wide = scale.shape[0] // _TILE[0], scale.shape[1] // _TILE[1]
-    tiles = scale.view(torch.uint8).reshape(high, wide, 32, 4, 4)
-    padded = tiles.permute(0, 3, 2, 1, 4).reshape(scale.shape)
-    return padded[:rows, :cols].contiguous()
+    return tiles.tiled_shape(plain_shape(shape))
 
 
 def is_tiled(info: QuantizedWeightInfo) -> bool:
     """Whether the scales may be in tiles, judging by their shape."""
     return tuple(info.scale.shape) == tiled_shape(info.shape)
+
+
+def is_tiled_by_torchao(info: QuantizedWeightInfo) -> bool:
+    """Whether the scales may be in tiles of torchao's shape."""
+    return tuple(info.scale.shape) == tiles.torchao_shape(plain_shape(info.shape))
 
 
 def is_plain(info: QuantizedWeightInfo) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator
 
 from hijack.claim import Certainty, Claim
@@ -12,15 +11,16 @@ from hijack.formats.dialect import Dialect, native_claim
 from hijack.formats.native_marker import native_marker
 from hijack.safetensors_io.header import Header, join
 from hijack.scheme import Scheme
-from schemes._fp8.blocks import (
-    FP8_DTYPES,
+from schemes._blocks import (
     SCALE_DTYPES,
     Pair,
     grid_of,
     infer_block_size,
     matrix_shape,
     possible_sizes,
+    sized,
 )
+from schemes._fp8.blocks import FP8_DTYPES
 from schemes._fp8.dialects.base import names_unknown_method
 
 
@@ -59,18 +59,7 @@ class NativeFP8Dialect(Dialect):
         claim = super().recognise(scheme, header, layer)
         if claim is None or claim.block_size is not None:
             return claim
-        tensors = header.tensors
-        block = tensors.get(claim.keys.get("weight_block_size", ""))
-        weight = tensors[claim.keys["weight"]]
-        try:
-            size = infer_block_size(
-                weight.shape,
-                tensors[claim.keys["weight_scale"]].shape,
-                block.shape if block else None,
-            )
-        except (ShapeError, KeyError):
-            return claim
-        return dataclasses.replace(claim, block_size=size)
+        return sized(claim, header)
 
 
 def _names(header: Header, layer: str) -> list[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -12,13 +11,15 @@ import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty, Claim
 from hijack.formats.comfyui_markers import is_marked, layer_marker
 from hijack.safetensors_io.header import Header
-from schemes._fp8.blocks import POWER_DTYPES, Pair
+from schemes._blocks import Pair
+from schemes._fp8.blocks import POWER_DTYPES
 from schemes._fp8.dialects.base import (
     WEIGHT_QUANTIZER,
     Declared,
     FP8Dialect,
     QuantizedWeightInfo,
 )
+from schemes._sdnq import EXTRA, asks_for
 
 
 class KijaiDialect(FP8Dialect):
@@ -145,12 +146,6 @@ class PlainMXDialect(FP8Dialect):
         return Declared(certainty, "scales in plain order", (1, mx.COLS))
 
 
-#: SDNQ's tensors of a weight that is more than its data times one scale.
-_SDNQ_EXTRA = frozenset(
-    {"scale_2", "zero_point", "zero_point_scale", "svd_up", "svd_down"}
-)
-
-
 class SDNQDialect(FP8Dialect):
     """SDNQ's FP8: ``X.weight``, ``X.scale``, and a config with its own options.
 
@@ -184,16 +179,15 @@ class SDNQDialect(FP8Dialect):
     def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
         """Match layers whose weight is quantized data times a scale."""
         method = header.quantization.get("quant_method")
-        extra = _SDNQ_EXTRA & header.parts[info.layer].keys()
+        extra = EXTRA & header.parts[info.layer].keys()
         if extra or method not in (None, "sdnq"):
             return None
         if method is None:  # it may be rotated, or another program's
             return Declared(Certainty.GUESS)
-        options = list(_options(header.quantization))
-        if _any(options, "use_hadamard"):
+        if asks_for(header.quantization, "use_hadamard"):
             return None
         single = info.grid == (1, 1) and info.shape[0] > 1
-        if single and _any(options, "use_quantized_matmul"):
+        if single and asks_for(header.quantization, "use_quantized_matmul"):
             return None  # it may be transposed or not
         return Declared(Certainty.MARKED, "config says sdnq")
 
@@ -207,16 +201,3 @@ class SDNQDialect(FP8Dialect):
         elif scale.shape[0] < scale.shape[1]:  # (1, N)
             weight, scale = weight.t().contiguous(), scale.t()
         return super().decode(claim, {**tensors, "weight": weight, "scale": scale})
-
-
-def _options(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The config's options, and those of single modules."""
-    yield config
-    modules = config.get("modules_quant_config")
-    for options in modules.values() if isinstance(modules, dict) else ():
-        if isinstance(options, dict):
-            yield options
-
-
-def _any(options: list[Mapping[str, Any]], name: str) -> bool:
-    return any(table.get(name) for table in options)

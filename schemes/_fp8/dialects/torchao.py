@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -15,8 +16,7 @@ import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.safetensors_io.header import Header, TensorInfo, join, parse_table
-from schemes._fp8.blocks import (
-    POWER_DTYPES,
+from schemes._blocks import (
     SCALE_DTYPES,
     Pair,
     block_size_of,
@@ -24,6 +24,7 @@ from schemes._fp8.blocks import (
     matrix_shape,
     parse_block_size,
 )
+from schemes._fp8.blocks import POWER_DTYPES
 from schemes._fp8.dialects.base import (
     TORCHAO_DATA,
     Declared,
@@ -31,6 +32,7 @@ from schemes._fp8.dialects.base import (
     QuantizedWeightInfo,
     is_power,
 )
+from schemes._tiles import from_tiles, torchao_shape
 
 #: Name of the scale of a weight.
 _SCALE = "_weight_scale"
@@ -51,14 +53,37 @@ class TorchaoDialect(FP8Dialect):
     ranks = (1, 2, 3)
     inputs = ()
 
+    def grid(self, scale: tuple[int, ...], shape: Pair) -> Pair | None:
+        """As in the base class, or tiles, which may have more rows than the weight."""
+        tiles = scale == torchao_shape(mx.plain_shape(shape))
+        return super().grid(scale, shape) or (mx.plain_shape(shape) if tiles else None)
+
+    def weight_info(self, header: Header, layer: str) -> QuantizedWeightInfo | None:
+        """As in the base class; exponents in tiles cover (N, K/32)."""
+        info = super().weight_info(header, layer)
+        if info is None or not mx.is_tiled_by_torchao(info):
+            return info
+        if info.scale.torch_dtype in POWER_DTYPES:
+            return dataclasses.replace(info, grid=mx.plain_shape(info.shape))
+        covered = super().grid(info.scale.shape, info.shape)
+        return None if covered is None else info
+
+    def plain(self, scale: Tensor, shape: Pair) -> Tensor:
+        """Exponents may be stored in tiles."""
+        grid = mx.plain_shape(shape)
+        if not is_power(scale) or tuple(scale.shape) != torchao_shape(grid):
+            return scale
+        return from_tiles(scale.reshape(mx.tiled_shape(shape)), grid)
+
     def declared(self, header: Header, info: QuantizedWeightInfo) -> Declared | None:
         """The ``block_size`` in the layer's entry."""
         entry = parse_table(header.metadata.get(join(info.layer, "weight"), ""))
         kind, data = entry.get("_type"), entry.get("_data")
         data = data if isinstance(data, dict) else {}
         if info.scale.torch_dtype in POWER_DTYPES:
-            plain = mx.is_mx(info) and mx.is_plain(info)
-            if kind != "MXTensor" or not plain or data.get("is_swizzled_scales"):
+            tiles = bool(data.get("is_swizzled_scales"))
+            fits = mx.is_tiled_by_torchao if tiles else mx.is_plain
+            if kind != "MXTensor" or not mx.is_mx(info) or not fits(info):
                 return None
             return Declared(Certainty.MARKED, "metadata says MXTensor", (1, mx.COLS))
         if kind is None:
@@ -75,9 +100,7 @@ class TorchaoDialect(FP8Dialect):
         self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
     ) -> tuple[dict[str, str], set[str]]:
         """Drop the names and entries of all tensors; they describe the whole file."""
-        names = parse_list(metadata.get("tensor_names", ""))
-        gone = {"tensor_names", *names, *(join(layer, "weight") for layer in layers)}
-        return {k: v for k, v in metadata.items() if k not in gone}, set()
+        return without_entries(metadata, layers), set()
 
     # -- writing -----------------------------------------------------------------------
 
@@ -125,6 +148,20 @@ class TorchaoDialect(FP8Dialect):
             metadata[join(name, "weight")] = json.dumps(entry)
         names = json.dumps(list(metadata))
         return FormatMetadata({**metadata, "tensor_names": names})
+
+
+def without_entries(
+    metadata: Mapping[str, str], layers: Iterable[str]
+) -> dict[str, str]:
+    """Metadata without torchao's entries of all tensors.
+
+    Args:
+        metadata: of the header.
+        layers: layers that have an entry, in case they are not listed.
+    """
+    names = parse_list(metadata.get("tensor_names", ""))
+    gone = {"tensor_names", *names, *(join(layer, "weight") for layer in layers)}
+    return {k: v for k, v in metadata.items() if k not in gone}
 
 
 def parse_list(text: str) -> list[str]:
