@@ -11,6 +11,9 @@ import torch
 from hijack.errors import SchemeError
 from hijack.text import DTYPE_WORDS, did_you_mean, parse_block_size
 
+#: Options of many schemes, which have an argument or an input of their own.
+COMMON = ("block_size", "dtype", "scale_dtype", "scale_search")
+_DTYPE_NAMES = {name: word for word, name in DTYPE_WORDS.items()}
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 
@@ -102,6 +105,17 @@ class Option:
             return "x".join(str(size) for size in value)
         return str(value).removeprefix("torch.")
 
+    def word(self, value: Any) -> str:
+        """A value as the shortest text that `parse` accepts, such as ``e4m3``."""
+        text = self.text(value)
+        return _DTYPE_NAMES.get(text, text)
+
+    def described(self) -> str:
+        """Name, default, meaning and values, in one line."""
+        default = "" if self.default is None else f"={self.word(self.default)}"
+        meaning = f": {self.help}" if self.help else ""
+        return f"{self.name}{default}{meaning}; {self.expected()}"
+
     def check(self, value: Any, where: str = "") -> None:
         """Refuse a value of another type, not among the choices, or out of range.
 
@@ -112,9 +126,7 @@ class Option:
         Raises:
             SchemeError: with the expected values.
         """
-        if value is None or (
-            type(value) is type(self.default) and value == self.default
-        ):
+        if type(value) is type(self.default) and value == self.default:
             return
         kinds: dict[str, tuple[type, ...]] = {
             "int": (int,),

@@ -588,7 +588,17 @@ def quantize_weight(
             f"{tuple(weight.shape)} with options {dict(options)}; "
             f"{type(error).__name__}: {error}"
         ) from error
-    return checked(quantized, f"{where}: scheme {scheme.name}: quantize")
+    quantized = checked(quantized, f"{where}: scheme {scheme.name}: quantize")
+    try:
+        scheme.validate(*quantized, where)
+    except HijackError as error:
+        reason = str(error).removeprefix(f"{where}: ")
+        raise type(error)(
+            f"{where}: scheme {scheme.name} cannot store a weight of shape "
+            f"{tuple(weight.shape)}, {weight.dtype}, so that it can be read: {reason}; "
+            "leave the layer dense"
+        ) from error
+    return quantized
 
 
 def check_shape(
@@ -627,7 +637,8 @@ def check_shape(
 def _check_finite(weight: Tensor, where: str) -> None:
     # In parts: what torch makes on the way is as large as the weight itself.
     parts = torch.split(weight.detach().reshape(-1), 1 << 20)
-    bad = sum(part.numel() - int(torch.isfinite(part).sum()) for part in parts)
+    # as float32, in which schemes compute
+    bad = sum(part.numel() - int(part.float().isfinite().sum()) for part in parts)
     if bad:
         raise NonFiniteError(
             f"{where}: weight holds inf or NaN; got {bad} non-finite "

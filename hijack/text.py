@@ -18,9 +18,6 @@ DTYPE_WORDS = {
     "f16": "float16",
     "e8m0": "float8_e8m0fnu",
 }
-#: Those of quantized data, and those of scales.
-CODE_DTYPES = ("e4m3", "e5m2")
-SCALE_DTYPES = ("f32", "bf16", "f16", "e8m0")
 
 
 def block_text(block_size: tuple[int, int] | None) -> str:

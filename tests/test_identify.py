@@ -119,8 +119,8 @@ def test_a_grid_that_does_not_divide_is_not_claimed():
 
 
 def test_layers_in_formats_without_a_scheme_are_named():
-    """ComfyUI's int8 is none of ours; its scales are consumed, but it is not clear."""
-    marker = torch.tensor(list(b'{"format": "int8_tensorwise"}'), dtype=torch.uint8)
+    """ComfyUI's AWQ is none of ours; its scales are consumed, but it is not clear."""
+    marker = torch.tensor(list(b'{"format": "awq_w4a16"}'), dtype=torch.uint8)
     found = identify(
         header(
             n__weight=torch.ones(4, 4, dtype=torch.int8),
@@ -129,9 +129,9 @@ def test_layers_in_formats_without_a_scheme_are_named():
             n__comfy_quant=marker,
         )
     )
-    assert found.unsupported["n"].format == "comfy_quant int8_tensorwise"
+    assert found.unsupported["n"].format == "comfy_quant of another kind"
     assert (found.layers, found.unconsumed, found.clear) == ({}, (), False)
-    assert "comfy_quant int8_tensorwise" in found.as_table()
+    assert "comfy_quant of another kind" in found.as_table()
     assert "n.weight" in json.loads(found.to_json())["foreign"]["n"]["keys"]
 
 

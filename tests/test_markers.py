@@ -64,6 +64,15 @@ def test_of_two_markers_the_one_that_fits_counts():
     assert claim.evidence[0] == "comfy_quant says float8_e4m3fn"
 
 
+def test_a_format_that_is_no_name_is_wrong_like_any_other():
+    """Whatever JSON holds there; the entry in the header is wrong too, and counts."""
+    tensors = scaled(comfy_quant=marker(format=["float8_e4m3fn"]))
+    table = {"layers": {"a": {"format": "int8_tensorwise"}}}
+    metadata = {"_quantization_metadata": json.dumps(table)}
+    found = hijack.identify(hijack.Header.from_state_dict(tensors, metadata))
+    assert "int8_tensorwise" in found.claims()["a"].contradiction
+
+
 @pytest.fixture
 def dense(tmp_path):
     """A file of two dense layers, both with a marker."""

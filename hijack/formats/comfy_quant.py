@@ -105,8 +105,8 @@ class ComfyQuantDialect(MarkedDialect, TensorDialect):
         known: further entries of the marker that `marked` reads.
     """
 
-    ignored = (LAYER_MARKER,)
-    inputs = ("input_scale",)
+    ignored: ClassVar[tuple[str, ...]] = (LAYER_MARKER,)
+    inputs: tuple[str, ...] = ("input_scale",)
     formats: ClassVar[tuple[str, ...]] = ()
     known: ClassVar[Collection[str]] = ()
 

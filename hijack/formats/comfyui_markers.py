@@ -54,7 +54,7 @@ def layer_marker(header: Header, layer: str) -> Mapping[str, object] | None:
     entry, tensor = layer_table(header).get(layer), layer_tensor(header, layer)
     if entry is None or not tensor or not wrong_format(header, layer, entry):
         return tensor if entry is None else entry
-    named = tensor.get("format") in STORED_AS
+    named = str(tensor.get("format")) in STORED_AS
     return tensor if named and not wrong_format(header, layer, tensor) else entry
 
 
@@ -113,6 +113,45 @@ def is_marked(header: Header, layer: str) -> bool:
         join(layer, LAYER_MARKER) in header.tensors
         or layer in layer_table(header)
         or file_marker(header, layer) is not None
+    )
+
+
+def unpadded_shape(
+    header: Header, layer: str, stored: tuple[int, ...], multiples: tuple[int, int]
+) -> tuple[int, int] | None:
+    """The true shape of a weight whose sides ComfyUI pads, if the file shows it.
+
+    convert_to_quant stores it in its marker. ComfyUI does not, but a bias has as many
+    elements as there are rows.
+
+    Args:
+        header: of the checkpoint.
+        layer: name of the layer.
+        stored: (rows, columns) of the weight with its padding.
+        multiples: of which the sides are.
+    """
+    original = (layer_marker(header, layer) or {}).get("orig_shape")
+    bias = header.tensors.get(join(layer, "bias"))
+    if isinstance(original, list) and all(type(size) is int for size in original):
+        shape = tuple(original)
+    else:
+        shape = stored if bias is None else (*bias.shape, *stored[1:])
+    return (shape[0], shape[1]) if pads(shape, stored, multiples) else None
+
+
+def pads(
+    shape: tuple[int, ...], stored: tuple[int, ...], multiples: tuple[int, int]
+) -> bool:
+    """Whether a stored shape is a smaller one with its sides padded.
+
+    Args:
+        shape: (rows, columns) of the weight.
+        stored: the same with padding.
+        multiples: of which the sides are.
+    """
+    return len(shape) == len(stored) == 2 and all(
+        0 < size <= padded < size + multiple
+        for size, padded, multiple in zip(shape, stored, multiples, strict=True)
     )
 
 

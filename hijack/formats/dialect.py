@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,7 @@ from hijack.formats.native_marker import (
     write_marker,
 )
 from hijack.safetensors_io.header import Header, TensorInfo, join
-
-if TYPE_CHECKING:
-    from hijack.scheme import Scheme
+from hijack.scheme import Scheme, may_be_cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,6 +364,12 @@ def check_marker(
         }
         qdata, params = native.decode(claim, tensors)
         scheme.validate(qdata, params, layer or "weight")
+        # the default decodes, which is slow; loading will check, as it does where a
+        # scheme brings the weight into its shape itself
+        if shape is not None and _shape_is_known(type(scheme)):
+            dense = scheme.dense_shape(qdata, params)
+            if not may_be_cut(dense, shape):
+                return f"shape is {shape}, the tensors decode to {list(dense)}"
     except HijackError as error:
         return str(error).removeprefix(f"{layer or 'weight'}: ")
     except Exception:
@@ -377,6 +381,12 @@ def check_marker(
     if size is None or list(size) == block:
         return None
     return f"block_size is {block}, the shapes give {list(size)}"
+
+
+def _shape_is_known(kind: type[Scheme]) -> bool:
+    """Whether the dense shape follows from the tensors alone."""
+    own_decoding = kind.dequantize_weight is not Scheme.dequantize_weight
+    return kind.dense_shape is not Scheme.dense_shape and not own_decoding
 
 
 def _is_shape(shape: object) -> bool:

@@ -275,7 +275,7 @@ def identify(
     layers, ambiguous = _resolve(claims)
     layers, ambiguous = _assume(header.source, layers, ambiguous, assume)
     mismatches, unknown = _metadata_mismatches(header, registry, layers)
-    mismatches |= _odd_options(registry, layers)
+    mismatches |= _impossible(header, registry, layers)
     layers = {name: claim for name, claim in layers.items() if name not in unknown}
     known = {*layers, *ambiguous, *mismatches, *unknown}
     unsupported: Mapping[str, UnsupportedLayer] = {}
@@ -408,23 +408,46 @@ def _metadata_mismatches(
     return mismatches, unknown
 
 
-def _odd_options(registry: Registry, layers: Mapping[str, Claim]) -> dict[str, str]:
-    """Layers whose marker gives an option a value that it cannot have."""
+def _impossible(
+    header: Header, registry: Registry, layers: Mapping[str, Claim]
+) -> dict[str, str]:
+    """Layers whose marker says what an option, or the tensors, cannot be.
+
+    What only the data show is found when they are read.
+    """
     reasons: dict[tuple[object, ...], str] = {}
-    odd: dict[str, str] = {}
+    impossible: dict[str, str] = {}
     for layer, claim in layers.items():
         if not claim.options:
             continue
-        kind = (claim.scheme, *claim.options.items())
+        infos = (header.tensors[key] for key in claim.keys.values())
+        shapes = tuple((info.dtype, info.shape) for info in infos)
+        kind = (claim.interpretation(), claim.shape, tuple(claim.keys), shapes)
         if kind not in reasons:
-            reasons[kind] = ""
-            try:
-                matching.declared_options(claim, registry.get(claim.scheme))
-            except HijackError as error:
-                reasons[kind] = str(error).removeprefix(f"{layer}: ")
+            reason = _why_impossible(header, registry, claim)
+            reason = reason.removeprefix(f"{layer}: ")
+            reasons[kind] = reason.removesuffix("; get the file again")
         if reasons[kind]:
-            odd[layer] = reasons[kind]
-    return odd
+            impossible[layer] = reasons[kind]
+    return impossible
+
+
+def _why_impossible(header: Header, registry: Registry, claim: Claim) -> str:
+    """What a scheme says against a claim, or ""."""
+    try:
+        scheme = registry.get(claim.scheme)
+        matching.declared_options(claim, scheme)
+        dialects = {d.name: d for d in matching.dialects_of(scheme)}
+        if claim.dialect not in dialects:
+            return ""  # a plugin makes the layer's tensors
+        tensors = matching.meta_tensors(header.tensors, claim)
+        qdata, params = dialects[claim.dialect].decode(claim, tensors)
+        scheme.validate(qdata, params, claim.layer or "weight")
+    except HijackError as error:
+        return str(error)
+    except Exception:  # a plugin's, which must see data
+        return ""
+    return ""
 
 
 def _is_quantized(header: Header, layer: str, marker: Mapping[str, Any]) -> bool:

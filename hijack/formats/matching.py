@@ -6,6 +6,7 @@ know no numerics.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,13 +16,26 @@ from torch import Tensor
 
 from hijack.claim import Certainty, Claim
 from hijack.errors import CheckpointError, HijackError
-from hijack.formats.dialect import Dialect, EncodedLayer, infos_of, layer_entry
+from hijack.formats.dialect import (
+    Dialect,
+    EncodedLayer,
+    FormatMetadata,
+    infos_of,
+    layer_entry,
+)
 from hijack.quantized import (
     QuantizationConfig,
     QuantizedTensor,
     check_shape,
 )
-from hijack.safetensors_io.header import Header
+from hijack.safetensors_io.header import (
+    CONFIG_KEY,
+    Header,
+    TensorInfo,
+    join,
+    merge_metadata,
+    metadata_clash,
+)
 from hijack.scheme import Quantized, Scheme
 from hijack.text import did_you_mean
 
@@ -167,9 +181,39 @@ def decode(
         HijackError: if the tensors do not fit each other.
     """
     tensors = {role: state_dict[key] for role, key in claim.keys.items()}
-    qdata, params = dialect_of(scheme, claim.dialect).decode(claim, tensors)
-    scheme.validate(qdata, params, claim.layer or "weight")
+    dialect = dialect_of(scheme, claim.dialect)
+    with _naming(scheme, claim):
+        qdata, params = dialect.decode(claim, tensors)
+        scheme.validate(qdata, params, claim.layer or "weight")
     return qdata, params
+
+
+def meta_tensors(tensors: Mapping[str, TensorInfo], claim: Claim) -> dict[str, Tensor]:
+    """A claimed layer's tensors by role, without their values.
+
+    Args:
+        tensors: full key to dtype and shape.
+        claim: to the layer.
+    """
+    infos = {role: tensors[key] for role, key in claim.keys.items()}
+    return {
+        role: torch.empty(info.torch_shape, dtype=info.torch_dtype, device="meta")
+        for role, info in infos.items()
+    }
+
+
+@contextlib.contextmanager
+def _naming(scheme: Scheme, claim: Claim) -> Iterator[None]:
+    """Have what fails inside say which layer it was and which scheme."""
+    try:
+        yield
+    except HijackError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{claim.layer or 'weight'}: scheme {scheme.name} cannot read it; "
+            f"{type(error).__name__}: {error}; is the file damaged?"
+        ) from error
 
 
 def read_weight(
@@ -197,11 +241,15 @@ def read_weight(
         claim = claim.cropped(shape)
     if quantized is None:
         quantized = decode(scheme, claim, tensors)
-    if shape is not None:
-        check_shape(scheme, quantized, shape, claim.layer or "weight", claim.shape)
-    options = options_of(claim, scheme, quantized)
-    config = QuantizationConfig.of(scheme, options, claim.dialect)
-    return QuantizedTensor(*quantized, config, shape or claim.shape, dtype)
+    with _naming(scheme, claim):
+        if shape is not None:
+            stored = claim.shape
+            if stored is None and claim.dialect != native_of(scheme).name:
+                stored = scheme.dense_shape(*quantized)  # others pad as they say
+            check_shape(scheme, quantized, shape, claim.layer or "weight", stored)
+        options = options_of(claim, scheme, quantized)
+        config = QuantizationConfig.of(scheme, options, claim.dialect)
+        return QuantizedTensor(*quantized, config, shape or claim.shape, dtype)
 
 
 def options_of(claim: Claim, scheme: Scheme, quantized: Quantized) -> dict[str, Any]:
@@ -246,6 +294,51 @@ def encoded_layer(
         hidden_options(weight),
         infos_of(weight.plain_tensors()),
     )
+
+
+def file_metadata(
+    layers: Mapping[Dialect, Mapping[str, EncodedLayer]],
+    others: Mapping[str, TensorInfo],
+) -> FormatMetadata:
+    """What the dialects of a file's layers say of the file as a whole.
+
+    Args:
+        layers: dialect to the layers it encoded, by name.
+        others: key to dtype and shape of all other tensors of the file.
+
+    Raises:
+        CheckpointError: if two dialects say what cannot both be in a file.
+    """
+    merged, names = FormatMetadata(), list[str]()
+    for dialect, encoded in layers.items():
+        beside = {
+            join(name, suffix): info
+            for other, named in layers.items()
+            if other is not dialect
+            for name, layer in named.items()
+            for suffix, info in layer.tensors.items()
+        }
+        more = dialect.finish(encoded, {**others, **beside})
+        clash = metadata_clash(merged.metadata, more.metadata)
+        if clash is None and None not in (merged.config, more.config):
+            clash = None if merged.config == more.config else CONFIG_KEY
+        if clash is not None:
+            entries = (entry for named in layers.values() for entry in named.values())
+            schemes = {entry.scheme for entry in entries}
+            raise CheckpointError(
+                f"dialect {dialect.name}: says in {clash} what the whole file is, and "
+                f"so does dialect {' or '.join(names)} for other layers; expected "
+                f"layers of {', '.join(sorted(schemes))} in dialects that share a "
+                "file; write them in dialect hijack"
+            )
+        merged = FormatMetadata(
+            merge_metadata(merged.metadata, more.metadata),
+            {**merged.tensors, **more.tensors},
+            merged.config if more.config is None else more.config,
+            tuple(dict.fromkeys((*merged.notes, *more.notes))),
+        )
+        names.append(dialect.name)
+    return merged
 
 
 def marker_of(weight: QuantizedTensor) -> dict[str, object]:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from hijack.claim import Claim
 from hijack.errors import printable
-from hijack.formats.unsupported import UnsupportedLayer
 from hijack.safetensors_io.header import TensorInfo, join
 from hijack.text import block_text, excerpt, table
 
@@ -109,9 +108,6 @@ def _notes(found: Identification) -> Iterator[str]:
     if found.unsupported:
         first = next(iter(found.unsupported)) or "weight"
         yield f"unreadable: {len(found.unsupported)} layers, such as {first}"
-    for name, layer in found.unsupported.items():
-        if layer.alternatives:
-            yield f"ambiguous: {name}: {' or '.join(layer.alternatives)}"
     scaled = {key.rpartition(".")[0] for key in found.unconsumed}
     unscaled = [layer for layer in found.unscaled if layer not in scaled]
     if unscaled:
@@ -174,7 +170,8 @@ def to_json(found: Identification) -> str:
                 for name, claims in found.ambiguous.items()
             },
             "foreign": {
-                name: _unsupported(layer) for name, layer in found.unsupported.items()
+                name: dataclasses.asdict(layer)
+                for name, layer in found.unsupported.items()
             },
             "orphans": list(found.unconsumed),
             "unscaled": list(found.unscaled),
@@ -207,12 +204,6 @@ def _claim(found: Identification, claim: Claim) -> dict[str, Any]:
     }
 
 
-def _unsupported(layer: UnsupportedLayer) -> dict[str, Any]:
-    fields: dict[str, Any] = dataclasses.asdict(layer)
-    fields["rivals"] = fields.pop("alternatives")  # the key that scripts know
-    return fields
-
-
 def _info_text(info: TensorInfo) -> str:
     return f"{info.dtype} {list(info.shape)}"
 
@@ -239,6 +230,6 @@ def choice(claims: Iterable[Claim]) -> str:
     arguments = " ".join(f"--assume {word}" for word in first)
     return (
         f"the format is ambiguous; it may be {' or '.join(candidates)}; choose with "
-        f"assume={first}, or store the choice in a copy: "
+        f"assume={first} or HIJACK_PREFER, or store the choice in a copy: "
         f"`hijack convert FILE COPY --dialect hijack {arguments}`"
     )

@@ -295,6 +295,15 @@ def merge_metadata(
     return merged
 
 
+def metadata_clash(metadata: Mapping[str, str], more: Mapping[str, str]) -> str | None:
+    """A key of which `merge_metadata` can keep only one of two texts, or None."""
+    for name in metadata.keys() & more.keys():
+        tables = parse_table(metadata[name]), parse_table(more[name])
+        if metadata[name] != more[name] and not all("layers" in t for t in tables):
+            return name
+    return None
+
+
 @functools.lru_cache(maxsize=256)
 def _parse_marker(text: bytes) -> Mapping[str, Any]:
     """`parse_table`, cached: most layers of a file have the same marker."""

@@ -115,7 +115,7 @@ class FileConformance(ModuleConformance):
             for layer, claim in claims.items():
                 where = f"{scheme.name}: dialect {dialect.name}: layer {layer}"
                 made = matching.decode(scheme, claim, tensors)
-                options = {**self.options, **scheme.options_of(*made)}
+                options = {**self.options, **matching.options_of(claim, scheme, made)}
                 written = dialect.encode(*made, options)
                 got = {join(layer, name): t for name, t in written.items()}
                 wrong = [
@@ -299,8 +299,10 @@ class FileConformance(ModuleConformance):
     ) -> tuple[nn.ModuleList, list[Tensor]]:
         model, inputs = nn.ModuleList(), []
         for module, x in self._all_subjects(scheme):
-            model.append(self._wrap(scheme, module, **options))
-            inputs.append(x)
+            shape = tuple(weight_of(module).shape)
+            if scheme.declines(shape, **{**self.options, **options}) is None:
+                model.append(self._wrap(scheme, module, **options))
+                inputs.append(x)
         return model, inputs
 
     def _stored(self, scheme: Scheme, folder: Path) -> Iterator[Stored]:

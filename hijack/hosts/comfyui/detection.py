@@ -416,20 +416,12 @@ def _quantized(
 ) -> QuantizedTensor:
     """A claimed layer as one tensor."""
     scheme = registry.get(claim.scheme)
-    try:
-        weight = matching.read_weight(scheme, claim, tensors, dtype=dtype)
-        dialect = matching.encoding_dialect(
-            scheme, claim.dialect, weight.qdata, weight.params, weight.options
-        )
-        config = dataclasses.replace(weight.config, dialect=dialect.name)
-        return weight.replace(config=config)
-    except HijackError:
-        raise
-    except Exception as error:
-        raise HijackError(
-            f"{claim.layer}: scheme {claim.scheme} cannot read it; "
-            f"{type(error).__name__}: {error}; is the file damaged?"
-        ) from error
+    weight = matching.read_weight(scheme, claim, tensors, dtype=dtype)
+    dialect = matching.encoding_dialect(
+        scheme, claim.dialect, weight.qdata, weight.params, weight.options
+    )
+    config = dataclasses.replace(weight.config, dialect=dialect.name)
+    return weight.replace(config=config)
 
 
 def _dense_dtype(others: Iterable[Tensor]) -> torch.dtype:
