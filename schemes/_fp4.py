@@ -1,0 +1,186 @@
+"""E2M1, the 4-bit floating numbers of NVFP4 and MXFP4, packed two to a byte.
+
+A code is a sign, two bits of exponent and one of mantissa. The eight magnitudes are
+0, 0.5, 1, 1.5, 2, 3, 4 and 6; there is neither inf nor NaN. Of two neighbours in a row
+the even one is in the low four bits here, as in OCP's and ModelOpt's files; ComfyUI
+stores it in the high ones.
+
+Reference: OCP Microscaling Formats (MX), version 1.0, section 5.3.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hijack.errors import CheckpointError, DTypeError, ShapeError
+
+#: Largest magnitude.
+MAX = 6.0
+#: Elements that are decoded or encoded at a time: on a CPU so many that they stay in
+#: the cache, elsewhere so that what is made on the way is small beside the weight.
+PIECE, LARGE_PIECE = 1 << 19, 1 << 24
+
+
+def encode(values: Tensor) -> Tensor:
+    """Round to the nearest E2M1 number, ties to the even code, and pack.
+
+    Args:
+        values: (N, K) float32; K is even. What exceeds 6 becomes 6.
+
+    Returns:
+        (N, K/2) uint8.
+    """
+    size = values.abs().clamp(max=MAX)
+    # steps of a half up to 2, of one up to 4, and then of two
+    large = torch.where(size < 4, size.round() + 2, (size / 2).round() + 4)
+    codes = torch.where(size < 2, (size * 2).round(), large).to(torch.uint8)
+    codes += values.signbit().to(torch.uint8) * 8
+    return codes[:, ::2] | (codes[:, 1::2] << 4)
+
+
+def decode(
+    packed: Tensor,
+    scale: Tensor,
+    cols: int,
+    dtype: torch.dtype,
+    columns: Tensor | None = None,
+) -> Tensor:
+    """Unpack, and multiply each block by its scale.
+
+    The product is formed in float32 and rounded once.
+
+    Args:
+        packed: (N, K/2) uint8.
+        scale: (N, K/C) float32.
+        cols: C, the columns that share a scale; divides K.
+        dtype: floating dtype of the result.
+        columns: (K,) float32 factors of the columns, or None.
+
+    Returns:
+        (N, K) of ``dtype``.
+    """
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    pairs = _pairs(packed.device)
+    out = torch.empty((n, k), dtype=dtype, device=packed.device)
+    for rows in pieces(packed):
+        values = F.embedding(packed[rows].int(), pairs)  # (rows, K/2, 2)
+        dense = values.view(-1, k // cols, cols) * scale[rows, :, None]
+        dense = dense.view(-1, k)
+        out[rows] = dense if columns is None else dense * columns
+    return out
+
+
+def _pairs(device: torch.device) -> Tensor:
+    """The two numbers that each byte stands for: (256, 2) float32.
+
+    It is computed where it is needed, without a copy from the CPU that would wait.
+    """
+    byte = torch.arange(256, device=device)
+    codes = torch.stack([byte & 15, byte >> 4], 1)
+    code = codes & 7
+    small, large = code / 2, 2 * code - 8.0  # 0 to 2, and 4 to 6
+    magnitude = torch.where(code < 4, small, torch.where(code < 6, code - 2.0, large))
+    return torch.where(codes < 8, magnitude, -magnitude)
+
+
+def pieces(matrix: Tensor) -> Iterator[slice]:
+    """Rows that are computed at a time; all of them in compiled code.
+
+    Args:
+        matrix: (N, K/2) uint8.
+    """
+    most = PIECE if matrix.device.type == "cpu" else LARGE_PIECE
+    rows = max(1, most // max(1, 2 * matrix.shape[1]))
+    if torch.compiler.is_compiling() or matrix.is_meta:
+        rows = max(1, len(matrix))
+    for start in range(0, len(matrix), rows):
+        yield slice(start, start + rows)
+
+
+def swap(packed: Tensor) -> Tensor:
+    """The same codes with the other one of each two in the low bits."""
+    return (packed << 4) | (packed >> 4)
+
+
+def check_weight(qdata: Tensor, cols: int, where: str) -> None:
+    """Refuse what are no packed codes of whole blocks.
+
+    Args:
+        qdata: expected (N, K/2) uint8.
+        cols: columns that share a scale.
+        where: the layer, for messages.
+
+    Raises:
+        DTypeError: if the dtype is another.
+        ShapeError: if the shape is another.
+    """
+    if qdata.dtype != torch.uint8:
+        raise DTypeError(f"{where}: weight is {qdata.dtype}, expected torch.uint8")
+    if qdata.dim() != 2 or qdata.shape[1] % (cols // 2):
+        raise ShapeError(
+            f"{where}: weight has shape {tuple(qdata.shape)}, expected rows of "
+            f"{cols // 2} bytes for each {cols} columns"
+        )
+
+
+def check_scale(
+    params: Mapping[str, Tensor],
+    name: str,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...],
+    where: str,
+) -> Tensor:
+    """One of the params, if it is what it should be.
+
+    Args:
+        params: name to tensor.
+        name: of the tensor.
+        dtypes: which it may have.
+        shape: which it must have.
+        where: the layer, for messages.
+
+    Raises:
+        CheckpointError: if it is missing.
+        DTypeError: if the dtype is another.
+        ShapeError: if the shape is another.
+    """
+    if name not in params:
+        raise CheckpointError(f"{where}: {name} is missing beside the weight")
+    scale = params[name]
+    if scale.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise DTypeError(f"{where}: {name} is {scale.dtype}, expected {expected}")
+    if tuple(scale.shape) != shape:
+        raise ShapeError(
+            f"{where}: {name} has shape {tuple(scale.shape)}, expected {shape}"
+        )
+    return scale
+
+
+def check_columns(
+    qdata: Tensor, params: Mapping[str, Tensor], cols: int, where: str
+) -> None:
+    """Refuse a ``weight_columns`` that does not say how many columns are padded.
+
+    Args:
+        qdata: (N, K/2) uint8.
+        params: name to tensor.
+        cols: columns that share a scale.
+        where: the layer, for messages.
+
+    Raises:
+        ShapeError: if its shape cannot be.
+    """
+    columns = params.get("weight_columns")
+    padded = 2 * qdata.shape[1]
+    if columns is None:
+        return
+    if columns.dim() != 2 or not padded - cols < columns.shape[0] < padded:
+        raise ShapeError(
+            f"{where}: weight_columns has shape {tuple(columns.shape)}, expected "
+            f"(columns, 0) with more than {padded - cols} and less than {padded}"
+        )
