@@ -1,0 +1,1 @@
+"""Parts of NF4: its tensors, and the dialect of bitsandbytes."""
