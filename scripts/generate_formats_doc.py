@@ -7,11 +7,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-import hijack
 from hijack.formats import matching
 from hijack.formats.unsupported import FORMATS
 
@@ -25,12 +26,13 @@ test checks it.
 
 X is the name of a layer, (N, K) the shape of its weight, all but the first dimension
 flattened. Blocks are (R, C); where they do not divide the weight, those at the edges
-are short, and the scale has ceil(N/R) x ceil(K/C) elements. A scale always multiplies.
+are short, and the scale has ceil(N/R) x ceil(K/C) elements. A scale multiplies, unless
+the table says that it divides.
 
 `hijack identify FILE` says which of these a file is, layer by layer, and on what
 evidence. Markers are checked against the shapes: where they disagree, the shapes win
 and the mismatch is reported. What a file does not say must be given with
-`--assume WORD`, the name of a dialect or a block size.
+`--assume WORD`, the name of a dialect, a block size, or an option as `NAME=VALUE`.
 """
 _READ = """
 ## Read and written
@@ -56,15 +58,36 @@ _COLUMNS = {
 
 def document() -> str:
     """The whole text."""
-    import schemes.blockwise_fp8  # noqa: F401 - registers itself
-
-    texts: dict[str, Descriptions] = json.loads(
+    texts: dict[str, Any] = json.loads(
         Path(__file__).with_name("formats.json").read_text()
     )
-    dialects = matching.dialects_of(hijack.schemes()["blockwise_fp8"])
-    readable = texts["dialects"]
-    _check_names("dialects", readable, [dialect.name for dialect in dialects])
-    read = [
+    columns = list(_COLUMNS.values())
+    head = ["dialect", *columns, "hijack writes"]
+    read = "".join(
+        f"\n### {name}\n{_table(head, _rows(name, readable))}"
+        for name, readable in texts["dialects"].items()
+    )
+    named_only = texts["named_only"]
+    _check_names("named_only", named_only, [known.name for known in FORMATS])
+    named = [[known.name, *_cells(named_only[known.name])] for known in FORMATS]
+    named.append(["GGUF", "llama.cpp, ComfyUI-GGUF", "", "", "", "the letters GGUF"])
+    return "".join(
+        (
+            _HEAD,
+            _READ,
+            read,
+            _NAMED_ONLY,
+            _table(["format", *columns], named),
+        )
+    )
+
+
+def _rows(name: str, readable: Descriptions) -> list[list[str]]:
+    """What is said of each dialect of a scheme."""
+    scheme = importlib.import_module(f"schemes.{name}").SCHEME
+    dialects = matching.dialects_of(scheme)
+    _check_names(name, readable, [dialect.name for dialect in dialects])
+    return [
         [
             f"`{dialect.name}`",
             *_cells(readable[dialect.name]),
@@ -72,20 +95,6 @@ def document() -> str:
         ]
         for dialect in dialects
     ]
-    named_only = texts["named_only"]
-    _check_names("named_only", named_only, [known.name for known in FORMATS])
-    named = [[known.name, *_cells(named_only[known.name])] for known in FORMATS]
-    named.append(["GGUF", "llama.cpp, ComfyUI-GGUF", "", "", "", "the letters GGUF"])
-    columns = list(_COLUMNS.values())
-    return "".join(
-        (
-            _HEAD,
-            _READ,
-            _table(["dialect", *columns, "hijack writes"], read),
-            _NAMED_ONLY,
-            _table(["format", *columns], named),
-        )
-    )
 
 
 def _check_names(table: str, texts: Descriptions, names: Iterable[str]) -> None:

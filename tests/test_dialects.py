@@ -223,6 +223,11 @@ READ = {
         {"metadata": float8_tensor("MXTensor", block_size=32)},
         ("torchao", (1, 32)),
     ),
+    "torchao powers in tiles": (
+        {**TORCHAO, "a._weight_scale": ("F8_E8M0", 64, 32)},
+        {"metadata": float8_tensor("MXTensor", block_size=32, is_swizzled_scales=True)},
+        ("torchao", (1, 32)),
+    ),
     "SDNQ, lying down": (
         layer_of(("F32", 1, 64), shape=(64, 64), name="scale"),
         {"config": quantization(quant_method="sdnq", use_quantized_matmul=True)},
@@ -237,9 +242,22 @@ READ = {
 
 #: What is named and not read.
 NAMED = {
-    "torchao powers in tiles": (
+    "torchao powers that are no tiles": (
         {**TORCHAO, "a._weight_scale": ("F8_E8M0", 256, 8)},
         float8_tensor("MXTensor", block_size=32, is_swizzled_scales=True),
+        "torchao of another kind",
+    ),
+    "torchao tiles that are not said to be": (
+        {**TORCHAO, "a._weight_scale": ("F8_E8M0", 64, 32)},
+        float8_tensor("MXTensor", block_size=32),
+        "torchao of another kind",
+    ),
+    "torchao scales that cover no weight": (
+        {
+            "a._weight_qdata": ("F8_E4M3", 16, 64),
+            "a._weight_scale": ("F32", 32, 16),
+        },
+        float8_tensor("Float8Tensor", block_size=[1, 64]),
         "torchao of another kind",
     ),
     "torchao integers": (
@@ -308,7 +326,7 @@ NAMED = {
         "packed integers of another kind",
     ),
     "DeepSeek's FP4 experts": (
-        layer_of(("F8_E8M0", 64, 2), shape=(64, 32), dtype="I8", name="scale"),
+        layer_of(("U8", 64, 2), shape=(64, 32), dtype="I8", name="scale"),
         {},
         "DeepSeek FP4 experts",
     ),
@@ -316,6 +334,15 @@ NAMED = {
         {"a.blocks": ("U8", 4, 64, 2, 16), "a.scales": ("U8", 4, 64, 2)},
         {},
         "MXFP4 experts",
+    ),
+    "two codes a byte with scales of no shape that is known": (
+        {
+            "a.weight": ("U8", 64, 32),
+            "a.weight_scale": ("F8_E4M3", 64, 5),
+            "a.weight_scale_2": ("F32",),
+        },
+        {},
+        "nvfp4 of another kind",
     ),
     "ComfyUI's 4-bit integers without a marker": (
         {
@@ -325,20 +352,23 @@ NAMED = {
             "a.weight_codebook": ("F32", 16),
         },
         {},
-        "comfy_quant asym_w4a8_int8",
-    ),
-    "comfy-quants' integers, marked in the header alone": (
-        layer_of(("F32", 64, 1), shape=(64, 64), dtype="I8"),
-        table_of(convrot=True),
-        "comfy-quants int8_w8a8",
+        "w4a8 of another kind",
     ),
     "a kind nobody knows, marked in the header alone": (
         layer_of(("F32",)),
         table_of(format="float8_of_tomorrow"),
         "comfy_quant of another kind",
     ),
-    "SDNQ's integers without its config": (
-        layer_of(("F32", 64, 1), shape=(64, 64), dtype="I8", name="scale"),
+    "integers with an offset": (
+        {
+            **layer_of(("F32", 64, 1), shape=(64, 64), dtype="I8"),
+            "a.weight_offset": ("F32", 64, 1),
+        },
+        {},
+        "int8 of another kind",
+    ),
+    "bytes with a scale that nothing marks": (
+        layer_of(("F32", 64, 1), shape=(64, 64), dtype="U8", name="scale"),
         {},
         "integers without a marker",
     ),
@@ -358,18 +388,6 @@ def test_a_lone_layer_of_bitsandbytes_is_named():
         "": "bitsandbytes 4-bit"
     }
     assert "such as weight" in found.as_table()
-
-
-def test_a_config_tells_which_nvfp4_it_is():
-    """Where the shapes are ComfyUI's too, which has no config."""
-    tensors = {
-        **layer_of(("F8_E4M3", 128, 8), shape=(128, 64), dtype="U8"),
-        "a.weight_scale_2": ("F32",),
-    }
-    config = quantization(quant_method="modelopt", quant_algo="NVFP4")
-    assert identify(header_of(tensors)).unsupported["a"].alternatives
-    found = identify(header_of(tensors, config=config)).unsupported["a"]
-    assert (found.format, found.alternatives) == ("ModelOpt nvfp4", ())
 
 
 #: What nobody may read a weight without.
@@ -682,7 +700,7 @@ def test_marks_that_nobody_believed_do_not_outlive_a_conversion(tmp_path, dialec
 
 def test_the_marks_of_layers_that_are_carried_along_stay(tmp_path):
     """ComfyUI's table names them and the layers that are converted."""
-    table = {"format_version": "1.0", "layers": {"b": {"format": "int8_tensorwise"}}}
+    table = {"format_version": "1.0", "layers": {"b": {"format": "awq_w4a16"}}}
     tensors = {
         **musubi(),
         "b.weight": torch.ones(4, 4, dtype=torch.int8),
@@ -691,7 +709,7 @@ def test_the_marks_of_layers_that_are_carried_along_stay(tmp_path):
     metadata = {"_quantization_metadata": json.dumps(table)}
     _, said = convert(tmp_path, tensors, "comfy_quant", metadata)
     layers = json.loads(said["_quantization_metadata"])["layers"]
-    assert layers["b"] == {"format": "int8_tensorwise"}
+    assert layers["b"] == {"format": "awq_w4a16"}
     assert layers["a"] == {"format": "float8_e4m3fn"}
 
 

@@ -14,7 +14,13 @@ from safetensors.torch import load_file
 from torch import nn
 
 import hijack
-import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+import schemes.blockwise_fp8
+import schemes.convrot_w4a4
+import schemes.int8
+import schemes.mxfp4
+import schemes.nf4
+import schemes.nvfp4
+import schemes.w4a8  # noqa: F401 - registers the schemes
 from hijack.errors import AmbiguousError, CheckpointError, UnconsumedScaleError
 from hijack.formats.unsupported import FORMATS
 
@@ -39,10 +45,14 @@ AMBIGUOUS = [name for name in NAMES if "assume" in expected_of(name)]
 FOREIGN = [name for name in NAMES if expected_of(name).get("foreign")]
 #: Told by headers made by hand, in test_dialects.py: their files are no small ones.
 BY_HAND = {
-    "torchao of another kind",
-    "stacked FP8 experts",
-    "packed integers of another kind",
+    "bitsandbytes 4-bit",
+    "int8 of another kind",
     "integers without a marker",
+    "nvfp4 of another kind",
+    "packed integers of another kind",
+    "stacked FP8 experts",
+    "torchao of another kind",
+    "w4a8 of another kind",
 }
 
 
@@ -57,7 +67,7 @@ def described(claims):
         layer: {
             "scheme": claim.scheme,
             "dialect": claim.dialect,
-            "block_size": list(claim.block_size),
+            "block_size": claim.block_size and list(claim.block_size),
         }
         for layer, claim in claims.items()
     }
@@ -252,12 +262,13 @@ def test_a_golden_folder_is_small(name):
 
 def test_every_dialect_has_a_golden_file():
     """And so has every format that is only named."""
-    scheme = hijack.schemes()["blockwise_fp8"]
     readings = [expected_of(name) for name in NAMES]
     readings += [one for name in AMBIGUOUS for one in readings_of(name)]
     layers = [entry for one in readings for entry in one.get("layers", {}).values()]
-    seen = {entry["dialect"] for entry in layers}
+    seen = {(entry["scheme"], entry["dialect"]) for entry in layers}
+    schemes = hijack.schemes().values()
+    every = {(scheme.name, d.name) for scheme in schemes for d in scheme.dialects}
     native = hijack.Dialect.name
-    assert seen == {native, *(dialect.name for dialect in scheme.dialects)}
+    assert {pair for pair in seen if pair[1] != native} == every
     named = {kind for n in FOREIGN for kind in expected_of(n)["foreign"].values()}
     assert named | BY_HAND == {one.name for one in FORMATS}

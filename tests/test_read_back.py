@@ -19,7 +19,10 @@ SCRIPT = ROOT / "tests" / "golden" / "read_back.py"
 VARIABLE = "HIJACK_TEST_READERS"
 #: What a program needs besides, to load such files.
 ALSO = {"transformers": ("accelerate",), "compressed_tensors": ("transformers",)}
-PROGRAMS = ("torchao", "compressed_tensors", "transformers", "comfy_kitchen")
+PROGRAMS = (
+    *("torchao", "compressed_tensors", "transformers", "comfy_kitchen"),
+    *("bitsandbytes", "modelopt"),
+)
 
 
 def python_with(program):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Hashable, Mapping
 
-from hijack.formats.comfyui_markers import layer_marker
+from hijack.formats.comfyui_markers import is_marked, layer_marker
 from hijack.safetensors_io.header import (
     DENSE_NAMES,
     Header,
@@ -17,9 +17,8 @@ from hijack.safetensors_io.header import (
     join,
     signature,
 )
+from hijack.text import excerpt
 
-#: For `Format.comfy_formats`: any marker of ComfyUI's, whatever it says.
-ANY_MARKER = ("*",)
 #: The rest of a key after the layer's name, to the tensor.
 Group = Mapping[str, TensorInfo]
 Test = Callable[[Header, Group], bool]
@@ -33,14 +32,11 @@ class UnsupportedLayer:
         format: name of the format.
         evidence: dtypes and shapes of its tensors, human-readable.
         keys: the layer's keys.
-        alternatives: formats that look the same from the header, but decode
-            differently.
     """
 
     format: str
     evidence: str
     keys: tuple[str, ...]
-    alternatives: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +47,20 @@ class Format:
         name: common name of the format.
         needs: the tensors that a layer of the format has, separated by spaces.
         test: a closer look at the layer's tensors.
-        comfy_formats: values of ``format`` in ComfyUI's marker, or `ANY_MARKER`.
-        alternatives: formats whose header looks the same.
+        marked: whether a marker of ComfyUI's must be there, whatever it says.
     """
 
     name: str
     needs: str = ""
     test: Test | None = None
-    comfy_formats: tuple[str, ...] = ()
-    alternatives: tuple[str, ...] = ()
+    marked: bool = False
 
     def matches(self, header: Header, layer: str, group: Group) -> bool:
         """Whether a layer with these tensors is in the format."""
         if any(name not in group for name in self.needs.split()):
             return False
-        if self.comfy_formats:
-            marker = layer_marker(header, layer)
-            if marker is None:
-                return False
-            named = str(marker.get("format", ""))
-            if self.comfy_formats != ANY_MARKER and named not in self.comfy_formats:
-                return False
+        if self.marked and not is_marked(header, layer):
+            return False
         return self.test is None or self.test(header, group)
 
 
@@ -87,15 +76,14 @@ def find_unsupported(
     unsupported = {}
     cache: dict[Hashable, Format | None] = {}  # many layers are alike
     for layer, group in _groups(header, claimed).items():
-        kind = signature(group), repr(layer_marker(header, layer))
+        kind = signature(group), is_marked(header, layer)
         if kind not in cache:
             matches = (row for row in FORMATS if row.matches(header, layer, group))
             cache[kind] = next(matches, None)
         if (row := cache[kind]) is not None:
             keys = tuple(join(layer, name) for name in group)
-            unsupported[layer] = UnsupportedLayer(
-                row.name, _evidence(group), keys, row.alternatives
-            )
+            evidence = _evidence(group) + _marked_as(header, layer)
+            unsupported[layer] = UnsupportedLayer(row.name, evidence, keys)
     return unsupported
 
 
@@ -121,6 +109,12 @@ def _is_dense(group: Group) -> bool:
     if weight is None or weight.dtype not in DENSE_NAMES:
         return False
     return len(group) == 2 and "bias" in group
+
+
+def _marked_as(header: Header, layer: str) -> str:
+    """The format that ComfyUI's marker names, if it names one."""
+    named = (layer_marker(header, layer) or {}).get("format")
+    return f", comfy_quant says {excerpt(named)}" if named else ""
 
 
 def _evidence(group: Group) -> str:
@@ -154,21 +148,11 @@ def _nvfp4(header: Header, group: Group) -> bool:
     )
 
 
-def _nvfp4_plain(header: Header, group: Group) -> bool:
-    """Scales in plain order: as the config says, or of a shape no tiles have."""
-    declared = _method("modelopt")(header, group)
-    return _nvfp4(header, group) and (declared or not _tiled(group))
-
-
-def _tiled(group: Group) -> bool:
-    """Whether the scales have the shape of whole tiles of 128 x 4."""
-    rows, cols = group["weight_scale"].shape
-    (n, half) = group["weight"].shape
-    return rows == -(-n // 128) * 128 and cols == -(-half // 32) * 4
-
-
 def _bitsandbytes(header: Header, group: Group) -> bool:
-    return any(name.startswith("weight.quant_state.bitsandbytes__") for name in group)
+    """Tensors of its names; with a state that cannot be read, or without any."""
+    return "weight.absmax" in group or any(
+        name.startswith("weight.quant_state.bitsandbytes__") for name in group
+    )
 
 
 def _quanto(header: Header, group: Group) -> bool:
@@ -226,59 +210,29 @@ def _fp4(header: Header, group: Group) -> bool:
     return data in ("I8", "U8") and scale in ("U8", "F8_E8M0")
 
 
-_NVFP4 = "weight weight_scale weight_scale_2"
-
 #: The most specific first: the first that matches wins.
 FORMATS: tuple[Format, ...] = (
     Format("bitsandbytes 4-bit", test=_bitsandbytes),
-    Format("bitsandbytes int8", "weight SCB", _of("weight", "I8")),
     Format("nunchaku SVDQuant", "qweight wscales"),
     Format("GPTQ", "qweight qzeros scales", _gptq),
     Format("AWQ", "qweight qzeros scales"),
     Format("packed integers of another kind", "qweight"),
-    Format("compressed-tensors nvfp4", "weight_packed weight_global_scale"),
     Format("compressed-tensors packed", "weight_packed weight_scale"),
     Format("quanto", "weight._scale", _quanto),
     Format("torchao of another kind", test=_torchao),
     Format("stacked FP8 experts", test=_stacked),
     Format("SDNQ", "weight scale", _method("sdnq")),
     Format("MXFP4 experts", test=_mxfp4),
-    Format("comfy_quant nvfp4", _NVFP4, comfy_formats=("nvfp4",)),
-    Format("ModelOpt nvfp4", _NVFP4, _nvfp4_plain),
-    Format(
-        "nvfp4 without a marker",
-        _NVFP4,
-        _nvfp4,
-        alternatives=("comfy_quant nvfp4", "ModelOpt nvfp4"),
-    ),
-    Format(
-        "comfy_quant int8_tensorwise",
-        "weight",
-        _of("weight", "I8"),
-        ("int8_tensorwise",),
-    ),
-    Format(
-        "comfy_quant convrot_w4a4",
-        "weight",
-        _of("weight", "I8", "U8"),
-        ("convrot_w4a4",),
-    ),
-    Format("comfy_quant asym_w4a8_int8", "weight weight_s_rel weight_s_channel"),
-    Format(
-        "convert_to_quant int8_blockwise",
-        "weight weight_scale",
-        _of("weight", "I8"),
-        ("int8_blockwise",),
-    ),
-    Format("comfy-quants int8_w8a8", "weight weight_scale", _of("weight", "I8"), ("",)),
+    Format("w4a8 of another kind", "weight weight_s_rel weight_s_channel"),
+    Format("nvfp4 of another kind", "weight weight_scale weight_scale_2", _nvfp4),
     Format(
         "comfy_quant of another kind",
         "weight",
         _of("weight", "I8", "U8", "F8_E4M3", "F8_E5M2"),
-        ANY_MARKER,
+        marked=True,
     ),
     Format("compressed-tensors int8", "weight weight_scale", _compressed_int8),
-    Format("int8 without a marker", "weight weight_scale", _of("weight", "I8")),
+    Format("int8 of another kind", "weight weight_scale", _of("weight", "I8")),
     Format("FP8 FNUZ", "weight", _fnuz),
     Format("HQQ", "W_q scale zero"),
     Format("DeepSeek FP4 experts", "weight scale", _fp4),

@@ -33,9 +33,14 @@ SCHEME = "blockwise_fp8"
 
 def said(dialect, **layers):
     """What is expected of layers of one dialect, by layer; dots are two underscores."""
+    return said_by(SCHEME, dialect, **layers)
+
+
+def said_by(scheme, dialect, **layers):
+    """As `said`, of any scheme."""
     return {
         name.replace("__", "."): {
-            "scheme": SCHEME,
+            "scheme": scheme,
             "dialect": dialect,
             "block_size": list(size),
         }

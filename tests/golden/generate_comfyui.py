@@ -10,7 +10,7 @@ import json
 
 import comfy.cli_args
 import torch
-from _folder import comfy_marker, digest, randn, said, write
+from _folder import comfy_marker, digest, randn, said, said_by, write
 
 comfy.cli_args.args.cpu = True
 
@@ -24,11 +24,12 @@ CODES = torch.float8_e4m3fn
 OPERATIONS = comfy.ops.mixed_precision_ops(compute_dtype=torch.float32)
 
 
-def quantize(weight, name, layer, **options):
+def quantize(weight, name, layer, marked=None, **options):
     """Tensors of one layer as ComfyUI saves them, after it has loaded them itself."""
+    marker = comfy_marker(format=name, **(marked or {}))
     layout = QUANT_ALGOS[name]["comfy_tensor_layout"]
     made = QuantizedTensor.from_float(weight, layout, **options)
-    tensors = {**made.state_dict("weight"), "comfy_quant": comfy_marker(format=name)}
+    tensors = {**made.state_dict("weight"), "comfy_quant": marker}
     module = load(tensors, weight.shape)
     return {key: t.data for key, t in module.state_dict(prefix=f"{layer}.").items()}
 
@@ -70,7 +71,7 @@ def main():
     write_experts()
     write_mx()
     write_legacy()
-    write_others()
+    write_int8()
 
 
 def write_floats():
@@ -225,16 +226,35 @@ def legacy_dense(tensors, prefix, layer, shape):
     return dequantize(read, layer, shape)
 
 
-def write_others():
-    """Formats that hijack names and does not read."""
-    for name in ("nvfp4", "int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8"):
-        write(
-            f"foreign_comfy_{name}",
-            quantize(randn(32, 256), name, "proj"),
-            program=PROGRAM,
-            about=f"comfy_quant {name}",
-            foreign={"proj": f"comfy_quant {name}"},
-        )
+def write_int8():
+    """One scale, rows, and rows of a rotated weight."""
+    rotation = {"convrot": True, "convrot_groupsize": 256}
+    full = {"full_precision_matrix_mult": True}
+    # scales that are powers of two make every sum of the rotation exact, in any order
+    codes = torch.randint(-127, 128, (8, 256), generator=torch.Generator())
+    codes[:, 5] = 127
+    rotated = codes * 2.0 ** -torch.arange(3, 11)[:, None]
+    layout = QUANT_ALGOS["int8_tensorwise"]["comfy_tensor_layout"]
+    bare = QuantizedTensor.from_float(rotated, layout, per_channel=True)
+    tensors = {
+        **quantize(randn(24, 40), "int8_tensorwise", "whole"),
+        **quantize(randn(16, 24), "int8_tensorwise", "rows", full, per_channel=True),
+    }
+    turned = {**bare.state_dict("weight")}
+    turned["comfy_quant"] = comfy_marker(format="int8_tensorwise", **rotation)
+    state = load(turned, (8, 256)).state_dict(prefix="turned.")
+    tensors |= {key: tensor.data for key, tensor in state.items()}
+    shapes = {"whole": (24, 40), "rows": (16, 24), "turned": (8, 256)}
+    write(
+        "comfyui_int8",
+        tensors,
+        program=PROGRAM,
+        about="one scale; rows, multiplied as floats; rows in groups of 256 (ConvRot)",
+        dense={la: dequantize(tensors, la, shape) for la, shape in shapes.items()},
+        layers=said_by(
+            "int8", "comfy_quant", whole=(24, 40), rows=(1, 24), turned=(1, 256)
+        ),
+    )
 
 
 if __name__ == "__main__":

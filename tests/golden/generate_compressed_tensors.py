@@ -9,7 +9,7 @@ from pathlib import Path
 
 import compressed_tensors
 import torch
-from _folder import randn, said, write
+from _folder import randn, said_by, write
 from compressed_tensors.compressors import ModelCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.quantization.lifecycle import apply_quantization_config
@@ -87,18 +87,29 @@ def calibrate(module):
     if hasattr(module, "weight_global_scale"):
         whole = (448.0 * 6.0 / weight.abs().amax().float()).reshape(1)
         module.weight_global_scale.data.copy_(whole)
-    scale, _ = calculate_qparams(least, most, arguments, global_scale=whole)
+    scale, zero = calculate_qparams(least, most, arguments, global_scale=whole)
     module.weight_scale.data.copy_(scale.reshape(module.weight_scale.shape))
+    if not arguments.symmetric:
+        module.weight_zero_point.data.copy_(
+            zero.reshape(module.weight_zero_point.shape)
+        )
     for name, value in (("input_scale", 0.0123), ("input_global_scale", 2.0)):
         if hasattr(module, name):
             getattr(module, name).data.fill_(value)
 
 
 def fp8(name, about, shapes, groups, dtype, **blocks):
+    """Write a folder of FP8."""
+    read("blockwise_fp8", name, about, shapes, groups, dtype, **blocks)
+
+
+def read(scheme, name, about, shapes, groups, dtype, **blocks):
     """Write a folder that hijack reads."""
     shapes["lm_head"] = (8, 16)
     tensors, dense, config = compress(shapes, groups, dtype)
     del dense["lm_head"]
+    packed = any(key.endswith("weight_packed") for key in tensors)
+    told = {layer: list(weight.shape) for layer, weight in dense.items()}
     write(
         name,
         tensors,
@@ -106,19 +117,21 @@ def fp8(name, about, shapes, groups, dtype, **blocks):
         program=PROGRAM,
         about=about,
         dense=dense,
-        layers=said("compressed_tensors", **blocks),
+        layers=said_by(scheme, "compressed_tensors", **blocks),
+        **({"shapes": told} if packed else {}),
     )
 
 
-def other(name, format_name, shapes, preset):
+def other(name, format_name, shapes, preset, **changes):
     """Write a folder that hijack only names."""
-    tensors, _, config = compress(shapes, [(preset, ["Linear"], {})], torch.bfloat16)
+    groups = [(preset, ["Linear"], changes)]
+    tensors, _, config = compress(shapes, groups, torch.bfloat16)
     write(
         name,
         tensors,
         config=config,
         program=PROGRAM,
-        about=f"preset {preset}",
+        about=f"preset {preset} {changes or ''}".strip(),
         foreign=dict.fromkeys(shapes, format_name),
     )
 
@@ -188,9 +201,51 @@ def main():
         v=(16, 16),
     )
     shape = {"q": (16, 128)}
-    other("foreign_ct_nvfp4", "compressed-tensors nvfp4", shape, "NVFP4A16")
     other("foreign_ct_packed", "compressed-tensors packed", shape, "W4A16")
-    other("foreign_ct_int8", "compressed-tensors int8", shape, "W8A8")
+    read(
+        "int8",
+        "compressed_tensors_int8",
+        "rows, whose inputs are quantized too; one scale, groups and blocks; the "
+        "scale's dtype is the model's",
+        {"q": (24, 40), "k": (16, 24), "v": (16, 32), "o": (32, 32)},
+        [
+            ("W8A8", ["re:.*q"], {}),
+            ("W8A8", ["re:.*k"], {"strategy": "tensor"}),
+            ("W8A8", ["re:.*v"], {"strategy": "group", "group_size": 16}),
+            (
+                "W8A8",
+                ["re:.*o"],
+                {"strategy": "block", "block_structure": [8, 16]},
+            ),
+        ],
+        bf16,
+        q=(1, 40),
+        k=(16, 24),
+        v=(1, 16),
+        o=(8, 16),
+    )
+    read(
+        "int8",
+        "compressed_tensors_int8_packed",
+        "rows and groups packed into int32, and rows whose inputs are quantized",
+        {"q": (24, 40), "k": (16, 24), "v": (16, 32)},
+        [
+            ("W8A8", ["re:.*q"], {}),
+            ("W8A16", ["re:.*k"], {"strategy": "channel", "group_size": None}),
+            ("W8A16", ["re:.*v"], {"group_size": 16}),
+        ],
+        bf16,
+        q=(1, 40),
+        k=(1, 24),
+        v=(1, 16),
+    )
+    other(
+        "foreign_ct_int8",
+        "compressed-tensors int8",
+        shape,
+        "W8A8",
+        symmetric=False,
+    )
 
 
 if __name__ == "__main__":

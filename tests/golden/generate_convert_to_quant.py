@@ -13,9 +13,10 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _folder import comfy_marker, randn, said, write
+from _folder import comfy_marker, randn, said, said_by, write
 from convert_to_quant.comfy.quant_ops import (
     BlockWiseFP8Layout,
+    BlockWiseINT8Layout,
     RowWiseFP8Layout,
     TensorCoreFP8Layout,
 )
@@ -121,6 +122,7 @@ def sizes(dialect, layers):
 def main():
     """Write all folders."""
     write_floats()
+    write_int8()
     write_mx()
     write_migrated()
     write_legacy()
@@ -155,6 +157,33 @@ def write_floats():
     layers = sizes("comfy_quant", {even: (16, 16)})
     about = "group_size under params, as versions before 1.2 had it"
     folder("c2q_nested", about, tensors, metadata, layers)
+
+
+def write_int8():
+    """Square blocks of integers, which ComfyUI knows no more."""
+    shapes = {"blocks.0.even": (32, 32), "blocks.0.wide": (16, 48)}
+    tensors, metadata = convert(shapes, "block", save_quant_metadata=False, int8=True)
+    size, f32 = 16, torch.float32
+    dense = {
+        layer: BlockWiseINT8Layout.dequantize(
+            tensors[f"{layer}.weight"],
+            tensors[f"{layer}.weight_scale"],
+            size,
+            is_weight=True,
+            orig_dtype=f32,
+        )
+        for layer in shapes
+    }
+    names = [layer.replace(".", "__") for layer in shapes]
+    write(
+        "c2q_int8",
+        tensors,
+        metadata=metadata,
+        program=PROGRAM,
+        about="int8_blockwise, blocks of 16",
+        dense=dense,
+        layers=said_by("int8", "comfy_quant", **dict.fromkeys(names, (size, size))),
+    )
 
 
 def write_mx():

@@ -9,7 +9,17 @@ import json
 import struct
 
 import torch
-from _folder import HERE, check, comfy_marker, randn, said, start, write
+from _folder import (
+    HERE,
+    check,
+    comfy_marker,
+    digest,
+    randn,
+    said,
+    said_by,
+    start,
+    write,
+)
 
 PROGRAM = "nobody; from its layout"
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -61,6 +71,7 @@ def main():
     write_mx()
     write_quantizers()
     write_bare()
+    write_int8()
     write_foreign()
     write_gguf()
 
@@ -117,7 +128,7 @@ def write_mixed():
     tensors[f"{rows}.weight_scale"] = made[rows][1].flatten()
     tensors["ints.proj.weight"] = torch.ones(8, 16, dtype=torch.int8)
     tensors["ints.proj.weight_scale"] = torch.tensor(0.5)
-    tensors["ints.proj.comfy_quant"] = comfy_marker(format="int8_tensorwise")
+    tensors["ints.proj.comfy_quant"] = comfy_marker(format="awq_w4a16")
     tensors["vae.conv.weight"] = randn(4, 4)
     expected = {name: made[name][2] for name in parts}
     codes = made[musubi][0]
@@ -133,7 +144,7 @@ def write_mixed():
         about="musubi, legacy under a prefix, comfy_quant, rows, integers and plain",
         dense=expected,
         layers=layers,
-        foreign={"ints.proj": "comfy_quant int8_tensorwise"},
+        foreign={"ints.proj": "comfy_quant of another kind"},
     )
 
 
@@ -236,6 +247,74 @@ def write_bare():
     )
 
 
+def rotated(codes, scale, group):
+    """Codes times scales of rows, times the regular Hadamard matrix of a group.
+
+    Its element at row i and column j has a minus for each digit, to the base of 4, in
+    which i and j add up to 3. All sums are exact if scales are powers of two.
+    """
+    weight = codes.double() * scale.double()
+    if not group:
+        return weight.float()
+    index, matrix = torch.arange(group), torch.ones(group, group, dtype=torch.float64)
+    size = 1
+    while size < group:
+        digits = index // size % 4
+        matrix[digits[:, None] + digits == 3] *= -1
+        size *= 4
+    groups = weight.view(len(weight), -1, group) @ (matrix / group**0.5)
+    return groups.view_as(weight).float()
+
+
+def write_int8():
+    """INT8-Fast's and comfy-quants' markers without a format, and no marker at all."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-127, 128, (8, 256), generator=generator).to(torch.int8)
+    scale = 2.0 ** -torch.arange(3.0, 11)[:, None]
+    markers = {
+        "turned": {"convrot": True, "per_row": True},
+        "groups": {"convrot": True, "convrot_groupsize": 64},
+        "plain": {"convrot": False, "per_row": True},
+    }
+    expected = {
+        "turned": rotated(codes, scale, 256),
+        "groups": rotated(codes[:, :64], scale, 64),
+        "plain": rotated(codes[:, :64], scale, 0),
+    }
+    tensors = {}
+    for name, marker in markers.items():
+        columns = expected[name].shape[1]
+        tensors[f"{name}.weight"] = codes[:, :columns].contiguous()
+        tensors[f"{name}.weight_scale"] = scale
+        tensors[f"{name}.comfy_quant"] = comfy_marker(**marker)
+    write(
+        "int8_without_format",
+        tensors,
+        program=PROGRAM,
+        about="markers of INT8-Fast and comfy-quants, which ComfyUI refuses",
+        dense=expected,
+        layers=said_by(
+            "int8", "comfy_quant", turned=(1, 256), groups=(1, 64), plain=(1, 64)
+        ),
+        contradicted=list(markers),
+    )
+    codes = codes[:, :64].contiguous()
+    write(
+        "int8_unmarked",
+        {"proj.weight": codes, "proj.weight_scale": scale},
+        program=PROGRAM,
+        about="nothing says whether the weight is rotated",
+        ambiguous=["proj"],
+        assume={
+            f"rotation={group}": {
+                "layers": said_by("int8", "comfy_quant", proj=(1, 64)),
+                "sha256": {"proj": digest(rotated(codes, scale, group))},
+            }
+            for group in (0, 64, 16)
+        },
+    )
+
+
 def write_foreign():
     """Formats that hijack names and does not read, from their layouts."""
     i8, u8, i32, f16 = torch.int8, torch.uint8, torch.int32, torch.float16
@@ -263,17 +342,6 @@ def write_foreign():
             "gate_up_proj_blocks": torch.ones(2, 16, 2, 16, dtype=u8),
             "gate_up_proj_scales": torch.ones(2, 16, 2, dtype=u8),
         },
-        "comfy-quants int8_w8a8": {
-            "weight": int8,
-            "weight_scale": torch.ones(16, 1),
-            "comfy_quant": comfy_marker(convrot=True, per_row=True),
-        },
-        "convert_to_quant int8_blockwise": {
-            "weight": int8,
-            "weight_scale": torch.ones(1, 2),
-            "input_scale": torch.tensor(1.0),
-            "comfy_quant": comfy_marker(format="int8_blockwise", group_size=16),
-        },
         "comfy_quant of another kind": {
             "weight": int8,
             "weight_scale": torch.ones(16, 1),
@@ -282,10 +350,6 @@ def write_foreign():
         "DeepSeek FP4 experts": {
             "weight": torch.ones(16, 32, dtype=i8),
             "scale": torch.ones(16, 2, dtype=u8),
-        },
-        "int8 without a marker": {
-            "weight": int8,
-            "weight_scale": torch.ones(16, 1),
         },
         "FP8 FNUZ": {
             "weight": torch.ones(16, 32).to(torch.float8_e4m3fnuz),

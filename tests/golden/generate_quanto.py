@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 
 import torch
-from _folder import randn, said, write
+from _folder import randn, said_by, write
 from optimum.quanto import (
     freeze,
     qfloat8,
@@ -39,6 +39,7 @@ def main():
     for name, kind, dtype in (
         ("quanto", qfloat8, torch.bfloat16),
         ("quanto_e5m2", qfloat8_e5m2, torch.float32),
+        ("quanto_int8", qint8, torch.bfloat16),
     ):
         tensors, dense = frozen(kind, dtype)
         write(
@@ -47,9 +48,15 @@ def main():
             program=PROGRAM,
             about=f"{kind.name} of a model of {dtype}",
             dense=dense,
-            layers=said("quanto", q=(1, 40), out=(1, 32), conv=(1, 18)),
+            layers=said_by(
+                "int8" if kind is qint8 else "blockwise_fp8",
+                "quanto",
+                q=(1, 40),
+                out=(1, 32),
+                conv=(1, 18),
+            ),
         )
-    for kind in (qint8, qint4, qfloat8_e4m3fnuz):
+    for kind in (qint4, qfloat8_e4m3fnuz):
         tensors, _ = frozen(kind, torch.float32)
         write(
             f"foreign_quanto_{kind.name.removeprefix('q')}",

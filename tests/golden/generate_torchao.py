@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import torch
 import torchao
-from _folder import randn, said, write
+from _folder import digest, randn, said, said_by, write
 from torchao.float8.inference import Float8MMConfig
 from torchao.prototype.mx_formats.mx_tensor import MXTensor
 from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
-from torchao.quantization import Float8Tensor, PerBlock, PerRow, PerTensor
+from torchao.quantization import (
+    Float8Tensor,
+    Int8DynamicActivationInt8WeightConfig,
+    Int8WeightOnlyConfig,
+    IntxWeightOnlyConfig,
+    PerBlock,
+    PerGroup,
+    PerRow,
+    PerTensor,
+    quantize_,
+)
 from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
 
 PROGRAM = f"torchao {torchao.__version__}"
@@ -71,6 +81,7 @@ def main():
         dense={"proj": e5m2.dequantize()},
         layers=said("torchao", proj=(1, 40)),
     )
+    write_int8()
     mx = MXTensor.to_mx(randn(16, 64, dtype=bf16), torch.float8_e4m3fn, 32)
     flat, metadata = flatten_tensor_state_dict({"proj.weight": mx})
     write(
@@ -81,6 +92,64 @@ def main():
         about="MXTensor: the keys of Float8Tensor, scales F8_E8M0 in plain order",
         dense={"proj": mx.dequantize(torch.float32)},
         layers=said("torchao", proj=(1, 32)),
+    )
+    # more rows than a tile has, and fewer columns of scales
+    mx = MXTensor.to_mx(
+        randn(136, 32, dtype=bf16),
+        torch.float8_e4m3fn,
+        32,
+        is_swizzled_scales=True,
+    )
+    flat, metadata = flatten_tensor_state_dict({"proj.weight": mx})
+    write(
+        "torchao_mx_tiles",
+        flat,
+        metadata=metadata,
+        program=PROGRAM,
+        about="MXTensor with scales in tiles, as its configs quantize",
+        sha256={"proj": digest(mx.dequantize(torch.float32))},
+        shapes={"proj": [136, 32]},
+        layers=said("torchao", proj=(1, 32)),
+    )
+
+
+def write_int8():
+    """Int8Tensor: rows, one scale, groups; and with quantized inputs."""
+    configs = {
+        "row": ((24, 40), Int8WeightOnlyConfig()),
+        "all": ((16, 24), Int8WeightOnlyConfig(granularity=PerTensor())),
+        "group": ((16, 64), Int8WeightOnlyConfig(granularity=PerGroup(32))),
+        "dynamic": ((16, 32), Int8DynamicActivationInt8WeightConfig(version=2)),
+        "unpacked": (
+            (8, 32),
+            IntxWeightOnlyConfig(torch.int4, granularity=PerGroup(16)),
+        ),
+    }
+    model = torch.nn.Module()
+    for seed, (name, (shape, config)) in enumerate(configs.items()):
+        linear = torch.nn.Linear(shape[1], shape[0], bias=False, dtype=torch.bfloat16)
+        linear.weight.data = randn(*shape, seed=seed, dtype=torch.bfloat16)
+        model.add_module(name, torch.nn.Sequential(linear))
+        quantize_(model.get_submodule(name), config)
+    flat, metadata = flatten_tensor_state_dict(model.state_dict())
+    weights = {f"{name}.0": model.get_submodule(f"{name}.0").weight for name in configs}
+    write(
+        "torchao_int8",
+        flat,
+        metadata=metadata,
+        program=PROGRAM,
+        about="Int8Tensor of a bfloat16 model, with zero points that are zero; and "
+        "IntxUnpackedToInt8Tensor of 4 bits",
+        dense={layer: weight.dequantize() for layer, weight in weights.items()},
+        layers=said_by(
+            "int8",
+            "torchao",
+            row__0=(1, 40),
+            all__0=(16, 24),
+            group__0=(1, 32),
+            dynamic__0=(1, 32),
+            unpacked__0=(1, 16),
+        ),
     )
 
 

@@ -20,7 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hijack
-import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+import schemes.blockwise_fp8
+import schemes.convrot_w4a4
+import schemes.int8
+import schemes.mxfp4
+import schemes.nf4
+import schemes.nvfp4
+import schemes.w4a8  # noqa: F401 - registers the schemes
 
 #: Held for the life of the process; one that is collected forgets its operators.
 LIBRARY = torch.library.Library("torchvision", "FRAGMENT")
@@ -49,7 +55,7 @@ def written(folder, shapes, made_of, dialect, **options):
     """A file in a dialect, of a model of a dtype, with the config readers expect."""
     path = folder / "model.safetensors"
     dense = source(folder, shapes, made_of)
-    config = dialect in ("deepseek", "compressed_tensors")
+    config = dialect in ("deepseek", "compressed_tensors", "bitsandbytes")
     hijack.quantize_file(dense, path, dialect=dialect, write_config=config, **options)
     return path
 
@@ -121,6 +127,36 @@ def torchao():
             yield f"{name}, dtype", wrong or {"all": "same"}
 
 
+def bitsandbytes():
+    """Tables with scales of either kind, in the dtype that the file tells.
+
+    Its kernels for AVX512 are wrong where runs of scales end within a row of 64 columns
+    or more, unlike its other kernels; so no such run is here.
+    """
+    from bitsandbytes.functional import dequantize_4bit
+    from bitsandbytes.nn import Params4bit
+
+    for name, shapes, dtype, options in (
+        ("nf4", SHAPES, torch.bfloat16, {"blocksize": 32}),
+        ("fp4", SHAPES, torch.float16, {"quant_type": "fp4", "blocksize": 32}),
+        ("nested", SHAPES, torch.float32, {"blocksize": 32, "double_quant": True}),
+        ("ragged", RAGGED, torch.float32, {"blocksize": 32, "double_quant": True}),
+    ):
+        with scratch() as folder:
+            path = written(
+                folder, shapes, dtype, "bitsandbytes", scheme="nf4", **options
+            )
+            tensors, made = load_file(path), {}
+            for layer in shapes:
+                start = f"{layer}.weight."
+                stats = {k: t for k, t in tensors.items() if k.startswith(start)}
+                weight = Params4bit.from_prequantized(
+                    tensors[f"{layer}.weight"], stats, device="cpu"
+                )
+                made[layer] = dequantize_4bit(weight.data, weight.quant_state)
+            yield name, compare(made, ours(path, shapes, dtype))
+
+
 def compressed_tensors():
     """Its config applied to a model, its keys loaded strictly, and decompressed."""
     from compressed_tensors.compressors import ModelCompressor
@@ -135,6 +171,12 @@ def compressed_tensors():
         ("short blocks", RAGGED, torch.bfloat16, {"block_size": "128x128"}),
         ("mxfp8", SHAPES, torch.bfloat16, {"scale_dtype": torch.float8_e8m0fnu}),
         ("mixed", SHAPES, torch.float32, {"block_size": "16x16", "rules": rules}),
+        ("int8", SHAPES, torch.bfloat16, {"scheme": "int8"}),
+        ("int8 static", SHAPES, torch.float32, int8("tensor")),
+        ("int8 block", SHAPES, torch.float32, int8("16x16")),
+        ("int8 group", SHAPES, torch.bfloat16, int8("1x32")),
+        ("int8 mixed", SHAPES, torch.float32, {**int8("16x16"), "rules": rules}),
+        ("mxfp4", SHAPES, torch.bfloat16, {"scheme": "mxfp4"}),
     ):
         with scratch() as folder:
             if name == "mxfp8":
@@ -154,6 +196,12 @@ def compressed_tensors():
             made = {layer: model.get_submodule(layer).weight for layer in shapes}
             kind = {t.dtype for t in made.values()}.pop()
             yield name, compare(made, ours(path, shapes, kind))
+
+
+def int8(block_size, **options):
+    """Options of INT8 whose inputs are not quantized."""
+    usual = {"scheme": "int8", "quantized_inputs": False}
+    return {**usual, "block_size": block_size, **options}
 
 
 def define_operators():
@@ -244,30 +292,81 @@ def comfy_kitchen():
     """The layouts its markers name."""
     from comfy_kitchen.tensor import QuantizedTensor
     from comfy_kitchen.tensor.fp8 import TensorCoreFP8Layout
+    from comfy_kitchen.tensor.int8 import TensorWiseINT8Layout
     from comfy_kitchen.tensor.mxfp8 import TensorCoreMXFP8Layout
+    from comfy_kitchen.tensor.nvfp4 import TensorCoreNVFP4Layout
 
     layouts = {
         "float8_e4m3fn": TensorCoreFP8Layout,
         "float8_e5m2": TensorCoreFP8Layout,
         "mxfp8": TensorCoreMXFP8Layout,
+        "int8_tensorwise": TensorWiseINT8Layout,
+        "nvfp4": TensorCoreNVFP4Layout,
     }
     for name, shapes, options in (
         ("float8", SHAPES, {}),
         ("float8 e5m2", SHAPES, {"dtype": torch.float8_e5m2}),
         ("mxfp8", SHAPES, {"block_size": "1x32"}),
         ("padded mxfp8", RAGGED, {"block_size": "1x32"}),
+        ("int8 rows", RAGGED, {"scheme": "int8"}),
+        ("int8", RAGGED, {"scheme": "int8", "block_size": "tensor"}),
+        ("int8 ConvRot", SHAPES, {"scheme": "int8", "rotation": 16}),
+        ("nvfp4", SHAPES, {"scheme": "nvfp4"}),
+        ("padded nvfp4", RAGGED, {"scheme": "nvfp4"}),
     ):
         with scratch() as folder:
             path = written(folder, shapes, torch.bfloat16, "comfy_quant", **options)
             tensors, made = load_file(path), {}
             for layer, shape in shapes.items():
-                marker = bytes(tensors[f"{layer}.comfy_quant"].tolist())
-                kind = json.loads(marker)["format"]
+                marker = json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist()))
+                kind = marker["format"]
+                names = ("convrot", "convrot_groupsize")
                 layout, scale = layouts[kind], tensors[f"{layer}.weight_scale"]
+                more = {name: marker[name] for name in names if name in marker}
                 if kind == "mxfp8":
                     scale = scale.view(torch.float8_e8m0fnu)
+                if kind == "nvfp4":
+                    more = {"block_scale": scale}
+                    scale = tensors[f"{layer}.weight_scale_2"]
                 params = layout.Params(
-                    scale=scale, orig_dtype=torch.float32, orig_shape=shape
+                    scale=scale, orig_dtype=torch.float32, orig_shape=shape, **more
+                )
+                codes = tensors[f"{layer}.weight"]
+                tensor = QuantizedTensor(codes, layout.__name__, params)
+                made[layer] = tensor.dequantize()[: shape[0], : shape[1]]
+            yield name, compare(made, ours(path, shapes, torch.float32))
+    yield from comfy_kitchen_packed()
+
+
+def comfy_kitchen_packed():
+    """Its packed rotated weights, in groups that divide these widths."""
+    from comfy_kitchen.tensor import (
+        AsymW4A8Int8Layout,
+        QuantizedTensor,
+        TensorCoreConvRotW4A4Layout,
+    )
+
+    shapes = {"blocks.0.q": (64, 128), "blocks.0.k": (32, 64)}
+    for name, layout, options in (
+        ("w4a8", AsymW4A8Int8Layout, {"scheme": "w4a8", "group_size": 32}),
+        ("w4a4", TensorCoreConvRotW4A4Layout, {"scheme": "convrot_w4a4"}),
+    ):
+        with scratch() as folder:
+            dtype = torch.bfloat16
+            path = written(folder, shapes, dtype, "comfy_quant", rotation=16, **options)
+            tensors, made = load_file(path), {}
+            for layer, shape in shapes.items():
+                marker = json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist()))
+                fields = {"convrot_groupsize": marker["convrot_groupsize"]}
+                if name == "w4a8":
+                    fields["group_size"] = marker["group_size"]
+                    fields["scale"] = tensors[f"{layer}.weight_s_rel"]
+                    fields["s_channel"] = tensors[f"{layer}.weight_s_channel"]
+                    fields["codebook"] = tensors[f"{layer}.weight_codebook"]
+                else:
+                    fields["scale"] = tensors[f"{layer}.weight_scale"]
+                params = layout.Params(
+                    orig_dtype=torch.float32, orig_shape=shape, **fields
                 )
                 codes = tensors[f"{layer}.weight"]
                 tensor = QuantizedTensor(codes, layout.__name__, params)
@@ -275,11 +374,31 @@ def comfy_kitchen():
             yield name, compare(made, ours(path, shapes, torch.float32))
 
 
+def modelopt():
+    """Its NVFP4 tensors, with its scales."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+
+    with scratch() as folder:
+        path = written(folder, SHAPES, torch.bfloat16, "modelopt", scheme="nvfp4")
+        tensors, made = load_file(path), {}
+        for layer, shape in SHAPES.items():
+            codes = tensors[f"{layer}.weight"]
+            made[layer] = NVFP4QTensor(shape, torch.float32, codes).dequantize(
+                torch.float32,
+                scale=tensors[f"{layer}.weight_scale"],
+                double_scale=tensors[f"{layer}.weight_scale_2"],
+                block_sizes={-1: 16},
+            )
+        yield "nvfp4", compare(made, ours(path, SHAPES, torch.float32))
+
+
 PROGRAMS = {
     "torchao": torchao,
     "compressed_tensors": compressed_tensors,
     "transformers": transformers,
     "comfy_kitchen": comfy_kitchen,
+    "bitsandbytes": bitsandbytes,
+    "modelopt": modelopt,
 }
 
 
