@@ -26,8 +26,8 @@ def _start() -> dict[str, Any]:
         # Packs get their folder as module name, so that only this form finds the file.
         from . import prestartup_script  # noqa: F401
 
-        if not importlib.import_module("hijack.registry").disabled("blockwise_fp8"):
-            importlib.import_module("schemes.blockwise_fp8")
+        importlib.import_module("hijack.public")  # what is missing is said once
+        importlib.import_module("schemes").register_all()
         importlib.import_module("hijack.hosts").arm("comfyui")
         return _nodes()
     except ModuleNotFoundError as error:

@@ -298,6 +298,24 @@ class Registry:
                 f"{did_you_mean(str(scheme), self._schemes)}"
             ) from None
 
+    def default_scheme(self) -> Scheme:
+        """The scheme that quantizes where nobody names one.
+
+        Raises:
+            UnknownSchemeError: if several are registered and none is the default.
+        """
+        schemes = self.schemes()
+        default = [scheme for scheme in schemes.values() if scheme.is_default]
+        if not default and len(schemes) == 1:
+            default = list(schemes.values())
+        if not default:
+            known = ", ".join(sorted(schemes)) or "none"
+            raise UnknownSchemeError(
+                f"scheme: none is the default; registered are: {known}; name one, or "
+                "install the plugin that has it"
+            )
+        return default[0]
+
     def schemes(self) -> dict[str, Scheme]:
         """Name to scheme; each scheme's ``origin`` says where it came from."""
         self.load_entry_points()

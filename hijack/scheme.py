@@ -43,6 +43,7 @@ class Scheme(abc.ABC):
         claims_unmarked: whether layers of a file that nothing marks are claimed when
             their names, dtypes and shapes are those that ``quantize`` gives. Off by
             default, because formats look alike.
+        is_default: whether it quantizes where nobody names a scheme.
         origin: where the scheme was registered from; set by the registry.
     """
 
@@ -52,6 +53,7 @@ class Scheme(abc.ABC):
     dialects: tuple[Dialect, ...] = ()
     native: Dialect | None = None
     claims_unmarked: bool = False
+    is_default: bool = False
     origin: str = ""
 
     @abc.abstractmethod
@@ -86,6 +88,11 @@ class Scheme(abc.ABC):
         """
 
     # -- what a scheme may say of itself -----------------------------------------------
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a line: the first of the docstring of its class."""
+        return (inspect.getdoc(type(self)) or "").partition("\n")[0]
 
     def declared_options(self) -> tuple[Option, ...]:
         """The options of `quantize`, for files, command line, nodes and messages."""

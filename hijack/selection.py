@@ -246,6 +246,7 @@ class Choice:
         header: of the checkpoint.
         layers: those to quantize, with the options that a rule gives each.
         skipped: those with a weight of two dimensions or more that stay dense, and why.
+        declined: those of them that were chosen, but that the scheme declines.
         casts: those that stay dense in another dtype.
         family: of the model, if it is known.
         replaced: as for `Selection`.
@@ -254,6 +255,7 @@ class Choice:
     header: Header
     layers: Mapping[str, Mapping[str, Any]]
     skipped: Mapping[str, str]
+    declined: Sequence[str]
     casts: Mapping[str, torch.dtype]
     family: ModelFamily | None
     replaced: Mapping[str, Sequence[str]]
@@ -296,10 +298,39 @@ def choose(
         header,
         chooser.layers,
         chooser.skipped,
+        chooser.declined,
         chooser.casts,
         chooser.family,
         chooser.selection.replaced,
     )
+
+
+def choose_among(
+    header: Header,
+    layers: Iterable[str],
+    targets: Sequence[type[nn.Module]],
+    include: Patterns,
+    exclude: Patterns,
+    declines: Declines,
+) -> tuple[list[str], dict[str, str]]:
+    """Choose among some layers of a checkpoint.
+
+    Args:
+        header: of the checkpoint, in which their weights are dense.
+        layers: their names.
+        targets: types of module that are quantized.
+        include: as for `choose`, as are the others.
+        exclude: patterns of layers to leave.
+        declines: the scheme's reason against a weight.
+
+    Returns:
+        Those that are chosen, and the others with a weight of two dimensions or more
+        to why they are not.
+    """
+    chooser = _Chooser(header, targets, include, exclude, (), declines)
+    for layer in layers:
+        chooser.decide(layer, header.tensors[join(layer, "weight")])
+    return list(chooser.layers), chooser.skipped
 
 
 def model_text(family: str, skipped: Mapping[str, str], hint: str) -> str:
@@ -338,6 +369,7 @@ class _Chooser:
         self.applied: set[Rule] = set()
         self.layers: dict[str, dict[str, Any]] = {}
         self.skipped: dict[str, str] = {}
+        self.declined: list[str] = []
         self.casts: dict[str, torch.dtype] = {}
 
     def decide(self, layer: str, info: TensorInfo) -> None:
@@ -355,6 +387,8 @@ class _Chooser:
             options["block_size"] = rule.block_size
         if reason is None:
             reason = self.declines(info.shape, options)
+            if reason is not None:
+                self.declined.append(layer)
         if reason is None:
             self.layers[layer] = options
             if rule is not None:

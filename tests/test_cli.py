@@ -148,10 +148,11 @@ def test_convert_takes_options_of_the_schemes_in_a_file(run, dense, tmp_path):
 def test_schemes_lists_the_options_of_each(run, ranked):
     """With defaults, values and help."""
     out = run("schemes")[1]
-    part = out[out.index("ranked: options") :].splitlines()
+    part = out[out.index("\nranked: ") + 1 :].splitlines()
     row = "rank 4 a whole number from 1 to 16 how many it has"
-    assert " ".join(part[3].split()) == row
-    fp8 = out[out.index("blockwise_fp8: options") :]
+    assert part[0] == f"ranked: {ranked.summary}"
+    assert " ".join(part[4].split()) == row
+    fp8 = out[out.index("\nblockwise_fp8: FP8 codes with one multiplying scale") :]
     assert "scale_search" in fp8
     assert "from 0 to 128" in fp8
 
@@ -277,6 +278,19 @@ def test_a_note_says_that_patterns_replace_defaults(run, dense, tmp_path, monkey
     assert "include (--include) replaces what is quantized in Toy" in note
     assert not notes(run(*words, "--exclude", "b", "--exclude", "default")[1])
     assert not notes(run(*words)[1])
+
+
+def test_a_note_says_that_the_scheme_declines_layers(run, tmp_path):
+    """And why one is; layers that were not chosen are no reason for it."""
+    source, target = tmp_path / "a.safetensors", tmp_path / "q.safetensors"
+    widths = {"a.even": 64, "a.odd": 60, "a.norm_out": 60}
+    save_file({f"{k}.weight": torch.ones(64, n) for k, n in widths.items()}, source)
+    words = ("quantize", source, target, "--dry-run", "--scheme", "int8")
+    chosen = ("--exclude", "*norm*")
+    (note,) = notes(run(*words, *chosen, "--option", "rotation=64")[1])
+    assert "1 of 2 layers stay dense, because the scheme declines them" in note
+    assert "such as a.odd: its 60 columns are no whole groups of 64" in note
+    assert not notes(run(*words, *chosen)[1])
 
 
 def test_a_note_says_why_blocks_are_not_those_asked_for(run, dense, tmp_path):
@@ -712,6 +726,19 @@ def test_a_file_of_another_program_is_listed_as_what_it_is(run, folder):
     row = next(line for line in out.splitlines() if str(gguf) in line)
     wanted = f"{gguf} GGUF file - - - 24 bytes cannot be loaded as it is; see -v"
     assert " ".join(row.split()) == wanted
+
+
+@pytest.mark.parametrize(
+    "scheme", ["convrot_w4a4", "mxfp4", "nf4", "nvfp4", "w4a8", "int8"]
+)
+def test_parameters_are_counted_unpacked(run, tmp_path, scheme):
+    """As many as the dense weights have."""
+    source, target = tmp_path / "a.safetensors", tmp_path / "q.safetensors"
+    save_file({"a.fc.weight": torch.ones(64, 256)}, source)
+    run("quantize", source, target, "--scheme", scheme)
+    assert (
+        "quantized checkpoint, 16.4 thousand parameters" in run("identify", target)[1]
+    )
 
 
 def test_a_folder_is_listed_with_a_row_for_each_checkpoint(run, folder):

@@ -253,3 +253,19 @@ def test_a_plugin_that_asks_for_schemes_while_it_is_loaded_is_loaded_once(monkey
     assert set(registry.schemes()) == {"plain"}
     assert loads == [[]]
     assert registry.problems == []
+
+
+def test_a_scheme_of_hijack_s_own_that_fails_is_passed_over(tmp_path, monkeypatch):
+    """The others are registered; what is private or disabled is not imported."""
+    import schemes
+
+    (tmp_path / "spoiled.py").write_text("raise ValueError('bad')")
+    for name in ("_private_part", "unwanted"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    monkeypatch.setattr(schemes, "__path__", [*schemes.__path__, str(tmp_path)])
+    monkeypatch.setenv("HIJACK_DISABLE", "unwanted")
+    registry = hijack.create_registry()
+    with hijack.use_registry(registry):
+        schemes.register_all()
+    (problem,) = registry.problems
+    assert (problem.plugin, problem.error) == ("spoiled", "ValueError: bad")

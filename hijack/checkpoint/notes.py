@@ -19,6 +19,17 @@ def replaced_notes(choice: Choice) -> list[str]:
     ]
 
 
+def declined_notes(choice: Choice) -> list[str]:
+    """A note that the scheme declines layers that were chosen, and why."""
+    if not choice.declined:
+        return []
+    layer, total = choice.declined[0], len(choice.declined) + len(choice.layers)
+    return [
+        f"{len(choice.declined)} of {total} layers stay dense, because the scheme "
+        f"declines them, such as {layer}: {choice.skipped[layer]}"
+    ]
+
+
 def adjusted_block_notes(
     dialect: Dialect, layers: Mapping[str, tuple[str, str]], count: int
 ) -> list[str]:

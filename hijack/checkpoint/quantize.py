@@ -13,7 +13,12 @@ import torch
 
 from hijack.checkpoint.config_json import config_of, write_config_beside
 from hijack.checkpoint.copying import SourceSnapshot, check_output
-from hijack.checkpoint.notes import adjusted_block_notes, format_notes, replaced_notes
+from hijack.checkpoint.notes import (
+    adjusted_block_notes,
+    declined_notes,
+    format_notes,
+    replaced_notes,
+)
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import RunOptions, count_workers, run
 from hijack.errors import CheckpointError
@@ -93,7 +98,7 @@ class QuantizeReport:
 def quantize_file(
     src: Paths,
     dst: str | os.PathLike[str],
-    scheme: str | Scheme = "blockwise_fp8",
+    scheme: str | Scheme | None = None,
     *,
     block_size: Any = None,
     dialect: str | None = None,
@@ -121,7 +126,7 @@ def quantize_file(
         src: a safetensors file, an index file, or a list of shards.
         dst: the file to write; it appears when it is complete. If it is a link, the
             file it points to is written.
-        scheme: a registered name, or a scheme.
+        scheme: a registered name, or a scheme; None is the default one.
         block_size: the scheme's block size; None is the dialect's default.
         dialect: in which to store the quantized layers; None is the scheme's first, or
             its native one if that cannot store the requested blocks.
@@ -166,7 +171,8 @@ def quantize_file(
         HijackError: of other kinds, naming the file or the layer.
     """
     registry = current_registry(registry)
-    chosen, header = registry.get(scheme), read_header(src)
+    chosen = registry.default_scheme() if scheme is None else registry.get(scheme)
+    header = read_header(src)
     wanted = parse_loras(loras)
     size = max_shard_size if max_shard_size is None else parse_size(max_shard_size)
     output = destination(dst, sharded=size is not None)
@@ -262,6 +268,7 @@ def _report(
 def _notes(plan: QuantizePlan, write_config: bool) -> tuple[str, ...]:
     return (
         *replaced_notes(plan.choice),
+        *declined_notes(plan.choice),
         *adjusted_block_notes(plan.dialect, plan.adjusted_blocks, len(plan.options)),
         *format_notes(plan.format_metadata, plan.dialect.name, write_config),
     )

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _print_what_can_be_printed()
     parser = _parser()
-    args, unknown = parser.parse_known_args(argv)
+    words = convert.as_parsed(sys.argv[1:] if argv is None else argv)
+    args, unknown = parser.parse_known_args(words)
     if unknown:
         known: Iterable[str] = args.parser._option_string_actions
         hint = did_you_mean(unknown[0].partition("=")[0], known)
@@ -87,14 +88,12 @@ def _check_packages() -> None:
 
 
 def _load_schemes() -> None:
-    """Register the reference scheme where no installed entry point did."""
+    """Register the schemes that come with hijack where no entry point did."""
     # NumPy is optional; torch says that it is missing, though nothing here needs it
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    from hijack.registry import current_registry, disabled
+    from schemes import register_all
 
-    missing = "blockwise_fp8" not in current_registry().schemes()
-    if missing and not disabled("blockwise_fp8"):
-        import schemes.blockwise_fp8  # noqa: F401 - registers itself
+    register_all()
 
 
 class _Parser(argparse.ArgumentParser):

@@ -119,6 +119,25 @@ def _files(path: Path) -> list[Path]:
 # -- what was found --------------------------------------------------------------------
 
 
+def _weight_counts(result: hijack.Identification) -> Iterator[int]:
+    """Elements of the weight of each layer, of which several may be in a byte."""
+    from hijack.checkpoint.conversion import dense_shape
+    from hijack.registry import current_registry
+
+    registry, infos = current_registry(), result.infos
+    known: dict[object, int] = {}  # many layers are alike
+    for claim in result.layers.values():
+        tensors = [(role, infos[key]) for role, key in claim.keys.items()]
+        kind = (claim.interpretation(), claim.shape, repr(tensors))
+        if kind not in known:
+            try:
+                shape = dense_shape(infos, claim, registry.get(claim.scheme))
+            except HijackError:  # it is raised again where the layer is read
+                shape = infos[claim.keys["weight"]].shape
+            known[kind] = math.prod(shape)
+        yield known[kind]
+
+
 @dataclasses.dataclass(frozen=True)
 class Facts:
     """What people want to know of a checkpoint at a glance.
@@ -150,12 +169,11 @@ class Facts:
             kind = "LoRA"
         family = detect_family(infos)
         counts = {key: math.prod(info.shape) for key, info in infos.items()}
-        for claim in result.layers.values():
-            for role, key in claim.keys.items():
-                if role != "weight":
-                    counts[key] = 0
-                elif claim.shape is not None:
-                    counts[key] = math.prod(claim.shape)
+        for claim, count in zip(
+            result.layers.values(), _weight_counts(result), strict=True
+        ):
+            counts |= dict.fromkeys(claim.keys.values(), 0)
+            counts[claim.keys["weight"]] = count
         counts |= dict.fromkeys(result.unconsumed, 0)
         size = sum(info.nbytes for info in infos.values())
         if result.container:

@@ -14,15 +14,14 @@ from hijack.cli.common import (
     add_json,
     add_options,
     add_shard_size,
-    block_size,
     files_written,
     print_json,
     print_notes,
     wrote,
 )
 from hijack.cli.progress import progress_bar
-from hijack.errors import printable
-from hijack.text import CODE_DTYPES, DTYPE_WORDS, SCALE_DTYPES, table
+from hijack.errors import SchemeError, printable
+from hijack.text import did_you_mean, table
 
 if TYPE_CHECKING:
     from hijack.model_families import ModelFamily
@@ -72,28 +71,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def _add_formats(parser: argparse.ArgumentParser) -> None:
     """How weights are quantized."""
     parser.add_argument(
-        "--scheme", default="blockwise_fp8", help="see `hijack schemes`"
+        "--scheme", help="see `hijack schemes`, which names the default first"
     )
     parser.add_argument(
         "--block-size",
-        type=block_size,
         metavar="SIZE",
         help="1x64, 128x128, row, tensor; default is the dialect's",
     )
     add_options(parser)
     parser.add_argument(
-        "--dtype", choices=CODE_DTYPES, help="dtype of the quantized data, default e4m3"
+        "--dtype", help="dtype of the quantized data, such as e4m3 or e5m2"
     )
     parser.add_argument(
         "--scale-dtype",
-        choices=SCALE_DTYPES,
-        help="default is the weight's or the dialect's",
+        help="such as f32, bf16 or e8m0; default is the weight's or the dialect's",
     )
     parser.add_argument(
         "--scale-search",
-        type=int,
         metavar="N",
-        help="try N scales for each block and take the one with the least error",
+        help="try N scales for each and take the one with the least error",
     )
     parser.add_argument(
         "--dialect", help="default is the scheme's first that can store the blocks"
@@ -131,11 +127,14 @@ def run(args: argparse.Namespace) -> int:
         _refuse(args, "expected SRC and DST")
     *src, dst = args.paths
     watch = Stopwatch()
+    registry = hijack.current_registry()
+    scheme = registry.get(args.scheme) if args.scheme else registry.default_scheme()
+    options = _options(args, scheme)
     with progress_bar("quantizing") as progress:
         report = hijack.quantize_file(
             src if len(src) > 1 else src[0],
             dst,
-            args.scheme,
+            scheme,
             dialect=args.dialect,
             loras=args.lora,
             include=args.include,
@@ -149,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
             write_config=args.write_config,
             dry_run=args.dry_run,
             overwrite=args.force,
-            **_options(args),
+            **options,
         )
     written: list[Path] = []
     if report.written:
@@ -165,25 +164,24 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(args: argparse.Namespace) -> dict[str, Any]:
-    """Options of the scheme on the command line."""
-    from hijack.options import parse_options
+def _options(args: argparse.Namespace, scheme: hijack.Scheme) -> dict[str, Any]:
+    """Options of the scheme on the command line; some have arguments of their own."""
+    from hijack.options import COMMON, parse_options
 
-    scheme = hijack.current_registry().get(args.scheme)
-    shorthands = {
-        "block_size": args.block_size,
-        "dtype": args.dtype and _dtype(args.dtype),
-        "scale_dtype": args.scale_dtype and _dtype(args.scale_dtype),
-        "scale_search": args.scale_search,
-    }
-    options = {name: value for name, value in shorthands.items() if value is not None}
-    return options | parse_options(scheme.declared_options(), args.option, scheme.name)
-
-
-def _dtype(word: str) -> Any:
-    import torch
-
-    return getattr(torch, DTYPE_WORDS[word])
+    declared = scheme.declared_options()
+    known, texts = {option.name: option for option in declared}, list[str]()
+    for name in COMMON:
+        text = getattr(args, name)
+        if text is None:
+            continue
+        texts.append(f"{name}={text}")
+        try:
+            if name in known:
+                known[name].parse(text)
+        except SchemeError as error:
+            words = map(known[name].word, known[name].choices)
+            _refuse(args, f"{error}{did_you_mean(text, words)}")
+    return parse_options(declared, [*texts, *args.option], scheme.name)
 
 
 def _refuse(args: argparse.Namespace, what: str) -> NoReturn:

@@ -6,6 +6,7 @@ import argparse
 
 import hijack
 from hijack.cli.common import add_json, print_json
+from hijack.errors import printable
 from hijack.text import table
 
 HELP = "list the schemes that are registered, and their options"
@@ -18,7 +19,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a table of schemes, and one of the options of each."""
-    schemes = dict(sorted(hijack.schemes().items()))
+    known = hijack.schemes().values()
+    order = sorted(known, key=lambda scheme: (not scheme.is_default, scheme.name))
+    schemes = {scheme.name: scheme for scheme in order}
     if args.json:
         print_json({name: _facts(scheme) for name, scheme in schemes.items()})
         return 0
@@ -28,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     print(table(["scheme", "dialects written", "from"], rows))
     for name, scheme in schemes.items():
-        print(f"\n{name}: {_options(scheme)}")
+        summary = f"{printable(scheme.summary)}\n" if scheme.summary else ""
+        print(f"\n{name}: {summary}{_options(scheme)}")
     return 0
 
 
@@ -40,6 +44,8 @@ def _written(scheme: hijack.Scheme) -> list[str]:
 
 def _facts(scheme: hijack.Scheme) -> dict[str, object]:
     return {
+        "summary": scheme.summary,
+        "default": scheme.is_default,
         "dialects": _written(scheme),
         "origin": scheme.origin,
         "options": {

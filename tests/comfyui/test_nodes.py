@@ -15,7 +15,10 @@ from node_workflows import chain, load, load_quantized, lora, quantize, sample, 
 from PIL import Image
 
 import hijack
+from hijack import Option, create_registry, use_registry
+from hijack.errors import SchemeError
 from hijack.hosts.comfyui import nodes
+from hijack.testing import registered
 
 pytestmark = pytest.mark.thorough
 
@@ -56,7 +59,7 @@ def test_the_page_is_told_everything(described, name):
     node, found = NODES[name], described[name]
     assert found["display_name"] == node.title
     assert found["description"] == node.description
-    assert found["category"] == "hijack"
+    assert found["category"] == node.category
     assert found["output_node"] == node.terminal
     assert found["output"] == [output.kind for output in node.outputs]
     assert found["output_name"] == [output.name for output in node.outputs]
@@ -67,11 +70,12 @@ def test_the_page_is_told_everything(described, name):
         group = found["input"]["optional" if given.optional else "required"]
         kind, details = group[given.name]
         assert kind == given.kind  # in the classic schema a list stands for COMBO
-        assert details["tooltip"] == given.tooltip
+        assert details["tooltip"] == given.details()["tooltip"]
         assert details.get("default") == given.default
         assert details.get("multiline", False) == given.multiline
-        if given.limits is not None:
-            assert (details["min"], details["max"]) == given.limits
+        for limit in ("min", "max", "step"):
+            if limit in given.details():
+                assert details[limit] == given.details()[limit]
 
 
 def test_choices_are_files_and_formats(described):
@@ -81,7 +85,8 @@ def test_choices_are_files_and_formats(described):
         return described[node]["input"]["required"][name][1]["options"]
 
     assert options("HijackLoadQuantized", "unet_name") == options_of_unet(described)
-    assert options("HijackQuantizeModel", "scheme") == ["blockwise_fp8"]
+    assert options("HijackQuantizeModel", "scheme") == nodes.options.scheme_names()
+    assert options("HijackQuantizeModel", "scheme")[0] == "blockwise_fp8"
     dialects = options("HijackSaveQuantized", "dialect")
     assert dialects[0] == "auto"
     assert {"comfy_quant", "deepseek", "hijack", "musubi"} <= set(dialects)
@@ -125,7 +130,7 @@ def test_the_classic_schema_says_the_same(classic, name):
     for given in node.inputs:
         kind, details = types["optional" if given.optional else "required"][given.name]
         assert kind == (list(given.options()) if given.options else given.kind)
-        assert details["tooltip"] == given.tooltip
+        assert details["tooltip"] == given.details()["tooltip"]
         assert details.get("default") == given.default
         assert details.get("advanced", False) == given.advanced
     assert set(types["hidden"]) == set(node.hidden)
@@ -151,6 +156,7 @@ def test_nodes_that_depend_on_more_than_inputs_say_so(classic, monkeypatch, tmp_
         "HijackInspectCheckpoint": {"file": "diffusion_models/a.safetensors"},
         "HijackLoadQuantized": {"unet_name": "a.safetensors", "loras": "a.safetensors"},
         "HijackQuantizeFile": {"file": "vae/a.safetensors"},
+        "HijackConvertFile": {"file": "vae/a.safetensors"},
         "HijackCompareFiles": {"reference": "vae/a.sft", "other": "vae/a.sft"},
     }
     before = {name: classes[name].IS_CHANGED(**given) for name, given in asked.items()}
@@ -419,6 +425,51 @@ def test_a_rule_changes_a_loaded_model(server):
     assert f"hijack: Quantize Model: {note}" in server.log()
 
 
+def test_a_file_is_converted_to_another_format(server, models, tmp_path):
+    """What the command writes, and the loss and what is kept are shown."""
+    given = {
+        "file": "diffusion_models/fp8.safetensors",
+        "scheme": "int8",
+        "dialect": "auto",
+        "exclude": "*.attn.*",
+    }
+    graph = {"make": {"class_type": "HijackConvertFile", "inputs": given}}
+    (text,) = server.run(graph)["outputs"]["make"]["text"]
+    made = server.base / text.splitlines()[-1]
+    assert made.parent == server.base / "output" / "diffusion_models"
+    assert made.name.startswith("fp8_int8_")
+    path = tmp_path / "expected.safetensors"
+    report = hijack.convert_file(
+        models / "fp8.safetensors", path, requantize="int8", exclude="*.attn.*"
+    )
+    assert made.read_bytes() == path.read_bytes()
+    assert str(report) in text
+    assert "SQNR " in text
+    assert "kept: transformer_blocks.0.attn." in text
+    assert str(report) in server.log()
+
+
+def test_a_file_is_spelled_otherwise_without_loss(server, models):
+    """The scheme stays; without a dialect there is nothing to do."""
+    given = {
+        "file": "diffusion_models/fp8.safetensors",
+        "scheme": "keep",
+        "dialect": "deepseek",
+    }
+    graph = {"make": {"class_type": "HijackConvertFile", "inputs": given}}
+    (text,) = server.run(graph)["outputs"]["make"]["text"]
+    made = server.base / text.splitlines()[-1]
+    assert made.name.startswith("fp8_deepseek_")
+    comparison = hijack.compare_files(models / "fp8.safetensors", made)
+    assert comparison.same
+    graph["make"]["inputs"] = {**given, "dialect": "auto"}
+    with pytest.raises(PromptError, match="dialect: got none, expected one to conve"):
+        server.run(graph)
+    graph["make"]["inputs"] = {**given, "options": "rotation=256"}
+    with pytest.raises(PromptError, match="keep: has no option 'rotation'"):
+        server.run(graph)
+
+
 def test_a_text_encoder_is_quantized_to_where_comfyui_looks(server):
     """The new file is listed by Load CLIP; that its model is not known is said."""
     folder = server.base / "models" / "text_encoders"
@@ -460,6 +511,122 @@ def test_files_are_compared_without_loading_them(server):
         server.base / "output" / outputs["image"]["images"][0]["filename"]
     )
     assert len(picture.getcolors(2**24)) > 20
+
+
+# -- options of schemes ----------------------------------------------------------------
+
+
+class Typed(hijack.Scheme):
+    """A scheme with an option of each type."""
+
+    name = "typed"
+    options = (
+        Option("rank", "int", 4, "columns of the factors", minimum=1, maximum=16),
+        Option("factor", "float", 0.5, "of the mean", minimum=0),
+        Option("signed", "bool", True),
+        Option("kind", "str", "one", choices=("one", "two")),
+        Option("codes", "dtype", torch.int8, choices=(torch.int8, torch.float8_e5m2)),
+        Option("block_size", "block_size", (1, 64)),
+        Option("steps", "int", help="how often; as often as needed"),
+        Option("seed", "int", 0),
+    )
+
+    def quantize(self, weight, **options):
+        """Never called."""
+        raise NotImplementedError
+
+    def dequantize(self, qdata, params, dtype):
+        """Never called."""
+        raise NotImplementedError
+
+
+@pytest.fixture
+def typed():
+    """Its node, and the toy registered."""
+    with registered(Typed()) as scheme:
+        found = {node.id: node for node in nodes.schemes.option_nodes()}
+        yield scheme, found["HijackOptions_typed"]
+
+
+def test_a_scheme_s_options_are_a_node(typed):
+    """Every type has its kind of input, with range, default and help."""
+    inputs = nodes.spec.classic_class(typed[1]).INPUT_TYPES()["required"]
+    kinds = {name: kind for name, (kind, _) in inputs.items()}
+    assert kinds == {
+        "rank": "INT",
+        "factor": "FLOAT",
+        "signed": "BOOLEAN",
+        "kind": ["auto", "one", "two"],
+        "codes": ["auto", "int8", "e5m2"],
+        "block_size": "STRING",
+        "steps": "STRING",
+        "seed": "STRING",  # the page would change a number of that name
+    }
+    rank = "rank=4: columns of the factors; a whole number from 1 to 16"
+    assert inputs["rank"][1] == {"tooltip": rank, "default": 4, "min": 1, "max": 16}
+    assert inputs["factor"][1]["min"] == 0
+    assert inputs["factor"][1]["max"] > 1e6
+    assert inputs["factor"][1]["step"] == 0.01
+    assert inputs["block_size"][1]["default"] == ""
+
+
+def test_the_text_of_such_a_node_is_what_options_take(typed):
+    """What is left as it is, is not said; the rest makes the config."""
+    scheme, node = typed
+    inputs = nodes.spec.classic_class(node).INPUT_TYPES()["required"]
+    untouched = {name: details["default"] for name, (_, details) in inputs.items()}
+    assert node.run(**untouched).values == ("",)
+    chosen = {"rank": 8, "signed": False, "codes": "e5m2", "block_size": " 2x8 "}
+    chosen |= {"kind": "one", "seed": "0"}  # as the defaults are
+    (text,) = node.run(**{**untouched, **chosen}).values
+    assert text == "rank=8\nsigned=False\ncodes=e5m2\nblock_size=2x8"
+    config = nodes.options.make_config("typed", "auto", options=text)
+    assert config.scheme is scheme
+    assert dict(config.options) == {
+        "rank": 8,
+        "signed": False,
+        "codes": torch.float8_e5m2,
+        "block_size": (2, 8),
+    }
+    with pytest.raises(SchemeError, match="block_size: got '2y8', expected ROWSxCOLS"):
+        node.run(**{**untouched, "block_size": "2y8"})
+
+
+def test_inputs_say_what_every_registered_scheme_declares(typed):
+    """Choices, ranges and tooltips name no scheme but those that are there."""
+    (quantize,) = (node for node in nodes.NODES if node.id == "HijackQuantizeModel")
+    inputs = {given.name: given for given in quantize.inputs}
+    told = {name: given.details()["tooltip"] for name, given in inputs.items()}
+    assert "typed: A scheme with an option of each type." in told["scheme"]
+    assert "blockwise_fp8: FP8 codes with one multiplying scale" in told["scheme"]
+    assert "blockwise_fp8: scale_search=0: scales to try" in told["scale_search"]
+    assert inputs["scale_search"].details()["max"] >= 128
+    assert "typed: rank, factor, signed, kind, codes, steps, seed" in told["options"]
+    assert inputs["dtype"].options()[0] == "auto"
+    assert {"e4m3", "e5m2"} <= set(inputs["dtype"].options())
+    assert {"f32", "bf16", "f16", "e8m0"} <= set(inputs["scale_dtype"].options())
+    with use_registry(create_registry()):
+        assert inputs["scheme"].options() == []
+        assert inputs["dtype"].options() == ["auto"]
+        assert "No registered scheme has it." in inputs["dtype"].details()["tooltip"]
+        assert inputs["scale_search"].details()["max"] == 128
+
+
+def test_options_of_a_scheme_reach_the_model(server):
+    """Linked to the input that takes a text."""
+    made = load_quantized("bf16", options=["options", 0])
+    graph = chain(made, save(dialect="hijack"))
+    values = {"block_size": "1x16", "scale_dtype": "f32", "stochastic": True}
+    kind = "HijackOptions_blockwise_fp8"
+    asked = server._get(f"/object_info/{kind}")[kind]["input"]["required"]
+    inputs = {name: details["default"] for name, (_, details) in asked.items()}
+    graph["options"] = {"class_type": kind, "inputs": {**inputs, **values}}
+    (shown,) = server.run(graph)["outputs"]["last"]["text"]
+    tensors = safetensors.torch.load_file(server.base / shown.splitlines()[1])
+    layer = "transformer_blocks.0.attn.to_q"
+    scale = tensors[f"{layer}.weight_scale"]
+    assert scale.shape[1] == tensors[f"{layer}.weight"].shape[1] // 16
+    assert scale.dtype == torch.float32
 
 
 class Cancelled(BaseException):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hijack import selection
-from hijack.checkpoint.notes import replaced_notes
+from hijack.checkpoint.notes import declined_notes, replaced_notes
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError, SchemeError
 from hijack.formats.identification import identify
@@ -177,6 +177,7 @@ class Quantizer:
             selection.model_text(family, choice.skipped, "include names others"),
             f"{len(choice.layers)} layers quantized, {len(choice.skipped)} left dense",
             *replaced_notes(choice),
+            *declined_notes(choice),
         ]
 
 

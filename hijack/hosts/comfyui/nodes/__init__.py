@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from hijack.hosts.comfyui.nodes import files, models, report
+from hijack.hosts.comfyui.nodes import files, models, report, schemes
 from hijack.hosts.comfyui.nodes.spec import Node, classic_class, extension, has_v3
 
 __all__ = ["NODES", "Node", "classic", "extension", "has_v3"]
@@ -17,7 +17,12 @@ __all__ = ["NODES", "Node", "classic", "extension", "has_v3"]
 #: What the page runs; it shows the text of nodes.
 SCRIPTS = Path(__file__).parent / "web"
 
-NODES: tuple[Node, ...] = (*models.NODES, *files.NODES, *report.NODES)
+NODES: tuple[Node, ...] = (
+    *models.NODES,
+    *files.NODES,
+    *report.NODES,
+    *schemes.option_nodes(),
+)
 
 
 def classic() -> tuple[dict[str, type], dict[str, str]]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from hijack.checkpoint.convert import convert_file
 from hijack.checkpoint.quantize import quantize_file
 from hijack.errors import HijackError
 from hijack.formats import matching
@@ -29,9 +30,11 @@ from hijack.hosts.comfyui.nodes.options import (
     logged,
     make_config,
     progress_bar,
+    scheme_names,
 )
 from hijack.hosts.comfyui.nodes.spec import Input, Node, Output, Result
 from hijack.hosts.diagnostics import diagnose
+from hijack.options import Option, parse_options
 from hijack.registry import current_registry
 from hijack.safetensors_io.reader import read_header
 
@@ -39,6 +42,10 @@ from hijack.safetensors_io.reader import read_header
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "vae", "loras")
 #: Of those, the ones with other names below its output folder.
 OUTPUT_NAMES = {"text_encoders": "clip"}
+#: The choice of no other scheme than that of each layer.
+KEEP = "keep"
+#: Layers named in the text of *Convert File*.
+SHOWN = 10
 
 
 def dialects() -> list[str]:
@@ -95,9 +102,7 @@ def quantize_to_file(
 ) -> Result:
     """Run *Quantize File*."""
     config = make_config(scheme, block_size, **details)
-    folder, _, name = file.partition("/")
-    usual = f"{OUTPUT_NAMES.get(folder, folder)}/{Path(name).stem}_{scheme}"
-    path = _new_file(filename_prefix.strip() or usual)
+    path = _new_file(filename_prefix.strip() or _beside(file, scheme))
     report = quantize_file(
         full_path(file),
         path,
@@ -114,6 +119,50 @@ def quantize_to_file(
     )
     model = report.model_text("include names others")
     text = logged(file, [model, str(report), *report.notes])
+    return Result((str(path),), f"{text}\n{_written(path)}")
+
+
+def _beside(file: str, word: str) -> str:
+    """The prefix of a file that ComfyUI lists where it lists another."""
+    folder, _, name = file.partition("/")
+    return f"{OUTPUT_NAMES.get(folder, folder)}/{Path(name).stem}_{word}"
+
+
+def convert_to_file(
+    file: str,
+    scheme: str,
+    dialect: str,
+    options: str = "",
+    filename_prefix: str = "",
+    include: str = "",
+    exclude: str = "",
+    assume: str = "",
+    allow_loss: bool = False,
+    drop_input_scales: bool = False,
+) -> Result:
+    """Run *Convert File*."""
+    given = lines_of(options)
+    declared: tuple[Option, ...] = ()
+    if scheme != KEEP:
+        declared = current_registry().get(scheme).declared_options()
+    word = scheme if scheme != KEEP else dialect
+    path = _new_file(filename_prefix.strip() or _beside(file, word))
+    report = convert_file(
+        full_path(file),
+        path,
+        None if dialect == AUTO else dialect,
+        requantize=allow_loss if scheme == KEEP else scheme,
+        include=include.split() or None,
+        exclude=exclude.split() or None,
+        drop_input_scales=drop_input_scales,
+        assume=lines_of(assume),
+        progress=progress_bar(),
+        **parse_options(declared, given, scheme),
+    )
+    worst = sorted(report.requantized.items(), key=lambda item: item[1].sqnr)[:SHOWN]
+    lines = [f"{layer}: SQNR {error.sqnr:.1f} dB" for layer, error in worst]
+    lines += [f"kept: {layer}: {why}" for layer, why in report.kept.items()][:SHOWN]
+    text = logged(file, [str(report), *lines, *report.notes])
     return Result((str(path),), f"{text}\n{_written(path)}")
 
 
@@ -151,7 +200,7 @@ def inspect_checkpoint(file: str) -> Result:
 
 
 def _inspected(file: str) -> str:
-    """What *Inspect Checkpoint*'s report depends on: the file of that name."""
+    """What a node that reads one file depends on: the file of that name."""
     return file_state(full_path(file))
 
 
@@ -268,6 +317,98 @@ NODES = (
         quantize_to_file,
         terminal=True,
         fingerprint=_quantized,
+    ),
+    Node(
+        "HijackConvertFile",
+        "Convert File",
+        "Writes a quantized file in the spelling of another program without loss, or "
+        "in another weight format, a layer at a time. It is the command hijack convert "
+        "as a node.",
+        (*ALIASES, "convert", "requantize", "dialect", "int8", "checkpoint"),
+        (
+            Input(
+                "file",
+                "COMBO",
+                "A quantized safetensors file in one of ComfyUI's model folders.",
+                options=model_files,
+            ),
+            Input(
+                "scheme",
+                "COMBO",
+                "The weight format of the new file. keep leaves every layer in its own "
+                "and costs nothing; of any other, layers in other formats and plain "
+                "FP8 casts are quantized to it, and the loss is shown.",
+                options=lambda: (KEEP, *scheme_names()),
+                default=KEEP,
+            ),
+            DIALECT,
+            Input(
+                "options",
+                "STRING",
+                "Options of the scheme, NAME=VALUE, one a line. The node Options of "
+                "the scheme says what they are and makes such a text.",
+                default="",
+                multiline=True,
+                optional=True,
+            ),
+            Input(
+                "filename_prefix",
+                "STRING",
+                "Folder and name below the output folder; a number is added. Empty: "
+                "such that ComfyUI lists the new file where it lists the old one.",
+                default="",
+                optional=True,
+            ),
+            Input(
+                "include",
+                "STRING",
+                "Layers that become layers of the scheme, as patterns such as "
+                "*.mlp.*, one a line. Empty: all.",
+                default="",
+                multiline=True,
+                optional=True,
+            ),
+            Input(
+                "exclude",
+                "STRING",
+                "Layers that stay in their own format, as patterns, one a line.",
+                default="",
+                multiline=True,
+                optional=True,
+            ),
+            Input(
+                "assume",
+                "STRING",
+                "How to read a file that does not tell: a scheme, a dialect or a block "
+                "size, one a line.",
+                default="",
+                multiline=True,
+                optional=True,
+                advanced=True,
+            ),
+            Input(
+                "allow_loss",
+                "BOOLEAN",
+                "Where the dialect cannot store a layer as it is: quantize it again, "
+                "instead of refusing.",
+                default=False,
+                optional=True,
+                advanced=True,
+            ),
+            Input(
+                "drop_input_scales",
+                "BOOLEAN",
+                "Leave out scales of inputs that the new file cannot store, instead of "
+                "refusing.",
+                default=False,
+                optional=True,
+                advanced=True,
+            ),
+        ),
+        (Output("STRING", "path", "The file that was written."),),
+        convert_to_file,
+        terminal=True,
+        fingerprint=_inspected,
     ),
     Node(
         "HijackInspectCheckpoint",

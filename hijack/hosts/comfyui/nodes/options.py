@@ -9,17 +9,12 @@ from hijack.errors import HijackError, SchemeError, printable
 from hijack.hosts.comfyui.nodes.spec import Input
 from hijack.hosts.comfyui.quantize import check_interrupted
 from hijack.lora.files import parse_lora
-from hijack.options import parse_options
+from hijack.options import COMMON, Option, parse_options
 from hijack.progress import Progress
 from hijack.quantized import QuantizationConfig
 from hijack.registry import current_registry
-from hijack.text import (
-    CODE_DTYPES,
-    SCALE_DTYPES,
-    did_you_mean,
-    logger,
-    parse_block_size,
-)
+from hijack.scheme import Scheme
+from hijack.text import did_you_mean, logger, parse_block_size
 
 log = logger(__name__)
 
@@ -30,11 +25,72 @@ BLOCK_SIZES = (AUTO, "1x32", "1x64", "1x128", "32x32", "128x128", "row", "tensor
 DEVICES = ("cpu", "gpu")
 
 
+def schemes() -> list[Scheme]:
+    """Registered schemes; the default one first."""
+    known = current_registry().schemes().values()
+    return sorted(known, key=lambda scheme: (not scheme.is_default, scheme.name))
+
+
 def scheme_names() -> list[str]:
-    """Registered schemes; the reference scheme first."""
-    return sorted(
-        current_registry().schemes(), key=lambda name: (name != "blockwise_fp8", name)
+    """Names of registered schemes; that of the default one first."""
+    return [scheme.name for scheme in schemes()]
+
+
+def _summaries() -> str:
+    """The weight formats there are, as they say themselves."""
+    told = (f"{scheme.name}: {scheme.summary}" for scheme in schemes())
+    return "\n".join(["The weight format. Plugins add others.", *told])
+
+
+def _declared(name: str) -> dict[str, Option]:
+    """The schemes that have an option of a name, and what each says of it."""
+    return {
+        scheme.name: option
+        for scheme in schemes()
+        for option in scheme.declared_options()
+        if option.name == name
+    }
+
+
+def _meanings(name: str, text: str) -> str:
+    """A tooltip of an input for an option that many schemes may have."""
+    told = [
+        f"{scheme}: {option.described()}" for scheme, option in _declared(name).items()
+    ]
+    return "\n".join([text, *(told or ["No registered scheme has it."])])
+
+
+def _choices(name: str) -> list[str]:
+    """The values that any scheme takes for an option."""
+    words = (
+        option.word(choice)
+        for option in _declared(name).values()
+        for choice in option.choices
     )
+    return [AUTO, *dict.fromkeys(words)]
+
+
+def _limits(name: str) -> tuple[float, float]:
+    """The greatest range that any scheme has for an option."""
+    options = _declared(name).values()
+    return (
+        min((o.minimum for o in options if o.minimum is not None), default=0),
+        max((o.maximum for o in options if o.maximum is not None), default=128),
+    )
+
+
+def _others() -> str:
+    """The options without an input of their own, by scheme."""
+    told = []
+    for scheme in schemes():
+        declared = scheme.declared_options()
+        names = [option.name for option in declared if option.name not in COMMON]
+        told.append(f"{scheme.name}: {', '.join(names) or 'none'}")
+    text = (
+        "Further options of the scheme, NAME=VALUE, one a line. The node Options of "
+        "the scheme says what they are and makes such a text."
+    )
+    return "\n".join([text, *told])
 
 
 def make_config(
@@ -138,10 +194,8 @@ def logged(where: str, notes: list[str]) -> str:
 SCHEME = Input(
     "scheme",
     "COMBO",
-    "The weight format. blockwise_fp8 is FP8 with one scale for each block; "
-    "plugins add others.",
+    _summaries,
     options=scheme_names,
-    default="blockwise_fp8",
 )
 BLOCK_SIZE = Input(
     "block_size",
@@ -208,9 +262,11 @@ DETAILS = (
     Input(
         "dtype",
         "COMBO",
-        "What quantized weights are stored as. auto is the format's own choice, e4m3 "
-        "for FP8.",
-        options=lambda: (AUTO, *CODE_DTYPES),
+        lambda: _meanings(
+            "dtype",
+            "What quantized weights are stored as. auto is the format's own choice.",
+        ),
+        options=lambda: _choices("dtype"),
         default=AUTO,
         optional=True,
         advanced=True,
@@ -218,9 +274,12 @@ DETAILS = (
     Input(
         "scale_dtype",
         "COMBO",
-        "What scales are stored as. auto is the weight's own dtype, or what the "
-        "dialect asks for.",
-        options=lambda: (AUTO, *SCALE_DTYPES),
+        lambda: _meanings(
+            "scale_dtype",
+            "What scales are stored as. auto is the weight's own dtype, or what the "
+            "dialect asks for.",
+        ),
+        options=lambda: _choices("scale_dtype"),
         default=AUTO,
         optional=True,
         advanced=True,
@@ -228,19 +287,19 @@ DETAILS = (
     Input(
         "scale_search",
         "INT",
-        "Try this many scales for each block and take the one with the least error. "
-        "0 tries none; 32 gains almost 2 dB in blocks of 1x64 and takes four times as "
-        "long.",
+        lambda: _meanings(
+            "scale_search",
+            "Try this many scales and take the one with the least error. 0 tries none.",
+        ),
         default=0,
         optional=True,
         advanced=True,
-        limits=(0, 128),
+        limits=lambda: _limits("scale_search"),
     ),
     Input(
         "options",
         "STRING",
-        "Further options of the scheme, NAME=VALUE, one a line. The command hijack "
-        "schemes lists them.",
+        _others,
         default="",
         multiline=True,
         optional=True,

@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+#: Least and greatest value of a number.
+Limits = tuple[float, float]
 #: Values a node sees of the workflow it runs in, by argument name.
 HIDDEN = {"prompt": "PROMPT", "extra_pnginfo": "EXTRA_PNGINFO"}
 
@@ -19,36 +21,43 @@ class Input:
     Attributes:
         name: of the argument.
         kind: ComfyUI's type, such as ``MODEL``; ``COMBO`` is a choice of ``options``.
-        tooltip: what it does, for the page.
+        tooltip: what it does, for the page; a function is asked whenever that is
+            loaded.
         options: choices of a combo, asked for whenever the page is loaded.
         default: value to start with, where there is one.
         multiline: whether a text may have several lines.
         optional: whether it may be left open.
         free: whether a combo also takes texts that are no choice of it.
-        limits: least and greatest value of a number.
+        limits: least and greatest value of a number; may be a function, too.
+        step: by which the page changes a number that is not whole.
         advanced: whether the page shows it only on request, where it can.
     """
 
     name: str
     kind: str
-    tooltip: str
+    tooltip: str | Callable[[], str]
     options: Callable[[], Sequence[str]] | None = None
     default: Any = None
     multiline: bool = False
     optional: bool = False
     free: bool = False
-    limits: tuple[int, int] | None = None
+    limits: Limits | Callable[[], Limits] | None = None
+    step: float | None = None
     advanced: bool = False
 
     def details(self) -> dict[str, Any]:
         """What both schemas call the same."""
-        details: dict[str, Any] = {"tooltip": self.tooltip}
+        text = self.tooltip() if callable(self.tooltip) else self.tooltip
+        details: dict[str, Any] = {"tooltip": text}
         if self.default is not None:
             details["default"] = self.default
         if self.multiline:
             details["multiline"] = True
-        if self.limits is not None:
-            details["min"], details["max"] = self.limits
+        limits = self.limits() if callable(self.limits) else self.limits
+        if limits is not None:
+            details["min"], details["max"] = limits
+        if self.step is not None:
+            details["step"] = self.step
         if self.advanced:
             details["advanced"] = True
         return details
@@ -261,7 +270,13 @@ def v3_class(node: Node, latest: Any) -> type:
 
 
 def _v3_input(io: Any, given: Input) -> Any:
-    kinds = {"COMBO": "Combo", "STRING": "String", "BOOLEAN": "Boolean", "INT": "Int"}
+    kinds = {
+        "COMBO": "Combo",
+        "STRING": "String",
+        "BOOLEAN": "Boolean",
+        "INT": "Int",
+        "FLOAT": "Float",
+    }
     if given.kind in kinds:
         make = getattr(io, kinds[given.kind]).Input
     else:
