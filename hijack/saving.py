@@ -87,12 +87,10 @@ def spell(
         tensors |= {join(name, suffix): tensor for suffix, tensor in encoded.items()}
         spelled = matching.encoded_layer(weight, encoded)
         layers.setdefault(dialect, {})[name] = spelled
-    said = dict(metadata or {})
     infos = {key: TensorInfo.of(tensor) for key, tensor in others.items()}
-    for marks in [of.finish(named, infos) for of, named in layers.items()]:
-        said = merge_metadata(said, marks.metadata)
-        tensors |= marks.tensors
-    return tensors, said
+    marks = matching.file_metadata(layers, infos)
+    said = merge_metadata(dict(metadata or {}), marks.metadata)
+    return {**tensors, **marks.tensors}, said
 
 
 def _dialects(
