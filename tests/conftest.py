@@ -12,8 +12,8 @@ MATRIX_HEAD = """# What works in ComfyUI, measured
 Relative L2 distance of a latent after three steps to that of the exactly dequantized
 float32 model, with the exact LoRA (1 % and 5 times the weight's norm); after removing
 a LoRA, 0 means the same bits as before. Small Qwen-Image, CPU. Dynamic VRAM runs
-ComfyUI's own code around doubles of a device and of comfy_aimdo's native half; "n/a"
-where a release has none. Written by
+ComfyUI's own code around doubles of a device and of comfy_aimdo's native half; only
+some releases have it. Written by
 `HIJACK_WRITE_MATRIX=docs/comfyui-matrix.md pytest tests/hosts/test_matrix.py`.
 """
 
@@ -57,18 +57,20 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def as_markdown(table):
-    """Cells down, releases and schemes across."""
-    columns = sorted(table, key=lambda column: [*map(int, column[0].split(".")), 0])
-    cells = dict.fromkeys(cell for column in columns for cell in table[column])
-    lines = [
-        "| | " + " | ".join(f"{r}<br>{s}" for r, s in columns) + " |",
-        "|---|" + "---|" * len(columns),
-    ]
-    for cell in cells:
-        values = [table[column].get(cell) for column in columns]
-        shown = ["n/a" if v is None else f"{v:.1e}" if v else "0.0" for v in values]
-        lines.append(f"| {cell} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+    """A table for each release: schemes down, cells across."""
+    lines = []
+    releases = dict.fromkeys(release for release, _ in table)
+    for release in sorted(releases, key=lambda name: [*map(int, name.split(".")), 0]):
+        rows = {scheme: cells for (of, scheme), cells in table.items() if of == release}
+        cells = dict.fromkeys(cell for row in rows.values() for cell in row)
+        lines += [f"## {release}", "", f"| | {' | '.join(cells)} |"]
+        lines += ["|---|" + "---|" * len(cells)]
+        for scheme, row in rows.items():
+            values = [row.get(cell) for cell in cells]
+            shown = ["n/a" if v is None else f"{v:.1e}" if v else "0" for v in values]
+            lines.append(f"| {scheme} | {' | '.join(shown)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 @pytest.fixture(autouse=True)

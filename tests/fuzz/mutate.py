@@ -74,6 +74,15 @@ WORDS = (
     "SCB",
     "zero_point",
     "weight_shape",
+    "weight_rotation",
+    "weight_s_rel",
+    "weight_s_channel",
+    "weight_codebook",
+    "pre_quant_scale",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight.nested_absmax",
+    "weight.quant_state.bitsandbytes__nf4",
     "lora_down.weight",
     "lora_up.weight",
     "alpha",
@@ -285,7 +294,8 @@ def _marker(parts: Parts, random: Random) -> None:
             {"format": "mxfp8"},
         )
         parts.entries.append(entry)
-    formats = ("float8_e5m2", "mxfp8", "hybrid_mxfp8", "nvfp4", "int8_tensorwise")
+    formats = ("float8_e5m2", "mxfp8", "hybrid_mxfp8", "nvfp4")
+    formats += ("int8_tensorwise", "int8_blockwise")
     table = change(table, random)
     if isinstance(table, dict) and random.random() < 0.4:
         table["format"] = random.choice(formats)

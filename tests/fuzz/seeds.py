@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +14,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 import hijack
-import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from hijack.errors import CheckpointError
+from hijack.formats.matching import dialects_of
 from hijack.safetensors_io.reader import read_header
 from tests.fuzz.case import MODEL, Case
 
@@ -21,7 +24,8 @@ GOLDEN = Path(__file__).parent.parent / "golden"
 LARGEST = 12_000
 F8 = torch.float8_e4m3fn
 F32 = torch.float32
-#: Dialect to ways to quantize the dense model in it.
+FP8_SCHEME = "blockwise_fp8"
+#: Dialect to ways to quantize the dense model in it with block-wise FP8.
 WRITTEN = {
     "musubi": [{}, {"block_size": "tensor"}],
     "comfy_quant": [{"block_size": "tensor"}, {"scale_dtype": torch.float8_e8m0fnu}],
@@ -30,7 +34,15 @@ WRITTEN = {
     "torchao": [{"block_size": "row"}],
     "hijack": [{"block_size": 16}, {"block_size": (8, 24)}],
 }
-
+#: Other schemes, to options with which they are written in each of their dialects.
+OTHERS = {
+    "int8": [{}, {"rotation": 16}, {"block_size": (8, 16)}],
+    "nvfp4": [{}],
+    "mxfp4": [{}],
+    "nf4": [{}, {"double_quant": True}],
+    "w4a8": [{"rotation": 16}],
+    "convrot_w4a4": [{"rotation": 16}],
+}
 #: Those whose readers expect a config beside the file.
 CONFIGURED = ("deepseek", "compressed_tensors")
 
@@ -56,23 +68,40 @@ def _written() -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         save_file(dense(), folder / "dense")
-        for dialect, ways in WRITTEN.items():
-            for number, options in enumerate(ways):
-                path = folder / f"{dialect}{number}" / MODEL
-                path.parent.mkdir()
-                hijack.quantize_file(
-                    folder / "dense",
-                    path,
-                    dialect=dialect,
-                    exclude=("norm",),
-                    write_config=dialect in CONFIGURED,
-                    **options,
-                )
-                yield Case.read(path.parent)
+        for number, (scheme, dialect, options) in enumerate(_ways()):
+            path = folder / f"{scheme}_{dialect}{number}" / MODEL
+            path.parent.mkdir()
+            hijack.quantize_file(
+                folder / "dense",
+                path,
+                scheme,
+                dialect=dialect,
+                exclude=("norm",),
+                write_config=scheme == FP8_SCHEME and dialect in CONFIGURED,
+                **options,
+            )
+            yield Case.read(path.parent)
         path = folder / "shards" / MODEL
         path.parent.mkdir()
         hijack.quantize_file(folder / "dense", path, max_shard_size=800)
         yield Case.read(path.parent)
+
+
+def _ways() -> Iterator[tuple[str, str, dict[str, object]]]:
+    """Scheme, dialect and options that can be written."""
+    for dialect, ways in WRITTEN.items():
+        yield from ((FP8_SCHEME, dialect, options) for options in ways)
+    for name, ways in OTHERS.items():
+        scheme = hijack.schemes()[name]
+        for dialect, options in itertools.product(dialects_of(scheme), ways):
+            weights = [dense()[f"{layer}.weight"] for layer in ("a", "b.c")]
+            with contextlib.suppress(CheckpointError):  # no place for the options
+                for weight in weights if dialect.writes else ():
+                    fit = dialect.fit_options(tuple(weight.shape), options)
+                    if scheme.declines(tuple(weight.shape), **fit) is None:
+                        dialect.encode(*scheme.quantize(weight, **fit), fit)
+                if dialect.writes:
+                    yield name, dialect.name, options
 
 
 def _by_hand() -> Iterator[Case]:

@@ -64,19 +64,27 @@ def exact(quantized_sd):
     return dense
 
 
-def with_scheme(dense, scheme):
+def with_scheme(dense, scheme, **options):
     """The file of an author's scheme, what it means, and its marker."""
+    from hijack.formats.matching import marker_of
+    from hijack.quantized import QuantizationConfig, QuantizedTensor
+
     quantized_sd, meant, marked = {}, {}, {}
+    config = QuantizationConfig.of(scheme, options, "hijack")
     for key, tensor in dense.items():
-        if comfy_models.is_quantized(key, tensor):
-            qdata, params = scheme.quantize(tensor.float())
+        quantized_sd[key] = meant[key] = tensor
+        shape = tuple(tensor.shape)
+        if not comfy_models.is_quantized(key, tensor):
+            continue
+        if scheme.declines(shape, **options) is None:
+            made = scheme.quantize(tensor.float(), **options)
+            weight = QuantizedTensor(*made, config, shape, torch.float32)
             layer = key.removesuffix(".weight")
-            quantized_sd[key] = qdata
-            quantized_sd.update({f"{layer}.{name}": t for name, t in params.items()})
-            meant[key] = scheme.dequantize(qdata, params, torch.float32)
-            marked[layer] = {"scheme": scheme.name, "params": list(params)}
-        else:
-            quantized_sd[key] = meant[key] = tensor
+            quantized_sd |= {
+                f"{layer}.{n}": t for n, t in weight.plain_tensors().items()
+            }
+            meant[key] = weight.dense(torch.float32)
+            marked[layer] = marker_of(weight)
     return quantized_sd, meant, marked
 
 

@@ -109,6 +109,137 @@ def mxfp8():
     return spell, {}, {}
 
 
+def rotated(matrix, group):
+    """Groups of columns times the regular Hadamard matrix of that size."""
+    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1.0]])
+    hadamard = four
+    while len(hadamard) < group:
+        hadamard = torch.kron(hadamard, four)
+    n, k = matrix.shape
+    return (matrix.reshape(n, -1, group) @ (hadamard / group**0.5)).reshape(n, k)
+
+
+def int8(mark, group=0, block=0):
+    """Integers in rows, or in square blocks, of the weight or of its rotation."""
+
+    def spell(layer, weight):
+        n, k = weight.shape
+        group_here = group if group and k % group == 0 else 0
+        wide = weight.float()
+        wide = rotated(wide, group_here) if group_here else wide
+        rows, cols = (block, block) if block else (1, k)
+        blocks = wide.reshape(n // rows, rows, k // cols, cols)
+        scale = blocks.abs().amax((1, 3), keepdim=True) / 127
+        qdata = (blocks / scale).round().to(torch.int8)
+        dense = (qdata.float() * scale).reshape(n, k)
+        dense = rotated(dense, group_here) if group_here else dense
+        entry = {"convrot": True, "convrot_groupsize": group} if group_here else {}
+        stored = scale[:, 0, :, 0].contiguous() if block else scale.reshape(n, 1)
+        tensors = {"weight_scale": stored, "comfy_quant": marker(**{**mark, **entry})}
+        return {"weight": qdata.reshape(n, k), **tensors}, dense
+
+    return spell, {}, {}
+
+
+#: Files that nothing tells from those of another program.
+AMBIGUOUS = ("nvfp4 without a marker",)
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def e2m1(blocks, step):
+    """The nearest codes of blocks, as (N, K) bytes, and what they decode to."""
+    step = step.unsqueeze(-1)
+    codes = (blocks / step).abs().sub(E2M1[:, None, None, None]).abs().argmin(0)
+    signs = blocks < 0
+    dense = E2M1[codes] * torch.where(signs, -1.0, 1.0) * step
+    return (codes + 8 * signs).to(torch.uint8).flatten(1), dense.flatten(1)
+
+
+def nvfp4(smooth=False, plain=False, marked=True):
+    """ComfyUI's own NVFP4: the even code in the high half, scales in tiles.
+
+    With ``plain`` ModelOpt's: the even code in the low half, scales in plain order.
+    """
+
+    def spell(layer, weight):
+        n, k = weight.shape
+        factor = torch.linspace(0.5, 2, k) if smooth else torch.ones(k)
+        blocks = (weight.float() / factor).reshape(n, k // 16, 16)
+        whole = blocks.abs().max() / (448 * 6)
+        scale = (blocks.abs().amax(-1) / 6 / whole).to(E4M3)
+        codes, dense = e2m1(blocks, scale.float() * whole)
+        even, odd = (1, 16) if plain else (16, 1)
+        tensors = {
+            "weight": codes[:, 0::2] * even + codes[:, 1::2] * odd,
+            "weight_scale": scale,
+            "weight_scale_2": whole,
+        }
+        if not plain:
+            tensors["weight_scale"] = tiles(scale.view(torch.uint8)).view(E4M3)
+        if marked and not plain:
+            tensors["comfy_quant"] = marker(format="nvfp4")
+        if smooth:
+            tensors["pre_quant_scale"] = factor
+        return tensors, dense * factor
+
+    config = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    said = {"quantization_config": json.dumps(config)} if plain else {}
+    return spell, {}, said
+
+
+def mxfp4():
+    """compressed-tensors' MXFP4, which has no tensor that is called ``weight``."""
+
+    def spell(layer, weight):
+        n, k = weight.shape
+        blocks = weight.float().reshape(n, k // 32, 32)
+        exponents = blocks.abs().amax(-1).log2().floor() - 1  # nothing exceeds 6
+        codes, dense = e2m1(blocks, exponents.exp2())
+        tensors = {
+            "weight_packed": codes[:, 0::2] + codes[:, 1::2] * 16,
+            "weight_scale": (exponents + 127).to(torch.uint8),
+        }
+        return tensors, dense
+
+    return spell, {}, {}
+
+
+#: bitsandbytes' 16 values, the negative ones and then the others.
+NF4 = torch.tensor(
+    [
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634),
+        *(0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+        *(0.7229568362236023, 1.0),
+    ]
+)
+
+
+def nf4():
+    """bitsandbytes' NF4 in blocks of 64, the first code in the high half."""
+
+    def spell(layer, weight):
+        blocks = weight.float().reshape(-1, 64)
+        absmax = blocks.abs().amax(1)
+        codes = (blocks / absmax[:, None])[..., None].sub(NF4).abs().argmin(-1)
+        dense = (NF4[codes] * absmax[:, None]).reshape(weight.shape)
+        flat = codes.to(torch.uint8).reshape(-1, 2)
+        state = {
+            **{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16"},
+            "shape": list(weight.shape),
+        }
+        name = "weight.quant_state.bitsandbytes__nf4"
+        return {
+            "weight": (flat[:, :1] * 16 + flat[:, 1:]),
+            "weight.absmax": absmax,
+            "weight.quant_map": NF4.clone(),
+            name: marker(**state),
+        }, dense
+
+    return spell, {}, {}
+
+
 def plain(rows, cols, shape, name="weight_scale", metadata=None, code="weight"):
     """Data and a scale of some name and shape, and no marker."""
 
@@ -176,6 +307,17 @@ def dialects(dense):
         "comfy_quant without format": mismarked(marker(orig_dtype="torch.bfloat16")),
         "comfy_quant of integers": mismarked(marker(format="int8_tensorwise")),
         "mxfp8": mxfp8(),
+        "int8 rows": int8({"format": "int8_tensorwise"}),
+        "int8 ConvRot": int8({"format": "int8_tensorwise"}, 64),
+        "int8 ConvRot without format": int8({"convrot": False, "per_row": True}, 64),
+        "int8 blocks": int8({"format": "int8_blockwise", "group_size": 64}, block=64),
+        "nvfp4": nvfp4(),
+        "nvfp4 with factors of its inputs": nvfp4(smooth=True),
+        "nvfp4 without a marker": nvfp4(marked=False),
+        "nvfp4 of ModelOpt": nvfp4(plain=True),
+        "nvfp4 of ModelOpt, with factors": nvfp4(smooth=True, plain=True),
+        "mxfp4": mxfp4(),
+        "nf4": nf4(),
         "kijai": plain(None, None, lambda scale: ()),
         "fp8r": plain(1, None, lambda scale: (len(scale),)),
         "compressed_tensors": plain(1, None, lambda scale: (len(scale), 1)),
@@ -207,8 +349,29 @@ def main():
         path = str(comfy_case.FOLDER / f"{name.replace(' ', '-')}.safetensors")
         save_file(quantized_sd, path, metadata)
         expected = first_output(load(dense))
-        found[name] = error(first_output(comfy.sd.load_diffusion_model(path)), expected)
+        found[name] = error(loaded(path, name in AMBIGUOUS), expected)
     return found
+
+
+def loaded(path, ambiguous):
+    """What the stock loader's model computes; of a file that may be two, as preferred.
+
+    One that is loaded although nothing says which it is counts as nothing but error.
+    """
+    import hijack
+    from hijack.formats.preference import prefer
+
+    load = comfy.sd.load_diffusion_model
+    if not ambiguous:
+        return first_output(load(path))
+    try:
+        load(path)
+        raise AssertionError(f"{path}: is ambiguous, and was loaded")
+    except hijack.HijackError as error:
+        if "assume" not in str(error):
+            raise
+    with prefer(["comfy_quant"]):
+        return first_output(load(path))
 
 
 if __name__ == "__main__":

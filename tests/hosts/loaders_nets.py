@@ -174,7 +174,7 @@ def check_mixed(bf16, dense_t5):
 def check_mixed_refused(bf16):
     """What neither an old ComfyUI nor hijack reads beside our layers is refused."""
     quantized_sd, _ = comfy_models.musubi(bf16)
-    text = b'{"format": "int8_tensorwise"}'
+    text = b'{"format": "awq_w4a16"}'
     layer = "transformer_blocks.0.attn.to_k"
     del quantized_sd[f"{layer}.scale_weight"]
     quantized_sd[f"{layer}.weight"] = quantized_sd[f"{layer}.weight"].view(torch.int8)

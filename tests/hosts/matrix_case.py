@@ -1,6 +1,6 @@
-"""Run by tests in a fresh process: everything that must work, for two schemes.
+"""Run by tests in a fresh process: everything that must work, for each scheme.
 
-Usage: matrix_case.py COMFYUI FOLDER [dynamic]
+Usage: matrix_case.py COMFYUI FOLDER [dynamic] ROW ...
 
 Judges by a latent after a few steps: relative L2 distance to that of the exactly
 dequantized float32 model, with the exact LoRA. With ``dynamic``, under doubles of a
@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent / "comfyui"), str(HERE)]
 sys.path.append(str(HERE.parents[1] / "examples" / "hijack-int8-rowwise"))
 
-DYNAMIC = sys.argv[3:] == ["dynamic"]
+DYNAMIC = "dynamic" in sys.argv[3:]
+ROWS = [name for name in sys.argv[3:] if name != "dynamic"]
 if DYNAMIC:
     import aimdo_double
 
@@ -36,6 +37,17 @@ from hijack.formats.native_marker import write_marker
 comfy = case.comfy
 NUMBERS = itertools.count()
 STEPS = 3
+#: Row to scheme and options, in its own spelling; that of block-wise FP8 is musubi's.
+SCHEMES = {
+    "example plugin": ("int8_rowwise", {}),
+    "int8": ("int8", {}),
+    "int8 ConvRot": ("int8", {"rotation": 64}),
+    "nvfp4": ("nvfp4", {}),
+    "mxfp4": ("mxfp4", {}),
+    "nf4": ("nf4", {}),
+    "w4a8": ("w4a8", {}),
+    "convrot_w4a4": ("convrot_w4a4", {}),
+}
 SMALL, LARGE = 0.01, 5.0
 
 
@@ -136,26 +148,26 @@ def load(tensors):
 
 
 def main():
-    """Both schemes; what they found is printed as the last line."""
+    """All schemes; what they found is printed as the last line."""
     import hijack_int8_rowwise
 
     import hijack
-    import schemes.blockwise_fp8  # noqa: F401
     from hijack.quantized import QuantizationConfig
 
     bf16 = comfy_models.make_state_dict(comfy_models.small_qwen_shapes())
-    quantized_sd, _ = comfy_models.musubi(bf16)
-    plugin = hijack.register(hijack_int8_rowwise.Int8Rowwise())
-    config = QuantizationConfig.of(
-        hijack.schemes()["blockwise_fp8"], {"block_size": (1, 64)}
-    )
-    rows, meant, marked = case.with_scheme(bf16, plugin)
-    matrices = {
-        "blockwise_fp8": Matrix(quantized_sd, case.exact(quantized_sd), bf16, config),
-        "example plugin": Matrix(
-            rows, meant, bf16, QuantizationConfig.of(plugin), marked
-        ),
-    }
+    hijack.register(hijack_int8_rowwise.Int8Rowwise())
+    registered, matrices = hijack.schemes(), {}
+    for name in ROWS:
+        scheme, options = SCHEMES.get(name, (name, {"block_size": (1, 64)}))
+        config = QuantizationConfig.of(registered[scheme], options)
+        marked = None
+        if name in SCHEMES:
+            file = case.with_scheme(bf16, registered[scheme], **options)
+            quantized_sd, meant, marked = file
+        else:
+            quantized_sd, _ = comfy_models.musubi(bf16)
+            meant = case.exact(quantized_sd)
+        matrices[name] = Matrix(quantized_sd, meant, bf16, config, marked)
     if DYNAMIC:
         aimdo_double.enable()
     print(json.dumps({name: matrix.run() for name, matrix in matrices.items()}))

@@ -256,16 +256,16 @@ def check_new_loaders(files, meant):
             "unexpected": sorted(set(unexpected) - set(meant)),
         }
     found["own formats"] = hasattr(comfy.utils, "convert_old_quants")
-    files["int8"] = write(
-        "int8",
+    files["awq"] = write(
+        "awq",
         {
             "theirs.weight": torch.ones(8, 64, dtype=torch.int8),
             "theirs.weight_scale": torch.ones(8, 1),
-            "theirs.comfy_quant": torch.tensor(list(b'{"format": "int8_tensorwise"}')),
+            "theirs.comfy_quant": torch.tensor(list(b'{"format": "awq_w4a16"}')).byte(),
         },
     )
     try:
-        loader_of("comfy_extras/nodes_new.py")(model, str(files["int8"]))
+        loader_of("comfy_extras/nodes_new.py")(model, str(files["awq"]))
     except Exception as caught:
         found["unreadable"] = f"{type(caught).__name__}: {caught}"
 
