@@ -355,12 +355,12 @@ def make_params(scale: Tensor, shape: Pair, size: Pair) -> dict[str, Tensor]:
 
 def sized(claim: Claim, header: Header) -> Claim:
     """A claim to a layer of the scheme's own names, with the size of its blocks."""
-    tensors = header.tensors
-    block = tensors.get(claim.keys.get("weight_block_size", ""))
+    infos = {role: header.tensors[key] for role, key in claim.keys.items()}
+    block = infos.get("weight_block_size")
     try:
         size = infer_block_size(
-            tensors[claim.keys["weight"]].shape,
-            tensors[claim.keys["weight_scale"]].shape,
+            infos["weight"].shape,
+            infos["weight_scale"].shape,
             block.shape if block else None,
         )
     except (ShapeError, KeyError):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
@@ -468,6 +469,19 @@ def test_a_format_without_a_scheme_is_named(name):
     found = identify(header_of(tensors, metadata))
     assert {la: one.format for la, one in found.unsupported.items()} == {"a": expected}
     assert (found.layers, found.unconsumed, found.clear) == ({}, (), False)
+
+
+def test_a_tensor_without_a_name_is_nobody_s_block_size(tmp_path):
+    """A key may be empty; it is not that of a tensor which a layer lacks."""
+    model = nn.Sequential(nn.Linear(64, 16, bias=False))
+    hijack.wrap_model(model, "blockwise_fp8", block_size=16)
+    hijack.save(model, tmp_path / "a.safetensors", "hijack")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    tensors = {**load_file(tmp_path / "a.safetensors"), "": torch.ones(16)}
+    save_file(tensors, tmp_path / "b.safetensors", metadata)
+    claim = hijack.identify(tmp_path / "b.safetensors").claims()["0"]
+    assert claim.block_size == (1, 16)
 
 
 def test_a_weight_that_is_marked_as_rotated_is_not_read():
