@@ -248,7 +248,9 @@ class Conversion:
         claim = dataclasses.replace(self.claim, options=self._kept)
         try:
             declared = matching.declared_options(claim, self.result)
-            return self.target.encode(qdata, params, {**declared, **self.options})
+            told = self.result.options_of(qdata, params)  # tensors outrank a marker
+            kept = {name: v for name, v in declared.items() if name not in told}
+            return self.target.encode(qdata, params, {**kept, **self.options})
         except HijackError as error:
             raise type(error)(f"{self.claim.layer}: {error}") from error
 

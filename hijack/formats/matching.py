@@ -253,8 +253,11 @@ def read_weight(
 
 
 def options_of(claim: Claim, scheme: Scheme, quantized: Quantized) -> dict[str, Any]:
-    """Options a layer of a file was quantized with, as far as they are known."""
-    return {**scheme.options_of(*quantized), **declared_options(claim, scheme)}
+    """Options a layer of a file was quantized with, as far as they are known.
+
+    What the tensors tell outranks what the file declares.
+    """
+    return {**declared_options(claim, scheme), **scheme.options_of(*quantized)}
 
 
 def declared_options(claim: Claim, scheme: Scheme) -> dict[str, Any]:
