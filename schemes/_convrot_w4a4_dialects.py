@@ -26,6 +26,7 @@ class ConvRotW4A4Dialect(ComfyQuantDialect):
     formats = ("convrot_w4a4",)
     known = ("convrot_groupsize", "linear_dtype", "quant_group_size")
     stores = ("linear_dtype",)
+    told = ("weight_rotation",)
     names: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": ("weight",),
         "weight_scale": ("weight_scale",),
@@ -56,11 +57,6 @@ class ConvRotW4A4Dialect(ComfyQuantDialect):
         rotation = columns_in(claim, "rotation")
         params |= rotation_marker(rotation, qdata.device)
         return qdata.view(torch.int8), params
-
-    def store(self, qdata: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without the size of rotated groups, which the marker has."""
-        stored = {name: t for name, t in params.items() if name in self.names}
-        return super().store(qdata, stored)
 
     def entry(
         self,

@@ -10,19 +10,72 @@ Reference: OCP Microscaling Formats (MX), version 1.0, section 5.3.3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import hijack
 from hijack.errors import CheckpointError, DTypeError, ShapeError
+from hijack.formats.tensor_dialect import likeness
 
 #: Largest magnitude.
 MAX = 6.0
 #: Elements that are decoded or encoded at a time: on a CPU so many that they stay in
 #: the cache, elsewhere so that what is made on the way is small beside the weight.
 PIECE, LARGE_PIECE = 1 << 19, 1 << 24
+
+
+class FP4Scheme(hijack.Scheme):
+    """What schemes of E2M1 codes with scales of 1 x C blocks have in common.
+
+    Attributes:
+        cols: C, columns that share a scale.
+    """
+
+    cols: ClassVar[int]
+
+    def empty(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Codes of a weight (N, K), and ``weight_columns`` (K, 0) if it is padded.
+
+        Raises:
+            ShapeError: if the weight has not two dimensions.
+        """
+        if weight.dim() != 2:
+            raise ShapeError(
+                f"{self.name}: weight has shape {tuple(weight.shape)}, expected (rows, "
+                "columns); leave the layer dense"
+            )
+        n, k = weight.shape
+        padded = -(-k // self.cols) * self.cols
+        qdata = weight.new_empty((n, padded // 2), dtype=torch.uint8)
+        if padded == k:
+            return qdata, {}
+        return qdata, {"weight_columns": weight.new_empty((k, 0), dtype=torch.uint8)}
+
+    def dense_shape(
+        self, qdata: Tensor, params: Mapping[str, Tensor]
+    ) -> tuple[int, ...]:
+        """Two columns for each byte."""
+        return qdata.shape[0], 2 * qdata.shape[1]
+
+    def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:
+        """Weights that are no matrix, or empty."""
+        if len(shape) != 2:
+            return "it is no matrix"
+        return "it has no elements" if 0 in shape else None
+
+    def block_size(
+        self, qdata: Tensor, params: Mapping[str, Tensor]
+    ) -> tuple[int, int]:
+        """C columns of a row."""
+        return 1, self.cols
+
+    def likeness(self, header: hijack.Header, layer: str) -> Hashable | None:
+        """The layer's tensors, and what the markers of all dialects say of it."""
+        return likeness(header, layer)
 
 
 def encode(values: Tensor) -> Tensor:

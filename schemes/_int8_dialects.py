@@ -13,11 +13,11 @@ from torch import Tensor
 from hijack.claim import Certainty, Claim
 from hijack.errors import CheckpointError
 from hijack.formats.comfy_quant import ComfyQuantDialect
-from hijack.formats.comfyui_markers import LAYER_MARKER, wrong_format
+from hijack.formats.comfyui_markers import FULL_PRECISION, LAYER_MARKER, wrong_format
+from hijack.formats.configured import ConfiguredFiles
 from hijack.formats.dialect import Dialect, EncodedLayer, FormatMetadata
 from hijack.formats.tensor_dialect import Reading, TensorDialect
 from hijack.safetensors_io.header import (
-    CONFIG_KEY,
     Header,
     TensorInfo,
     join,
@@ -157,7 +157,7 @@ class ComfyInt8(ComfyQuantDialect, Int8Dialect):
     formats = ("int8_tensorwise", "int8_blockwise")
     known = (
         *("convrot", "convrot_groupsize", "per_row", "group_size", "num_experts"),
-        "full_precision_matrix_mult",
+        FULL_PRECISION,
     )
 
     def marked(
@@ -234,7 +234,7 @@ class ComfyInt8(ComfyQuantDialect, Int8Dialect):
         """The marker, as ComfyUI writes it."""
         entry: dict[str, object] = {"format": "int8_tensorwise"}
         if options.get(INPUTS, "").lower() != "true":
-            entry["full_precision_matrix_mult"] = True
+            entry[FULL_PRECISION] = True
         if "weight_rotation" in quantized:
             entry["convrot"] = True
             entry["convrot_groupsize"] = quantized["weight_rotation"].shape[0]
@@ -263,7 +263,7 @@ def _has_dialect(header: Header) -> bool:
 
 def _options(marker: Mapping[str, Any]) -> dict[str, str]:
     """Rotation and kind of product, as ComfyUI reads them."""
-    full = bool(marker.get("full_precision_matrix_mult"))
+    full = bool(marker.get(FULL_PRECISION))
     return {INPUTS: "false" if full else "true", **_rotation(marker)}
 
 
@@ -289,7 +289,7 @@ def _possible_rotations(infos: Mapping[str, TensorInfo]) -> list[int]:
 # -- others ----------------------------------------------------------------------------
 
 
-class CompressedTensorsInt8(Int8Dialect):
+class CompressedTensorsInt8(ConfiguredFiles, Int8Dialect):
     """compressed-tensors, as its config describes the groups of layers.
 
     Where inputs are not quantized (W8A16) it packs four columns into an int32, the
@@ -370,12 +370,6 @@ class CompressedTensorsInt8(Int8Dialect):
             )
         return super().decode(claim, {**tensors, "weight": weight})
 
-    def unmark(
-        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
-    ) -> tuple[dict[str, str], set[str]]:
-        """Drop the config; it describes the whole file."""
-        return {k: v for k, v in metadata.items() if k != CONFIG_KEY}, set()
-
     def encode(
         self, qdata: Tensor, params: Mapping[str, Tensor], options: Mapping[str, object]
     ) -> dict[str, Tensor]:
@@ -428,7 +422,7 @@ class CompressedTensorsInt8(Int8Dialect):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-        return FormatMetadata({CONFIG_KEY: json.dumps(config)}, config=config)
+        return self.format_metadata(config)
 
 
 def _unpacked(packed: TensorInfo) -> TensorInfo:

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from hijack.claim import Certainty, Claim
 from hijack.formats.comfyui_markers import is_marked
+from hijack.formats.configured import ConfiguredFiles
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.formats.native_marker import native_marker
 from hijack.formats.tensor_dialect import Reading, TensorDialect
 from hijack.safetensors_io.header import (
-    CONFIG_KEY,
     Header,
     TensorInfo,
     join,
@@ -45,7 +45,7 @@ class _MXFP4Dialect(TensorDialect):
         return qdata.view(torch.uint8), views
 
 
-class CompressedTensorsMXFP4Dialect(_MXFP4Dialect):
+class CompressedTensorsMXFP4Dialect(ConfiguredFiles, _MXFP4Dialect):
     """compressed-tensors' ``mxfp4-pack-quantized``, which vLLM reads."""
 
     name = "compressed_tensors"
@@ -62,12 +62,6 @@ class CompressedTensorsMXFP4Dialect(_MXFP4Dialect):
             certainty = Certainty.MARKED if method else Certainty.UNIQUE
             evidence = f"config says {method}" if method else ""
             yield Reading(certainty, evidence, block_size=(1, COLS))
-
-    def unmark(
-        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
-    ) -> tuple[dict[str, str], set[str]]:
-        """Drop the config; it describes the whole file."""
-        return {k: v for k, v in metadata.items() if k != CONFIG_KEY}, set()
 
     def finish(
         self, layers: Mapping[str, EncodedLayer], others: Mapping[str, TensorInfo]
@@ -101,7 +95,7 @@ class CompressedTensorsMXFP4Dialect(_MXFP4Dialect):
             "kv_cache_scheme": None,
             "global_compression_ratio": None,
         }
-        return FormatMetadata({CONFIG_KEY: json.dumps(config)}, config=config)
+        return self.format_metadata(config)
 
 
 class TorchaoMXFP4Dialect(_MXFP4Dialect):

@@ -9,7 +9,6 @@ the same shapes: without a marker or a config the user has to say which they are
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -19,16 +18,17 @@ from torch import Tensor
 from hijack.claim import Certainty, Claim
 from hijack.formats.comfy_quant import ComfyQuantDialect
 from hijack.formats.comfyui_markers import (
+    FULL_PRECISION,
     is_marked,
     pads,
     unpadded_shape,
     wrong_format,
 )
+from hijack.formats.configured import ConfiguredFiles
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.formats.native_marker import native_marker
 from hijack.formats.tensor_dialect import Reading, TensorDialect
 from hijack.safetensors_io.header import (
-    CONFIG_KEY,
     Header,
     TensorInfo,
     join,
@@ -40,8 +40,6 @@ from schemes._tiles import from_tiles, tiled_shape, to_tiles, torchao_shape
 
 #: Columns that share a scale.
 COLS = 16
-#: The option for layers that a program shall never multiply in FP4.
-FULL_PRECISION = "full_precision_matrix_mult"
 #: ComfyUI pads the sides of a weight to multiples of this.
 _PAD = (16, 16)
 _NAMES = {
@@ -67,6 +65,7 @@ class ComfyNVFP4Dialect(ComfyQuantDialect):
     input_written = "input_scale"
     formats = ("nvfp4",)
     known = ("group_size", FULL_PRECISION)
+    told = ("weight_columns",)
 
     def marked(
         self, marker: Mapping[str, Any], infos: Mapping[str, TensorInfo]
@@ -127,9 +126,8 @@ class ComfyNVFP4Dialect(ComfyQuantDialect):
         n = len(qdata)
         packed = qdata.new_zeros((n + -n % _PAD[0], qdata.shape[1]))
         packed[:n] = _fp4.swap(qdata)
-        stored = {name: t for name, t in params.items() if name != "weight_columns"}
-        stored["weight_scale"] = to_tiles(params["weight_scale"])
-        return super().store(packed, stored)
+        tiles = to_tiles(params["weight_scale"])
+        return super().store(packed, {**params, "weight_scale": tiles})
 
     def entry(
         self,
@@ -149,7 +147,7 @@ class ComfyNVFP4Dialect(ComfyQuantDialect):
         return entry
 
 
-class ModelOptNVFP4Dialect(TensorDialect):
+class ModelOptNVFP4Dialect(ConfiguredFiles, TensorDialect):
     """ModelOpt's and Black Forest Labs': plain order, the even column in the low bits.
 
     ModelOpt writes a config, Black Forest Labs do not.
@@ -187,12 +185,6 @@ class ModelOptNVFP4Dialect(TensorDialect):
         qdata, params = super().decode(claim, tensors)
         return qdata, {**params, "weight_scale_2": params["weight_scale_2"].view(())}
 
-    def unmark(
-        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
-    ) -> tuple[dict[str, str], set[str]]:
-        """Drop the config; it describes the whole file."""
-        return {k: v for k, v in metadata.items() if k != CONFIG_KEY}, set()
-
     def finish(
         self, layers: Mapping[str, EncodedLayer], others: Mapping[str, TensorInfo]
     ) -> FormatMetadata:
@@ -211,7 +203,7 @@ class ModelOptNVFP4Dialect(TensorDialect):
             "config_groups": {"group_0": group},
             "ignore": dense,
         }
-        return FormatMetadata({CONFIG_KEY: json.dumps(config)}, config=config)
+        return self.format_metadata(config)
 
 
 class CompressedTensorsNVFP4Dialect(TensorDialect):

@@ -11,13 +11,12 @@ from torch import Tensor
 from hijack.claim import Certainty, Claim
 from hijack.errors import CheckpointError
 from hijack.formats.comfy_quant import ComfyQuantDialect
+from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.formats.tensor_dialect import Reading
 from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.text import excerpt
 from schemes._rotation import ROTATIONS, rotation_marker
 
-#: The marker's entry, and the option, of layers that are multiplied as dense ones.
-FULL_PRECISION = "full_precision_matrix_mult"
 #: Digits of more columns than any group has, which a tensor may have.
 MOST_DIGITS = 6
 
@@ -29,6 +28,7 @@ class W4A8Dialect(ComfyQuantDialect):
     formats = ("asym_w4a8_int8",)
     known = ("group_size", "convrot_groupsize", FULL_PRECISION)
     stores = (FULL_PRECISION,)
+    told = ("weight_group_size", "weight_rotation")
     names: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "weight": ("weight",),
         "weight_s_rel": ("weight_s_rel",),
@@ -87,7 +87,7 @@ class W4A8Dialect(ComfyQuantDialect):
         return qdata.view(torch.int8), params
 
     def store(self, qdata: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Without the sizes, which the marker has.
+        """As in the base class, which leaves out what the marker says.
 
         Raises:
             CheckpointError: if groups are shifted, which ComfyUI does not read.
@@ -97,8 +97,7 @@ class W4A8Dialect(ComfyQuantDialect):
                 "dialect comfy_quant: has no place for weight_correction, expected "
                 "groups that are not shifted; write it in dialect 'hijack'"
             )
-        stored = {name: t for name, t in params.items() if name in self.names}
-        return super().store(qdata, stored)
+        return super().store(qdata, params)
 
     def entry(
         self,

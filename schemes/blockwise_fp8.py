@@ -39,6 +39,7 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.modules import linear_forward as default_linear
 from hijack.options import Option
 from schemes._blocks import (
@@ -58,7 +59,7 @@ from schemes._blocks import (
 from schemes._fp8 import decode, quantize
 from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES, check_scales, decode_scale
 from schemes._fp8.dialects import DIALECTS, NATIVE
-from schemes._fp8.dialects.base import FULL_PRECISION, likeness
+from schemes._fp8.dialects.base import likeness
 
 # -- the scheme ----------------------------------------------------------------------
 

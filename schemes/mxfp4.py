@@ -19,8 +19,7 @@ Reference: OCP Microscaling Formats (MX), version 1.0, section 6.3.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +27,7 @@ from torch import Tensor
 
 import hijack
 import hijack.hosts
-from hijack.errors import NonFiniteError, ShapeError
-from hijack.formats.tensor_dialect import likeness
+from hijack.errors import NonFiniteError
 from hijack.options import Option
 from schemes import _fp4
 from schemes._mxfp4_dialects import COLS, DIALECTS
@@ -42,10 +40,11 @@ _CODE_EXPONENT = 2
 _MANTISSA = 23
 
 
-class MXFP4(hijack.Scheme):
+class MXFP4(_fp4.FP4Scheme):
     """E2M1 codes, and a power of two for each 1 x 32 block."""
 
     name = "mxfp4"
+    cols = COLS
     dialects = DIALECTS
     claims_unmarked = True
     options = (
@@ -78,18 +77,10 @@ class MXFP4(hijack.Scheme):
             ShapeError: if the weight has not two dimensions.
         """
         self.check_options({"scale_search": scale_search})
-        if weight.dim() != 2:
-            raise ShapeError(
-                f"mxfp4: weight has shape {tuple(weight.shape)}, expected (rows, "
-                "columns); leave the layer dense"
-            )
+        qdata, columns = self.empty(weight)
         n, blocks = weight.shape[0], -(-weight.shape[1] // COLS)
-        qdata = weight.new_empty((n, blocks * COLS // 2), dtype=torch.uint8)
         scale = weight.new_empty((n, blocks), dtype=torch.uint8)
-        params = {"weight_scale": scale}
-        if weight.shape[1] % COLS:
-            columns = weight.new_empty((weight.shape[1], 0), dtype=torch.uint8)
-            params["weight_columns"] = columns
+        params = {"weight_scale": scale, **columns}
         if weight.is_meta:
             return qdata, params
         weight = weight.detach()
@@ -120,28 +111,6 @@ class MXFP4(hijack.Scheme):
         """
         scale = params["weight_scale"].view(_E8M0).float()
         return _fp4.decode(qdata, scale, COLS, dtype)
-
-    def dense_shape(
-        self, qdata: Tensor, params: Mapping[str, Tensor]
-    ) -> tuple[int, ...]:
-        """Two columns for each byte."""
-        return qdata.shape[0], 2 * qdata.shape[1]
-
-    def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:
-        """Weights that are no matrix, or empty."""
-        if len(shape) != 2:
-            return "it is no matrix"
-        return "it has no elements" if 0 in shape else None
-
-    def block_size(
-        self, qdata: Tensor, params: Mapping[str, Tensor]
-    ) -> tuple[int, int]:
-        """32 columns of a row."""
-        return 1, COLS
-
-    def likeness(self, header: hijack.Header, layer: str) -> Hashable | None:
-        """The layer's tensors, and what the markers of all dialects say of it."""
-        return likeness(header, layer)
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse shapes and dtypes that do not fit, and NaN."""

@@ -24,8 +24,7 @@ Over Six" (arXiv 2512.02010), for scales that are larger than the largest elemen
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +32,11 @@ from torch import Tensor
 
 import hijack
 import hijack.hosts
-from hijack.errors import NonFiniteError, ShapeError
-from hijack.formats.tensor_dialect import likeness
+from hijack.errors import NonFiniteError
+from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.options import Option
 from schemes import _fp4
-from schemes._nvfp4_dialects import COLS, DIALECTS, FULL_PRECISION
+from schemes._nvfp4_dialects import COLS, DIALECTS
 
 _E4M3 = torch.float8_e4m3fn
 #: Largest E4M3 number.
@@ -48,10 +47,11 @@ _SCALE_MAX_BITS = 0x7E
 _STEPS = (5, -1, 4, 1, 6, 3, -2)
 
 
-class NVFP4(hijack.Scheme):
+class NVFP4(_fp4.FP4Scheme):
     """E2M1 codes, E4M3 scales of 1 x 16 blocks, and one float32 scale."""
 
     name = "nvfp4"
+    cols = COLS
     dialects = DIALECTS
     claims_unmarked = True
     options = (
@@ -98,19 +98,11 @@ class NVFP4(hijack.Scheme):
             ShapeError: if the weight has not two dimensions.
         """
         self.check_options({"scale_search": scale_search})
-        if weight.dim() != 2:
-            raise ShapeError(
-                f"nvfp4: weight has shape {tuple(weight.shape)}, expected (rows, "
-                "columns); leave the layer dense"
-            )
+        qdata, columns = self.empty(weight)
         n, blocks = weight.shape[0], -(-weight.shape[1] // COLS)
-        qdata = weight.new_empty((n, blocks * COLS // 2), dtype=torch.uint8)
         scale = weight.new_empty((n, blocks), dtype=_E4M3)
         whole = weight.new_zeros((), dtype=torch.float32)
-        params = {"weight_scale": scale, "weight_scale_2": whole}
-        if weight.shape[1] % COLS:
-            columns = weight.new_empty((weight.shape[1], 0), dtype=torch.uint8)
-            params["weight_columns"] = columns
+        params = {"weight_scale": scale, "weight_scale_2": whole, **columns}
         if weight.is_meta or not weight.numel():
             return qdata, params
         weight = weight.detach()
@@ -144,12 +136,6 @@ class NVFP4(hijack.Scheme):
         columns = None if columns is None else columns.float()
         return _fp4.decode(qdata, scale, COLS, dtype, columns)
 
-    def dense_shape(
-        self, qdata: Tensor, params: Mapping[str, Tensor]
-    ) -> tuple[int, ...]:
-        """Two columns for each byte."""
-        return qdata.shape[0], 2 * qdata.shape[1]
-
     def requantize(
         self, weight: Tensor, old: hijack.QuantizedTensor, *, seed: int = 0
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -159,22 +145,6 @@ class NVFP4(hijack.Scheme):
             return self.quantize(weight, **old.options)
         qdata, params = self.quantize(weight / columns.float(), **old.options)
         return qdata, {**params, "pre_quant_scale": columns.clone()}
-
-    def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:
-        """Weights that are no matrix, or empty."""
-        if len(shape) != 2:
-            return "it is no matrix"
-        return "it has no elements" if 0 in shape else None
-
-    def block_size(
-        self, qdata: Tensor, params: Mapping[str, Tensor]
-    ) -> tuple[int, int]:
-        """16 columns of a row."""
-        return 1, COLS
-
-    def likeness(self, header: hijack.Header, layer: str) -> Hashable | None:
-        """The layer's tensors, and what the markers of all dialects say of it."""
-        return likeness(header, layer)
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse shapes and dtypes that do not fit, and scales that cannot be.

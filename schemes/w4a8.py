@@ -36,6 +36,7 @@ from torch import Tensor
 import hijack
 import hijack.hosts
 from hijack.errors import CheckpointError, DTypeError, NonFiniteError, ShapeError
+from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.options import Option
 from schemes._rotation import (
     ROTATIONS,
@@ -47,7 +48,6 @@ from schemes._rotation import (
 )
 from schemes._w4a8_dialects import (
     DIALECTS,
-    FULL_PRECISION,
     code_bits,
     is_group_size,
     size_marker,

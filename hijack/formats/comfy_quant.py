@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import json
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
@@ -103,12 +104,14 @@ class ComfyQuantDialect(MarkedDialect, TensorDialect):
     Attributes:
         formats: values of ``format`` in the marker that are the scheme's.
         known: further entries of the marker that `marked` reads.
+        told: names of the scheme's tensors that the marker says instead of the file.
     """
 
     ignored: ClassVar[tuple[str, ...]] = (LAYER_MARKER,)
     inputs: tuple[str, ...] = ("input_scale",)
     formats: ClassVar[tuple[str, ...]] = ()
     known: ClassVar[Collection[str]] = ()
+    told: ClassVar[Collection[str]] = ()
 
     @abc.abstractmethod
     def marked(
@@ -149,15 +152,10 @@ class ComfyQuantDialect(MarkedDialect, TensorDialect):
             return
         unread = unread_entries(marker, layer_tensor(header, layer) or {}, self.known)
         for reading in self.marked(flat(marker), infos):
-            yield Reading(
-                reading.certainty,
-                reading.evidence or f"comfy_quant says {marker['format']}",
-                reading.options,
-                reading.block_size,
-                reading.shape,
-                reading.padded,
-                reading.mismatch,
-                (*reading.unread, *unread),
+            yield dataclasses.replace(
+                reading,
+                evidence=reading.evidence or f"comfy_quant says {marker['format']}",
+                unread=(*reading.unread, *unread),
             )
 
     def encode(
@@ -177,7 +175,8 @@ class ComfyQuantDialect(MarkedDialect, TensorDialect):
         Raises:
             CheckpointError: if ComfyUI's format has no place for them.
         """
-        return super().encode(qdata, params, {})
+        stored = {name: t for name, t in params.items() if name not in self.told}
+        return super().encode(qdata, stored, {})
 
 
 def flat(marker: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,8 @@ from hijack.text import excerpt
 LAYER_MARKER = "comfy_quant"
 #: Header metadata that marks layers too.
 LAYER_TABLE = "_quantization_metadata"
+#: A marker's entry of layers that are never multiplied in few bits.
+FULL_PRECISION = "full_precision_matrix_mult"
 #: Last part of the key of the older marker, of a whole model.
 FILE_MARKER = "scaled_fp8"
 #: ``format`` of a layer's marker to safetensors' names of the dtypes its weight has.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from hijack.claim import Certainty, Claim
 from hijack.formats.comfyui_markers import read_marker
+from hijack.formats.configured import ConfiguredFiles
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.formats.tensor_dialect import Reading, TensorDialect
-from hijack.safetensors_io.header import CONFIG_KEY, Header, TensorInfo, join
+from hijack.safetensors_io.header import Header, TensorInfo, join
 from schemes._nf4.tensors import (
     DTYPES,
     NESTED,
@@ -32,7 +33,7 @@ _FLOAT = 24
 _LARGEST = torch.finfo(torch.float32).max
 
 
-class BitsAndBytesDialect(TensorDialect):
+class BitsAndBytesDialect(ConfiguredFiles, TensorDialect):
     """``X.weight.absmax`` and others, and JSON of the rest in ``X.weight.quant_state``.
 
     ``quant_map`` is the table, which the name of ``quant_state`` tells. Codes are
@@ -125,12 +126,6 @@ class BitsAndBytesDialect(TensorDialect):
         )
         return tensors
 
-    def unmark(
-        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
-    ) -> tuple[dict[str, str], set[str]]:
-        """Remove the config."""
-        return {k: v for k, v in metadata.items() if k != CONFIG_KEY}, set()
-
     def finish(
         self, layers: Mapping[str, EncodedLayer], others: Mapping[str, TensorInfo]
     ) -> FormatMetadata:
@@ -152,7 +147,7 @@ class BitsAndBytesDialect(TensorDialect):
                 key.removesuffix(".weight") for key in others if key.endswith(".weight")
             ],
         }
-        return FormatMetadata({CONFIG_KEY: json.dumps(config)}, config=config)
+        return self.format_metadata(config)
 
 
 def _fits(state: Mapping[str, Any], kind: str, infos: Mapping[str, TensorInfo]) -> bool:

@@ -43,8 +43,6 @@ from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES
 
 #: What torchao calls the quantized data of a weight.
 TORCHAO_DATA = "_weight_qdata"
-#: The option of layers that are never multiplied in FP8, as ComfyUI calls it.
-FULL_PRECISION = "full_precision_matrix_mult"
 #: The module beside a weight in which ModelOpt and Quark keep its scale.
 WEIGHT_QUANTIZER = "weight_quantizer"
 #: Values of ``quant_method`` whose FP8 weights are quantized data times a scale.

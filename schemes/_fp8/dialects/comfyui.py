@@ -14,6 +14,7 @@ import schemes._fp8.dialects.mx as mx
 from hijack.claim import Certainty, Claim
 from hijack.formats.comfy_quant import MarkedDialect, unread_entries
 from hijack.formats.comfyui_markers import (
+    FULL_PRECISION,
     LAYER_MARKER,
     file_marker,
     file_markers_of,
@@ -42,7 +43,6 @@ from schemes._blocks import (
 )
 from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES
 from schemes._fp8.dialects.base import (
-    FULL_PRECISION,
     Declared,
     FP8Dialect,
     QuantizedWeightInfo,

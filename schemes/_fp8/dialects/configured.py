@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from hijack.claim import Certainty, Claim
-from hijack.formats.dialect import FormatMetadata
+from hijack.formats.configured import ConfiguredFiles
 from hijack.formats.native_marker import native_marker
-from hijack.safetensors_io.header import CONFIG_KEY, Header
+from hijack.safetensors_io.header import Header
 from hijack.scheme import Scheme
 from schemes._blocks import SCALE_DTYPES, Pair
 from schemes._fp8.blocks import POWER_DTYPES
@@ -22,7 +21,7 @@ from schemes._fp8.dialects.base import FP8Dialect
 BLOCK = (128, 128)
 
 
-class ConfiguredDialect(FP8Dialect):
+class ConfiguredDialect(ConfiguredFiles, FP8Dialect):
     """A dialect whose files are described by a ``quantization_config``.
 
     It is in ``config.json``. Since that is easily lost, hijack also writes it into the
@@ -43,16 +42,6 @@ class ConfiguredDialect(FP8Dialect):
         for claim in claims:
             certainty = min(claim.certainty, Certainty.UNIQUE)
             yield dataclasses.replace(claim, certainty=certainty)
-
-    def unmark(
-        self, metadata: Mapping[str, str], keys: Collection[str], layers: Iterable[str]
-    ) -> tuple[dict[str, str], set[str]]:
-        """Drop the config; it describes the whole file."""
-        return {k: v for k, v in metadata.items() if k != CONFIG_KEY}, set()
-
-    def format_metadata(self, config: Mapping[str, object]) -> FormatMetadata:
-        """The config, for both places."""
-        return FormatMetadata({CONFIG_KEY: json.dumps(config)}, config=config)
 
 
 def common_block_size(
