@@ -272,7 +272,7 @@ def prepare(
         origin = module._hijack
     _check_names(module, origin.base, weight)
     if not isinstance(weight, nn.Parameter):
-        weight = nn.Parameter(weight, requires_grad=False)  # type: ignore[assignment]
+        weight = weight.as_parameter()
     if isinstance(old, QuantizedTensor) and old.scheme is weight.scheme:
         kind = _wrapped_class(origin.base, _bound(module), tuple(weight.params))
         return Change(module, origin, weight, kind, None)
@@ -402,6 +402,11 @@ def _param(name: str, module: Any) -> Tensor:
     if weight is None:
         raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
     return weight.params[name]
+
+
+def quantized_weight(module: nn.Module) -> QuantizedTensor | None:
+    """The quantized weight of a module, or None if it has none."""
+    return _quantized(module._parameters.get("weight"))
 
 
 def _quantized(weight: Any) -> QuantizedTensor | None:

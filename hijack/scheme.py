@@ -19,6 +19,7 @@ from hijack.text import did_you_mean
 if TYPE_CHECKING:
     from hijack.claim import Claim
     from hijack.formats.dialect import Dialect
+    from hijack.kernels import Choice, KernelTable
     from hijack.quantized import QuantizedTensor, WeightView
     from hijack.safetensors_io.header import Header
 
@@ -43,7 +44,12 @@ class Scheme(abc.ABC):
         claims_unmarked: whether layers of a file that nothing marks are claimed when
             their names, dtypes and shapes are those that ``quantize`` gives. Off by
             default, because formats look alike.
+        refuses_non_finite: whether `quantize` raises NonFiniteError itself for a weight
+            with inf or NaN, also one that is inf as float32. Nobody looks for them then
+            before it is called, which is one pass over the weight.
         is_default: whether it quantizes where nobody names a scheme.
+        kernels: what its forward of a Linear chooses from, for reports; None if it has
+            one way to compute.
         origin: where the scheme was registered from; set by the registry.
     """
 
@@ -53,7 +59,9 @@ class Scheme(abc.ABC):
     dialects: tuple[Dialect, ...] = ()
     native: Dialect | None = None
     claims_unmarked: bool = False
+    refuses_non_finite: bool = False
     is_default: bool = False
+    kernels: KernelTable | None = None
     origin: str = ""
 
     @abc.abstractmethod
@@ -129,6 +137,22 @@ class Scheme(abc.ABC):
         """
         return None
 
+    def row_step(self, shape: tuple[int, ...], **options: Any) -> int | None:
+        """How many rows of a weight can be quantized without the others, or None.
+
+        Answer a number n if `quantize` of the rows from one multiple of n to another,
+        or to the end, gives bit for bit the rows of what it gives for the whole weight:
+        of the quantized data, and of every parameter with elements, which all are cut
+        along their first dimension. `quantize_file` then needs little memory for a
+        large layer, and uses all cores for it. None, as here, has weights quantized
+        whole: where they have one scale, or rounding draws random numbers.
+
+        Args:
+            shape: (N, ...) of the dense weight.
+            **options: as for `quantize`.
+        """
+        return None
+
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Choose a forward for a module that becomes quantized.
 
@@ -137,6 +161,21 @@ class Scheme(abc.ABC):
         can share it; ``weight`` is a `QuantizedTensor`. None takes the default, which
         computes with ``weight.dense(input.dtype)``. A module whose class has a forward
         of its own runs that one, and is not asked for.
+        """
+        return None
+
+    def explain_forward(
+        self, weight: QuantizedTensor | WeightView, dtype: torch.dtype, rows: int
+    ) -> Choice | None:
+        """Say what would compute a Linear now, and why nothing faster; for reports.
+
+        Args:
+            weight: of the layer, where it is computed with.
+            dtype: of the input.
+            rows: of the input.
+
+        Returns:
+            None if the forward that `bind_forward` returns has one way to compute.
         """
         return None
 

@@ -164,9 +164,10 @@ def block_size_of(qdata: Tensor, params: Mapping[str, Tensor]) -> Pair:
     """
     marker = params.get("weight_block_size")
     marker_shape = None if marker is None else tuple(marker.shape)
-    return infer_block_size(
-        tuple(qdata.shape), tuple(params["weight_scale"].shape), marker_shape
-    )
+    shapes = tuple(qdata.shape), tuple(params["weight_scale"].shape), marker_shape
+    if torch.compiler.is_compiling():  # sizes are symbols, which no cache knows
+        return infer_block_size(*shapes)
+    return _known_block_size(*shapes)
 
 
 def infer_block_size(
@@ -200,6 +201,9 @@ def infer_block_size(
             "size cannot be inferred from such a grid, expected weight_block_size too"
         )
     return n // grid[0], k // grid[1]
+
+
+_known_block_size = functools.lru_cache(maxsize=1024)(infer_block_size)
 
 
 def _rank_two(scale: tuple[int, ...]) -> Pair | None:

@@ -14,21 +14,21 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import hijack
 from hijack.errors import CheckpointError, DTypeError, ShapeError
 from hijack.formats.tensor_dialect import likeness
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.scheme import BlockScaledScheme
+from schemes._kernels.tables import E2M1, table_on
 
-#: Largest magnitude.
-MAX = 6.0
 #: Elements that are decoded or encoded at a time: on a CPU so many that they stay in
 #: the cache, elsewhere so that what is made on the way is small beside the weight.
 PIECE, LARGE_PIECE = 1 << 19, 1 << 24
 
 
-class FP4Scheme(hijack.Scheme):
+class FP4Scheme(BlockScaledScheme):
     """What schemes of E2M1 codes with scales of 1 x C blocks have in common.
 
     Attributes:
@@ -78,66 +78,19 @@ class FP4Scheme(hijack.Scheme):
         return likeness(header, layer)
 
 
-def encode(values: Tensor) -> Tensor:
-    """Round to the nearest E2M1 number, ties to the even code, and pack.
-
-    Args:
-        values: (N, K) float32; K is even. What exceeds 6 becomes 6.
-
-    Returns:
-        (N, K/2) uint8.
-    """
-    size = values.abs().clamp(max=MAX)
-    # steps of a half up to 2, of one up to 4, and then of two
-    large = torch.where(size < 4, size.round() + 2, (size / 2).round() + 4)
-    codes = torch.where(size < 2, (size * 2).round(), large).to(torch.uint8)
-    codes += values.signbit().to(torch.uint8) * 8
-    return codes[:, ::2] | (codes[:, 1::2] << 4)
-
-
-def decode(
-    packed: Tensor,
-    scale: Tensor,
-    cols: int,
-    dtype: torch.dtype,
-    columns: Tensor | None = None,
-) -> Tensor:
-    """Unpack, and multiply each block by its scale.
-
-    The product is formed in float32 and rounded once.
+def block_scaled(
+    packed: Tensor, scale: Tensor, cols: int, factor: Tensor | None = None
+) -> BlockScaled:
+    """Codes and scales as kernels take them.
 
     Args:
         packed: (N, K/2) uint8.
-        scale: (N, K/C) float32.
+        scale: (N, K/C) of a dtype that kernels know.
         cols: C, the columns that share a scale; divides K.
-        dtype: floating dtype of the result.
-        columns: (K,) float32 factors of the columns, or None.
-
-    Returns:
-        (N, K) of ``dtype``.
+        factor: () float32 that multiplies all scales, or None.
     """
-    n, k = packed.shape[0], 2 * packed.shape[1]
-    pairs = _pairs(packed.device)
-    out = torch.empty((n, k), dtype=dtype, device=packed.device)
-    for rows in pieces(packed):
-        values = F.embedding(packed[rows].int(), pairs)  # (rows, K/2, 2)
-        dense = values.view(-1, k // cols, cols) * scale[rows, :, None]
-        dense = dense.view(-1, k)
-        out[rows] = dense if columns is None else dense * columns
-    return out
-
-
-def _pairs(device: torch.device) -> Tensor:
-    """The two numbers that each byte stands for: (256, 2) float32.
-
-    It is computed where it is needed, without a copy from the CPU that would wait.
-    """
-    byte = torch.arange(256, device=device)
-    codes = torch.stack([byte & 15, byte >> 4], 1)
-    code = codes & 7
-    small, large = code / 2, 2 * code - 8.0  # 0 to 2, and 4 to 6
-    magnitude = torch.where(code < 4, small, torch.where(code < 6, code - 2.0, large))
-    return torch.where(codes < 8, magnitude, -magnitude)
+    table = table_on(E2M1, packed.device)
+    return BlockScaled(packed, scale, (1, cols), table, factor=factor)
 
 
 def pieces(matrix: Tensor) -> Iterator[slice]:

@@ -108,8 +108,10 @@ def _hadamard(group: int, like: Tensor) -> Tensor:
     Made anew each time: a kept one would have to know compilers and inference mode.
     """
     check_rotation(group, like.shape[-1])
-    rows = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
-    four = matrix = torch.tensor(rows, dtype=like.dtype, device="cpu").to(like.device)
+    # made where it is used: a copy to a device would wait for it
+    index = torch.arange(4, device=like.device)
+    signs = torch.where(index + index[:, None] == 3, -1, 1)
+    four = matrix = signs.to(like.dtype)
     while len(matrix) < group:
         matrix = torch.kron(matrix, four)
     return matrix / math.sqrt(group)

@@ -40,7 +40,6 @@ from hijack.errors import (
     ShapeError,
 )
 from hijack.formats.comfyui_markers import FULL_PRECISION
-from hijack.modules import linear_forward as default_linear
 from hijack.options import Option
 from schemes._blocks import (
     SCALE_DTYPES,
@@ -52,19 +51,27 @@ from schemes._blocks import (
     infer_block_size,
     make_params,
     matrix_shape,
-    multiply,
     parse_block_size,
     reblock,
 )
-from schemes._fp8 import decode, quantize
-from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES, check_scales, decode_scale
+from schemes._fp8 import quantize
+from schemes._fp8.blocks import FP8_DTYPES, POWER_DTYPES, check_scales
 from schemes._fp8.dialects import DIALECTS, NATIVE
 from schemes._fp8.dialects.base import likeness
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.eager import are_plain
+from schemes._kernels.forward import decode
+from schemes._kernels.scheme import QUANTIZED_INPUTS, BlockScaledScheme
+from schemes._kernels.torch_eager import is_finite
+
+#: Codes of a weight that are looked at for NaN and inf: one in 128 codes of a damaged
+#: file is one of them.
+CHECKED = 1 << 14
 
 # -- the scheme ----------------------------------------------------------------------
 
 
-class BlockwiseFP8(hijack.Scheme):
+class BlockwiseFP8(BlockScaledScheme):
     """FP8 codes with one multiplying scale per block."""
 
     name = "blockwise_fp8"
@@ -72,6 +79,7 @@ class BlockwiseFP8(hijack.Scheme):
     dialects = DIALECTS
     native = NATIVE
     claims_unmarked = True
+    refuses_non_finite = True
     is_default = True
     options = (
         Option("block_size", "block_size", (1, 64), "elements that share a scale"),
@@ -101,6 +109,14 @@ class BlockwiseFP8(hijack.Scheme):
             "never multiply the layer in FP8, where a program could",
             forward=True,
         ),
+        Option(
+            QUANTIZED_INPUTS,
+            "bool",
+            False,
+            "quantize the input of a Linear too, and multiply in FP8 where the device "
+            "has a unit for the blocks",
+            forward=True,
+        ),
     )
 
     def quantize(  # type: ignore[override]
@@ -114,6 +130,7 @@ class BlockwiseFP8(hijack.Scheme):
         stochastic: bool = False,
         seed: int = 0,
         full_precision_matrix_mult: bool = False,
+        quantized_inputs: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cut a weight into blocks and scale each to FP8.
 
@@ -132,6 +149,7 @@ class BlockwiseFP8(hijack.Scheme):
             seed: of the random numbers; the same seed gives the same codes.
             full_precision_matrix_mult: of the layer that the weight is for; the weight
                 is the same.
+            quantized_inputs: of the layer too; without effect beside the option above.
 
         Returns:
             Codes of the weight's shape; ``weight_scale`` (ceil(N/R), ceil(K/C)), and
@@ -149,19 +167,34 @@ class BlockwiseFP8(hijack.Scheme):
         qdata = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         if weight.is_meta or not weight.numel():
             return qdata, params
-        weight = weight.detach()
-        matrix = weight.reshape(n, k)
-        scale = quantize.absmax_scale(weight, (rows, cols), dtype, scale_dtype)
-        if scale_search:
-            scale = quantize.search_scale(
-                matrix, scale, (rows, cols), dtype, scale_search
-            )
-        params["weight_scale"].copy_(scale)
         random = (
             torch.Generator(weight.device).manual_seed(seed) if stochastic else None
         )
-        quantize.encode(matrix, scale, (rows, cols), qdata.view(n, k), random)
+        quantize.quantize(
+            weight.detach().reshape(n, k),
+            (rows, cols),
+            qdata.view(n, k),
+            params["weight_scale"],
+            candidates=scale_search,
+            random=random,
+        )
         return qdata, params
+
+    def block_scaled(self, qdata: Tensor, params: Mapping[str, Tensor]) -> BlockScaled:
+        """The codes as a matrix, with the grid of scales over it.
+
+        Args:
+            qdata: (N, ...) float8_e4m3fn or float8_e5m2.
+            params: ``weight_scale`` and, where blocks are short, ``weight_block_size``.
+
+        Raises:
+            ShapeError: if the scale does not cover the weight.
+        """
+        scale = as_grid(params["weight_scale"])
+        if scale.dtype == torch.uint8:  # bytes of exponents
+            scale = scale.view(torch.float8_e8m0fnu)
+        codes = qdata if qdata.ndim == 2 else qdata.reshape(matrix_shape(qdata.shape))
+        return BlockScaled(codes, scale, block_size_of(qdata, params))
 
     def dequantize(
         self, qdata: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype
@@ -182,20 +215,18 @@ class BlockwiseFP8(hijack.Scheme):
         Raises:
             ShapeError: if the scale does not cover the weight.
         """
-        shape = matrix_shape(tuple(qdata.shape))
-        size = block_size_of(qdata, params)
-        codes, scale = qdata.reshape(shape), as_grid(params["weight_scale"])
-        if decode.can_decode(qdata, scale, size) and dtype in decode.DENSE:
-            dense = decode.dequantize(codes, scale, size, dtype)  # (N, K)
-        elif codes.is_cuda and decode.are_plain(codes, scale):
-            dense = decode.multiply_in_place(codes, scale, size, dtype)
-        else:
-            dense = multiply(codes.float(), decode_scale(scale), size).to(dtype)
-        return dense.view(qdata.shape)
+        return decode(self.block_scaled(qdata, params), dtype).view(qdata.shape)
 
     def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:
         """Weights without elements, which no block has."""
         return "it has no elements" if 0 in shape else None
+
+    def row_step(self, shape: tuple[int, ...], **options: Any) -> int | None:
+        """The rows of a block, unless random numbers are drawn for the weight."""
+        if 0 in shape or options.get("stochastic"):
+            return None
+        size = options.get("block_size", (1, 64))
+        return parse_block_size(size, matrix_shape(shape))[0]
 
     def dense_shape(
         self, qdata: Tensor, params: Mapping[str, Tensor]
@@ -289,18 +320,17 @@ class BlockwiseFP8(hijack.Scheme):
 
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Forwards that decode what they need: a piece of a Linear, rows of a table."""
-        if isinstance(module, nn.Linear):
-            return linear_forward
         if isinstance(module, nn.Embedding):
             plain = module.max_norm is None and not module.sparse
             return embedding_forward if plain else None
-        return None
+        return super().bind_forward(module)
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse dtypes the scheme has not, and numbers that cannot be.
 
         A scale must cover the weight and be positive and finite; zero is allowed where
-        all codes of the block are.
+        all codes of the block are. Of a large weight the first codes are looked at, so
+        that a file is not read in order to be mapped.
         """
         if qdata.dtype not in FP8_DTYPES:
             raise DTypeError(
@@ -321,7 +351,10 @@ class BlockwiseFP8(hijack.Scheme):
         if scale.is_meta or qdata.is_meta:
             return
         check_scales(qdata, scale, size, where)
-        if decode.are_plain(qdata) and not decode.is_finite(qdata):
+        codes = qdata
+        if codes.numel() > CHECKED:
+            codes = codes[: max(CHECKED // codes[0].numel(), 1)]
+        if are_plain(codes) and not is_finite(codes):
             raise NonFiniteError(
                 f"{where}: weight holds NaN or inf, expected finite numbers; the file "
                 "is damaged, get it again"
@@ -375,38 +408,6 @@ def _empty_params(
         marker = torch.empty((rows, cols, 0), dtype=torch.uint8, device=device)
         params["weight_block_size"] = marker
     return params
-
-
-# -- forwards --------------------------------------------------------------------------
-
-
-def linear_forward(
-    module: nn.Module,
-    input: Tensor,
-    weight: hijack.QuantizedTensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """``F.linear`` with a weight that is decoded piece by piece.
-
-    Args:
-        module: not used; the weight may be anywhere.
-        input: (..., K).
-        weight: (N, K).
-        bias: (N,), or None.
-
-    Returns:
-        (..., N) of ``input``'s dtype.
-    """
-    if not torch.compiler.is_compiling() and input.shape[-1:] == weight.shape[1:]:
-        if bias is not None and bias.dtype != input.dtype:
-            bias = bias.to(input.dtype)
-        if decode.can_multiply(input, bias):
-            codes = weight.qdata
-            scale = as_grid(weight.params["weight_scale"])
-            size = block_size_of(codes, weight.params)
-            if decode.can_decode(codes, scale, size):
-                return decode.linear(input, codes, scale, size, bias)
-    return default_linear(module, input, weight, bias)
 
 
 #: The scheme; it keeps nothing, so that one serves everybody.

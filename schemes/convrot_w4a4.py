@@ -28,6 +28,9 @@ import hijack.hosts
 from hijack.errors import CheckpointError, DTypeError, NonFiniteError, ShapeError
 from hijack.options import Option
 from schemes._convrot_w4a4_dialects import DIALECTS, LINEAR_DTYPES
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.scheme import BlockScaledScheme
+from schemes._kernels.tables import INT4, table_on
 from schemes._rotation import (
     ROTATIONS,
     is_rotation_size,
@@ -43,7 +46,7 @@ COLUMNS = 64
 MOST = 7
 
 
-class ConvRotW4A4(hijack.Scheme):
+class ConvRotW4A4(BlockScaledScheme):
     """Codes of four bits of a rotated weight, and one scale per row."""
 
     name = "convrot_w4a4"
@@ -114,23 +117,20 @@ class ConvRotW4A4(hijack.Scheme):
             **rotation_marker(rotation, weight.device),
         }
 
-    def dequantize(
-        self, qdata: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Multiply each code by its row's scale, and rotate back.
+    def block_scaled(self, qdata: Tensor, params: Mapping[str, Tensor]) -> BlockScaled:
+        """The codes with a scale for each row, as rotated as they are.
 
         Args:
             qdata: (N, K/2) int8.
             params: as `quantize` gives them; the scale is (N,) or (N, 1).
-            dtype: floating dtype of the result; all before is float32.
-
-        Returns:
-            (N, K) of ``dtype``.
         """
-        halves = [qdata << 4 >> 4, qdata >> 4]  # shifts of signed numbers keep the sign
-        codes = torch.stack(halves, 2).flatten(1).float()
-        rotated = codes * params["weight_scale"].float().view(-1, 1)
-        return rotate(rotated, rotation_of(params)).to(dtype)
+        return BlockScaled(
+            qdata.view(torch.uint8),
+            params["weight_scale"].view(-1, 1),
+            (1, 2 * qdata.shape[1]),
+            table_on(INT4, qdata.device),
+            rotation=rotation_of(params),
+        )
 
     def dense_shape(
         self, qdata: Tensor, params: Mapping[str, Tensor]

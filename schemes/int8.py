@@ -25,6 +25,9 @@ token x of the input is rotated as the weight is, and quantized as a row of its 
 
     y = (int8(x H) . Q^T) * (s_x s_w) + bias               the sum in int32
 
+See `schemes._kernels.int_mm`. Where gradients are wanted, and where a row of the weight
+has several scales, the weight is decoded.
+
 References: comfy-kitchen, ``backends/eager/quantization.py`` and ``tensor/int8.py``,
 which computes in the weight's dtype, here it is always float32; ConvRot (arXiv
 2512.03673) for the regular Hadamard matrix.
@@ -38,7 +41,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 import hijack
 import hijack.hosts
@@ -50,7 +52,6 @@ from hijack.errors import (
     ShapeError,
 )
 from hijack.formats.tensor_dialect import likeness
-from hijack.modules import linear_forward as default_linear
 from hijack.options import Option
 from schemes._blocks import (
     SCALE_DTYPES,
@@ -60,6 +61,7 @@ from schemes._blocks import (
     block_size_of,
     check_scales,
     cut,
+    divides,
     embedding_forward,
     grid_shape,
     make_params,
@@ -68,13 +70,16 @@ from schemes._blocks import (
     parse_block_size,
     reblock,
 )
-from schemes._fp8.decode import are_plain
 from schemes._int8_dialects import DIALECTS, NATIVE
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.eager import are_plain
+from schemes._kernels.forward import decode
+from schemes._kernels.scheme import QUANTIZED_INPUTS, BlockScaledScheme
+from schemes._kernels.table import TABLE
 from schemes._rotation import (
     ROTATIONS,
     check_rotation,
     rotate,
-    rotate_inputs,
     rotation_marker,
     rotation_of,
 )
@@ -84,22 +89,25 @@ MIN_SCALE = 1e-30
 #: Elements processed at a time: on the CPU what fits the cache, elsewhere enough to
 #: hide the launch of operations.
 CHUNK = 1 << 20
+#: The same where neither a product nor random numbers depend on it: a core's cache.
+TILE = 1 << 18
+#: Most threads that share a tile; more take longer to start than it takes to compute.
+MAX_THREADS = 16
 DEVICE_CHUNK = 1 << 24
-#: Elements of an output that are in float32 at a time.
-OUTPUT_CHUNK = 1 << 26
 #: Most scales that are tried for a block.
 MAX_CANDIDATES = 64
 
 # -- the scheme ------------------------------------------------------------------------
 
 
-class Int8(hijack.Scheme):
+class Int8(BlockScaledScheme):
     """INT8 codes with a scale for each block, of a weight that may be rotated."""
 
     name = "int8"
     targets = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     dialects = DIALECTS
     native = NATIVE
+    refuses_non_finite = True
     options = (
         Option("block_size", "block_size", "row", "elements that share a scale"),
         Option(
@@ -128,7 +136,7 @@ class Int8(hijack.Scheme):
         Option("stochastic", "bool", False, "round up or down at random"),
         Option("seed", "int", 0, "of the random numbers"),
         Option(
-            "quantized_inputs",
+            QUANTIZED_INPUTS,
             "bool",
             False,
             "quantize the input of a Linear too, and multiply in integers (W8A8)",
@@ -194,20 +202,34 @@ class Int8(hijack.Scheme):
         random = None
         if stochastic:
             random = torch.Generator(weight.device).manual_seed(seed)
-        step = max(_chunk(matrix) // (rows * k), 1)  # rows of blocks
+        elif not rotation and are_plain(matrix):
+            codes, scales = qdata.view(n, k), params["weight_scale"]
+            whole = BlockScaled(codes, scales, (rows, cols))
+            finite = TABLE.quantize(matrix, whole, scale_search)
+            if finite is not None:
+                if not finite:
+                    raise _not_finite(weight)
+                return qdata, params
+        room = _chunk(matrix)
+        if matrix.device.type == "cpu" and not rotation and random is None:
+            room = TILE * min(torch.get_num_threads(), MAX_THREADS)
+        step = max(room // (rows * k), 1)  # rows of blocks
+        memory = torch.empty(  # once: memory anew costs more than what it is for
+            (min(step * rows, n), k), dtype=torch.float32, device=weight.device
+        )
         for part, codes, scales in zip(
             torch.split(matrix, step * rows),
             torch.split(qdata.view(n, k), step * rows),
             torch.split(params["weight_scale"], step),
             strict=True,
         ):
-            part = part.float()
+            dense = memory[: len(part)].copy_(part)
             if rotation:
-                part = rotate(part, rotation)
-            scales.copy_(_scale(part, (rows, cols), scale_dtype, scale_search))
-            if not scales.isfinite().all():
-                raise _not_finite(weight)
-            codes.copy_(_codes(part, scales.float(), (rows, cols), random))
+                dense = rotate(dense, rotation)
+            scales.copy_(_scale(dense, (rows, cols), scale_dtype, scale_search))
+            codes.copy_(_codes(dense, scales.float(), (rows, cols), random, dense))
+        if not params["weight_scale"].isfinite().all():
+            raise _not_finite(weight)
         return qdata, params
 
     def dequantize(
@@ -229,21 +251,21 @@ class Int8(hijack.Scheme):
         Raises:
             ShapeError: if the scale does not cover the weight.
         """
-        codes = qdata.reshape(matrix_shape(tuple(qdata.shape)))
+        return decode(self.block_scaled(qdata, params), dtype).view(qdata.shape)
+
+    def block_scaled(self, qdata: Tensor, params: Mapping[str, Tensor]) -> BlockScaled:
+        """The codes as a matrix, with the grid of scales over it.
+
+        Args:
+            qdata: (N, ...) int8.
+            params: as for `dequantize`.
+
+        Raises:
+            ShapeError: if the scale does not cover the weight.
+        """
+        codes = qdata if qdata.ndim == 2 else qdata.reshape(matrix_shape(qdata.shape))
         scale, size = as_grid(params["weight_scale"]), block_size_of(qdata, params)
-        rotation = rotation_of(params)
-        if not are_plain(qdata, scale):
-            return _decode(codes, scale, size, rotation).to(dtype).view(qdata.shape)
-        dense = torch.empty(codes.shape, dtype=dtype, device=qdata.device)
-        step = max(_chunk(codes) // (size[0] * codes.shape[1]), 1)  # rows of blocks
-        for part, scales, target in zip(
-            torch.split(codes, step * size[0]),
-            torch.split(scale, step),
-            torch.split(dense, step * size[0]),
-            strict=True,
-        ):
-            target.copy_(_decode(part, scales, size, rotation))
-        return dense.view(qdata.shape)
+        return BlockScaled(codes, scale, size, rotation=rotation_of(params))
 
     def declines(self, shape: tuple[int, ...], **options: Any) -> str | None:
         """Refuse what is empty, or to rotate what is no whole number of groups wide."""
@@ -253,6 +275,18 @@ class Int8(hijack.Scheme):
         if rotation and k % rotation:
             return f"its {k} columns are no whole groups of {rotation} to rotate"
         return None
+
+    def row_step(self, shape: tuple[int, ...], **options: Any) -> int | None:
+        """The rows of a block, unless random numbers are drawn for the weight.
+
+        Of a rotated weight, as many as are rotated in one product: libraries add in
+        another order if there are fewer.
+        """
+        if 0 in shape or options.get("stochastic"):
+            return None
+        n, k = matrix_shape(shape)
+        rows, _ = parse_block_size(options.get("block_size", "row"), (n, k))
+        return max(CHUNK // (rows * k), 1) * rows if options.get("rotation") else rows
 
     def dense_shape(
         self, qdata: Tensor, params: Mapping[str, Tensor]
@@ -327,12 +361,10 @@ class Int8(hijack.Scheme):
 
     def bind_forward(self, module: nn.Module) -> Callable[..., Tensor] | None:
         """Forwards that multiply in integers if asked to, or decode only some rows."""
-        if isinstance(module, nn.Linear):
-            return linear_forward
         if isinstance(module, nn.Embedding):
             plain = module.max_norm is None and not module.sparse
             return embedding_forward if plain else None
-        return None
+        return super().bind_forward(module)
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse dtypes the scheme has not, and numbers that cannot be.
@@ -366,15 +398,11 @@ def _chunk(matrix: Tensor) -> int:
     return CHUNK if matrix.device.type == "cpu" else DEVICE_CHUNK
 
 
-def _decode(codes: Tensor, scale: Tensor, size: Pair, rotation: int) -> Tensor:
-    """(n, K) float32 of codes and (ceil(n/R), ceil(K/C)) scales."""
-    dense = multiply(codes.float(), scale.float(), size)
-    return rotate(dense, rotation) if rotation else dense
-
-
 def _scale(part: Tensor, size: Pair, dtype: torch.dtype, candidates: int) -> Tensor:
     """(ceil(n/R), ceil(K/C)) scales of (n, K) float32, the absmax scale or a better."""
-    amax = _reduce(part.abs(), size, torch.amax)
+    # two reductions read what an absolute value would have to write
+    high, low = (_reduce(part, size, end) for end in (torch.amax, torch.amin))
+    amax = torch.maximum(high.abs_(), low.abs_())
     # divide by a tensor: a GPU multiplies by a scalar's reciprocal, which rounds twice
     scale = (amax / amax.new_tensor(127.0)).to(dtype).float()
     scale = scale.clamp_min(max(MIN_SCALE, torch.finfo(dtype).tiny))
@@ -390,10 +418,24 @@ def _scale(part: Tensor, size: Pair, dtype: torch.dtype, candidates: int) -> Ten
 
 
 def _codes(
-    part: Tensor, scale: Tensor, size: Pair, random: torch.Generator | None
+    part: Tensor,
+    scale: Tensor,
+    size: Pair,
+    random: torch.Generator | None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """(n, K) float32 whole numbers from -128 to 127."""
-    codes = part / multiply(torch.ones_like(part), scale, size)
+    """(n, K) float32 whole numbers from -128 to 127, in ``out`` if it is given."""
+    (n, k), (rows, cols) = part.shape, size
+    codes = torch.empty_like(part) if out is None else out
+    if rows > 1:
+        scale = scale[torch.arange(n, device=scale.device) // rows]  # (n, ceil(K/C))
+    many, whole = k // cols, k // cols * cols  # whole blocks, then the short one
+    blocks, target = (
+        torch.unflatten(t[:, :whole], 1, (many, cols)) for t in (part, codes)
+    )
+    torch.div(blocks, scale[:, :many, None], out=target)
+    if whole < k:
+        torch.div(part[:, whole:], scale[:, many:], out=codes[:, whole:])
     if random is None:
         codes = codes.round_()
     else:
@@ -413,8 +455,11 @@ def _reduce(
 ) -> Tensor:
     """Each block of (n, K) to a number; short blocks are filled with zeros."""
     (n, k), (rows, cols) = part.shape, size
-    part = F.pad(part, (0, -k % cols, 0, -n % rows))
+    if not divides((n, k), size):
+        part = F.pad(part, (0, -k % cols, 0, -n % rows))
     blocks = part.view(len(part) // rows, rows, -1, cols)
+    if rows == 1:
+        return reduction(blocks[:, 0], [2])
     return reduction(blocks, [1, 3])
 
 
@@ -427,120 +472,6 @@ def _not_finite(weight: Tensor) -> NonFiniteError:
         "values as float32, or a scale of it does not fit its dtype, expected finite "
         "ones; choose scale_dtype float32, repair the checkpoint or exclude it"
     )
-
-
-# -- forwards --------------------------------------------------------------------------
-
-
-def linear_forward(
-    module: nn.Module,
-    input: Tensor,
-    weight: hijack.QuantizedTensor,
-    bias: Tensor | None,
-) -> Tensor:
-    """``F.linear`` with the decoded weight, or in integers if the layer asks for that.
-
-    Where gradients are wanted, and where a row of the weight has several scales, the
-    weight is decoded: rounding has no gradient, and an int32 sum has one scale.
-
-    Args:
-        module: not used; the weight may be anywhere.
-        input: (..., K).
-        weight: (N, K).
-        bias: (N,), or None.
-
-    Returns:
-        (..., N) of ``input``'s dtype.
-    """
-    if not weight.options.get("quantized_inputs") or not _can_quantize(input, weight):
-        return default_linear(module, input, weight, bias)
-    rows, _ = block_size_of(weight.qdata, weight.params)
-    scale = as_grid(weight.params["weight_scale"])
-    if 1 < rows < weight.shape[0]:
-        scale = scale[torch.arange(weight.shape[0], device=scale.device) // rows]
-    device = input.device.type
-    if torch.is_autocast_enabled(device):  # as F.linear would
-        input = input.to(torch.get_autocast_dtype(device))
-    rotation = rotation_of(weight.params)
-    return int8_linear(input, weight.qdata, scale, rotation, bias)
-
-
-def _can_quantize(input: Tensor, weight: hijack.QuantizedTensor) -> bool:
-    return (
-        input.dtype in SCALE_DTYPES
-        and input.device.type in ("cpu", "cuda")
-        and input.shape[-1:] == weight.shape[1:]
-        and input.numel() > 0
-        and block_size_of(weight.qdata, weight.params)[1] == weight.shape[1]
-        and not _is_differentiated(input)
-    )
-
-
-def _is_differentiated(input: Tensor) -> bool:
-    """Whether a derivative is wanted; rounding would give zero without a word."""
-    if input.requires_grad and torch.is_grad_enabled():
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    transformed: bool = torch._C._are_functorch_transforms_active()
-    return transformed or forward_ad._current_level >= 0
-
-
-def int8_linear(
-    x: Tensor, codes: Tensor, scale: Tensor, rotation: int, bias: Tensor | None
-) -> Tensor:
-    """``F.linear`` in integers, with a scale for each token of the input.
-
-    It computes what comfy-kitchen's ``int8_linear`` does, bit for bit if the input is
-    float32. An input of 16 bits is divided by its scale in float32 here, and in its own
-    dtype there, so that a code may differ by one.
-
-    Args:
-        x: (..., K) float32, bfloat16 or float16.
-        codes: (N, K) int8.
-        scale: (N, 1) or (1, 1).
-        rotation: columns of a rotated group, or 0.
-        bias: (N,), or None.
-
-    Returns:
-        (..., N) of ``x``'s dtype.
-    """
-    n, k = codes.shape
-    tokens = x.reshape(-1, k)  # (M, K)
-    step = max(OUTPUT_CHUNK // n, 1)
-    whole = torch.compiler.is_compiling() or len(tokens) <= step
-    parts = [
-        _multiply(part, codes, scale.float().t(), rotation)
-        for part in ([tokens] if whole else torch.split(tokens, step))
-    ]
-    output = parts[0] if whole else torch.cat(parts)
-    if bias is not None:
-        output = output + bias.to(x.dtype)
-    return output.view(*x.shape[:-1], n)
-
-
-def _multiply(tokens: Tensor, codes: Tensor, scale: Tensor, rotation: int) -> Tensor:
-    """(M, N) of ``tokens``' dtype: (M, K) times (N, K) int8 with scales (1, N)."""
-    dtype = tokens.dtype
-    if rotation:
-        tokens = rotate_inputs(tokens, rotation)
-    amax = tokens.abs().amax(1, keepdim=True).float()
-    token_scale = (amax / amax.new_tensor(127.0)).clamp_min(MIN_SCALE)  # (M, 1)
-    tokens = (tokens.float() / token_scale).round_().clamp_(-128, 127).to(torch.int8)
-    return (_int_mm(tokens, codes).float() * (token_scale * scale)).to(dtype)
-
-
-def _int_mm(a: Tensor, b: Tensor) -> Tensor:
-    """(M, K) times the transpose of (N, K), both int8, as (M, N) int32.
-
-    cuBLAS takes more than 16 rows and multiples of 8 columns; others are filled with
-    zeros.
-    """
-    (m, k), n = a.shape, len(b)
-    if a.is_cuda:
-        a = F.pad(a, (0, -k % 8, 0, -m % 32))
-        b = F.pad(b, (0, -k % 8, 0, -n % 32))
-    return torch._int_mm(a, b.t())[:m, :n]
 
 
 #: The scheme; it keeps nothing, so that one serves everybody.

@@ -20,6 +20,7 @@ Reference: OCP Microscaling Formats (MX), version 1.0, section 6.3.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +31,9 @@ import hijack.hosts
 from hijack.errors import NonFiniteError
 from hijack.options import Option
 from schemes import _fp4
+from schemes._kernels import e2m1
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.forward import decode
 from schemes._mxfp4_dialects import COLS, DIALECTS
 
 #: Powers of two in a byte, with a bias of 127.
@@ -93,24 +97,21 @@ class MXFP4(_fp4.FP4Scheme):
                 worse = _error(piece, scale[rows]) <= _error(piece, more)
                 scale[rows] = torch.where(worse, scale[rows], more)
             codes = _scaled(piece, scale[rows])
-            qdata[rows] = _fp4.encode(codes.view(-1, blocks * COLS))
+            qdata[rows] = e2m1.encode(codes.view(-1, blocks * COLS))
         return qdata, params
 
-    def dequantize(
-        self, qdata: Tensor, params: Mapping[str, Tensor], dtype: torch.dtype
-    ) -> Tensor:
-        """Multiply each code by its block's power of two.
+    def row_step(self, shape: tuple[int, ...], **options: Any) -> int | None:
+        """One: each block is a part of a row."""
+        return None if 0 in shape else 1
+
+    def block_scaled(self, qdata: Tensor, params: Mapping[str, Tensor]) -> BlockScaled:
+        """The codes, with their powers of two.
 
         Args:
             qdata: (N, K/2) uint8.
             params: ``weight_scale`` (N, K/32).
-            dtype: floating dtype of the result.
-
-        Returns:
-            (N, K) of ``dtype``.
         """
-        scale = params["weight_scale"].view(_E8M0).float()
-        return _fp4.decode(qdata, scale, COLS, dtype)
+        return _fp4.block_scaled(qdata, params["weight_scale"].view(_E8M0), COLS)
 
     def validate(self, qdata: Tensor, params: Mapping[str, Tensor], where: str) -> None:
         """Refuse shapes and dtypes that do not fit, and NaN."""
@@ -147,9 +148,9 @@ def _scaled(blocks: Tensor, exponents: Tensor) -> Tensor:
 
 def _error(blocks: Tensor, exponents: Tensor) -> Tensor:
     """Squared error of (N, blocks, 32) with these powers of two: (N, blocks)."""
-    scale = exponents.view(_E8M0).float()
-    codes = _fp4.encode(_scaled(blocks, exponents).flatten(1))
-    decoded = _fp4.decode(codes, scale, COLS, torch.float32)
+    codes = e2m1.encode(_scaled(blocks, exponents).flatten(1))
+    weight = _fp4.block_scaled(codes, exponents.view(_E8M0), COLS)
+    decoded = decode(weight, torch.float32)
     return (decoded.view(blocks.shape) - blocks).square().sum(2)
 
 

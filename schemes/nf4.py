@@ -39,6 +39,11 @@ import hijack
 import hijack.hosts
 from hijack.errors import DTypeError, NonFiniteError
 from hijack.options import Option
+from schemes._blocks import matrix_shape
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.forward import decode
+from schemes._kernels.scheme import BlockScaledScheme
+from schemes._kernels.tables import table_on
 from schemes._nf4.dialects import DIALECTS
 from schemes._nf4.tensors import (
     BLOCK_SIZES,
@@ -47,12 +52,11 @@ from schemes._nf4.tensors import (
     TABLES,
     block_size_of,
     check,
-    decoding_table,
     shape_of,
 )
 
 
-class NF4(hijack.Scheme):
+class NF4(BlockScaledScheme):
     """Codes of four bits with a table, and one multiplying scale per run."""
 
     name = "nf4"
@@ -113,7 +117,7 @@ class NF4(hijack.Scheme):
             )
         if dtype is None:
             dtype = weight.dtype if weight.dtype in DTYPES else torch.float32
-        table = decoding_table(quant_type, weight.device)
+        table = table_on(TABLES[quant_type], weight.device)
         levels, order = table.sort(stable=True)
         scaled, absmax = _scaled(weight.detach().reshape(-1).float(), blocksize)
         codes = order.to(torch.uint8)[torch.bucketize(scaled, _middles(levels))]
@@ -141,18 +145,34 @@ class NF4(hijack.Scheme):
             CheckpointError: if a tensor is missing.
             ShapeError: if the scales do not cover the weight.
         """
+        shape = self.dense_shape(qdata, params)
+        dense = decode(self.block_scaled(qdata, params), dtype)
+        return dense.flatten()[: math.prod(shape)].view(shape)
+
+    def block_scaled(self, qdata: Tensor, params: Mapping[str, Tensor]) -> BlockScaled:
+        """The codes as rows of the weight, where runs of elements allow it.
+
+        Else they are one row, whose last code may be of no element.
+
+        Args:
+            qdata: (ceil(n/2), 1) uint8.
+            params: as for `dequantize`.
+        """
         quant_type, shape = shape_of(params)
-        absmax = params["absmax"]
-        size = block_size_of(params)
+        n, k = matrix_shape(shape)
+        size, absmax = block_size_of(params), params["absmax"]
         if "nested_absmax" in params:
             scales, runs = params["nested_quant_map"], params["nested_absmax"]
             absmax = _multiply(scales[absmax.int()], runs, NESTED)
             absmax = absmax + params["nested_offset"]
-        codes = torch.stack([qdata >> 4, qdata & 15], -1).flatten()
-        levels = decoding_table(quant_type, qdata.device)[
-            codes[: math.prod(shape)].int()
-        ]
-        return _multiply(levels, absmax, size).to(dtype).view(shape)
+        table = table_on(TABLES[quant_type], qdata.device)
+        if k and k % size == 0:
+            codes, scale, block = qdata.view(n, -1), absmax.view(n, -1), (1, size)
+        elif k and k % 2 == 0 and size % k == 0:
+            codes, scale, block = qdata.view(n, -1), absmax[:, None], (size // k, k)
+        else:
+            codes, scale, block = qdata.view(1, -1), absmax[None], (1, size)
+        return BlockScaled(codes, scale, block, table, high_first=True)
 
     def dense_shape(
         self, qdata: Tensor, params: Mapping[str, Tensor]

@@ -36,6 +36,10 @@ from hijack.errors import NonFiniteError
 from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.options import Option
 from schemes import _fp4
+from schemes._kernels import e2m1
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.forward import decode
+from schemes._kernels.scheme import QUANTIZED_INPUTS
 from schemes._nvfp4_dialects import COLS, DIALECTS
 
 _E4M3 = torch.float8_e4m3fn
@@ -70,6 +74,14 @@ class NVFP4(_fp4.FP4Scheme):
             "never multiply the layer in FP4, where a program could",
             forward=True,
         ),
+        Option(
+            QUANTIZED_INPUTS,
+            "bool",
+            False,
+            "quantize the input of a Linear too, and multiply in FP4 where the device "
+            "has a unit for the blocks",
+            forward=True,
+        ),
     )
 
     def quantize(  # type: ignore[override]
@@ -78,6 +90,7 @@ class NVFP4(_fp4.FP4Scheme):
         *,
         scale_search: int = 0,
         full_precision_matrix_mult: bool = False,
+        quantized_inputs: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cut a weight into blocks and scale each to E2M1.
 
@@ -88,6 +101,7 @@ class NVFP4(_fp4.FP4Scheme):
                 1.0 to 1.3 dB and take eight times as long.
             full_precision_matrix_mult: of the layer that the weight is for; the weight
                 is the same.
+            quantized_inputs: of the layer too; without effect beside the option above.
 
         Returns:
             Codes (N, ceil(K/16) * 8) uint8; ``weight_scale`` (N, ceil(K/16)),
@@ -114,7 +128,7 @@ class NVFP4(_fp4.FP4Scheme):
             if scale_search:
                 scale[rows] = _search(piece, scale[rows], whole, scale_search)
             codes = _scaled(piece, scale[rows].float() * whole)
-            qdata[rows] = _fp4.encode(codes.view(-1, blocks * COLS))
+            qdata[rows] = e2m1.encode(codes.view(-1, blocks * COLS))
         return qdata, params
 
     def dequantize(
@@ -131,10 +145,25 @@ class NVFP4(_fp4.FP4Scheme):
         Returns:
             (N, K) of ``dtype``.
         """
-        scale = params["weight_scale"].float() * params["weight_scale_2"]
-        columns = params.get("pre_quant_scale")
-        columns = None if columns is None else columns.float()
-        return _fp4.decode(qdata, scale, COLS, dtype, columns)
+        weight, columns = self._codes(qdata, params), params.get("pre_quant_scale")
+        if columns is None:
+            return decode(weight, dtype)
+        return (decode(weight, torch.float32) * columns.float()).to(dtype)
+
+    def block_scaled(
+        self, qdata: Tensor, params: Mapping[str, Tensor]
+    ) -> BlockScaled | None:
+        """The codes with both scales; None if the columns have factors too.
+
+        Args:
+            qdata: (N, K/2) uint8.
+            params: as for `dequantize`.
+        """
+        return None if "pre_quant_scale" in params else self._codes(qdata, params)
+
+    def _codes(self, qdata: Tensor, params: Mapping[str, Tensor]) -> BlockScaled:
+        scale, whole = params["weight_scale"], params["weight_scale_2"]
+        return _fp4.block_scaled(qdata, scale, COLS, whole)
 
     def requantize(
         self, weight: Tensor, old: hijack.QuantizedTensor, *, seed: int = 0
@@ -190,18 +219,18 @@ def _scale_of(weight: Tensor) -> Tensor:
     number of float16, which may be zero.
     """
     most = weight.abs().amax()
-    scale = (most / (_fp4.MAX * _SCALE_MAX)).float()
+    scale = (most / (e2m1.MAX * _SCALE_MAX)).float()
     if weight.dtype == torch.float16:
         least = torch.finfo(torch.float16).tiny
         scale = torch.where(
-            scale < least, most.float() / (_fp4.MAX * _SCALE_MAX), scale
+            scale < least, most.float() / (e2m1.MAX * _SCALE_MAX), scale
         )
     return torch.where(scale == 0, 1.0, scale)  # of a weight of zeros
 
 
 def _scales_of(blocks: Tensor, whole: Tensor) -> Tensor:
     """The absmax scales of (N, blocks, 16) float32: (N, blocks) E4M3."""
-    scale = blocks.abs().amax(2) / _fp4.MAX / whole
+    scale = blocks.abs().amax(2) / e2m1.MAX / whole
     return scale.clamp(max=_SCALE_MAX).to(_E4M3)
 
 
@@ -231,9 +260,8 @@ def _search(blocks: Tensor, scale: Tensor, whole: Tensor, count: int) -> Tensor:
 
 def _error(blocks: Tensor, scale: Tensor, whole: Tensor) -> Tensor:
     """Squared error of (N, blocks, 16) with these scales: (N, blocks)."""
-    total = scale.float() * whole
-    codes = _fp4.encode(_scaled(blocks, total).flatten(1))
-    decoded = _fp4.decode(codes, total, COLS, torch.float32)
+    codes = e2m1.encode(_scaled(blocks, scale.float() * whole).flatten(1))
+    decoded = decode(_fp4.block_scaled(codes, scale, COLS, whole), torch.float32)
     return (decoded.view(blocks.shape) - blocks).square().sum(2)
 
 

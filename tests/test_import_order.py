@@ -21,6 +21,7 @@ ROOMS = (
     "hooks",
     "scheme",
     "registry",
+    "kernels",
     "decoded",
     "quantized",
     "stored",

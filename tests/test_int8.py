@@ -25,11 +25,24 @@ from hijack.quantized import QuantizationConfig, QuantizedTensor
 from hijack.safetensors_io.header import Header
 from hijack.testing import SchemeConformance, realistic_weight, sqnr_db
 from schemes import _rotation as rotation
-from schemes.int8 import Int8, int8_linear
+from schemes._kernels import int_mm
+from schemes._kernels.block_scaled import BlockScaled
+from schemes.int8 import Int8
 
 SCHEME = Int8()
 GOLDEN = Path(__file__).parent / "golden"
 F32 = torch.float32
+
+
+def int8_linear(x, codes, scale, group, bias):
+    """The product in integers, of a weight with a scale for each row or one for all."""
+    n, k = codes.shape
+    tokens = x.reshape(-1, k)
+    if group:
+        tokens = rotation.rotate_inputs(tokens, group)
+    size = (1, k) if len(scale) == n else (n, k)
+    output = int_mm.linear(tokens, BlockScaled(codes, scale, size), bias)
+    return output.view(*x.shape[:-1], n)
 
 
 class TestInt8(SchemeConformance):
@@ -449,7 +462,7 @@ def test_a_large_output_is_made_in_parts(monkeypatch):
     qdata, params = SCHEME.quantize(torch.randn(24, 64), rotation=16)
     scale, x, bias = params["weight_scale"], torch.randn(3, 7, 64), torch.randn(24)
     whole = int8_linear(x, qdata, scale, 16, bias)
-    monkeypatch.setattr("schemes.int8.OUTPUT_CHUNK", 24 * 4)
+    monkeypatch.setattr(int_mm, "OUTPUT_CHUNK", 24 * 4)
     assert torch.allclose(int8_linear(x, qdata, scale, 16, bias), whole, atol=1e-6)
 
 

@@ -7,20 +7,40 @@ import importlib.metadata
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from hijack import kernels
 from hijack.errors import printable
 from hijack.hosts.manager import HostStatus, loaded_layers, status
+from hijack.quantized import QuantizationConfig, WeightView
 from hijack.registry import Registry, current_registry
+from hijack.scheme import Scheme
+from hijack.text import did_you_mean
 
 #: Packages that formats and hosts depend on, whether they are installed or not.
-PACKAGES = ("torch", "safetensors", "pluggy", "wrapt", "comfy-kitchen", "triton")
+PACKAGES = (
+    "torch",
+    "safetensors",
+    "pluggy",
+    "wrapt",
+    "comfy-kitchen",
+    "llvmlite",
+    "triton",
+)
 #: Variables that hijack reads; others that begin like them are shown too.
-VARIABLES = ("HIJACK_DISABLE", "HIJACK_LORA", "HIJACK_PREFER", "HIJACK_STRICT")
+VARIABLES = (
+    "HIJACK_DISABLE",
+    "HIJACK_FORWARD",
+    "HIJACK_LORA",
+    "HIJACK_PREFER",
+    "HIJACK_QUANTIZED_INPUTS",
+    "HIJACK_STRICT",
+)
 _PREFIX = "HIJACK_"
 
 
@@ -38,6 +58,8 @@ class Diagnosis:
         threads: that torch computes with on the CPU.
         variables: every ``HIJACK_*`` variable to its value; None if it is not set.
         schemes: name of each scheme to where it came from.
+        kernels: scheme to what would compute a Linear on each device, a sentence each.
+        kernel_names: what ``HIJACK_FORWARD`` may name.
         plugins: name of each plugin to its distribution and version.
         hosts: where hijack stands with each host.
         layers: host to its quantized layers in memory, one sentence for each model.
@@ -54,6 +76,8 @@ class Diagnosis:
     threads: int
     variables: Mapping[str, str | None]
     schemes: Mapping[str, str]
+    kernels: Mapping[str, tuple[str, ...]]
+    kernel_names: tuple[str, ...]
     plugins: Mapping[str, str]
     hosts: Mapping[str, HostStatus]
     layers: Mapping[str, tuple[str, ...]]
@@ -70,6 +94,9 @@ class Diagnosis:
         for what, found in (("schemes", self.schemes), ("plugins", self.plugins)):
             each = [f"{n} ({source})" if source else n for n, source in found.items()]
             lines.append(f"{what}: {', '.join(each) or 'none'}")
+        lines.append(f"kernels: {', '.join(self.kernel_names)}")
+        for name, sentences in self.kernels.items():
+            lines += [f"{name} on {sentence}" for sentence in sentences]
         for name, host in self.hosts.items():
             lines += str(host).splitlines()
             if host.patched:
@@ -101,11 +128,13 @@ def diagnose(registry: Registry | None = None) -> Diagnosis:
         torch.get_num_threads(),
         _variables(),
         {name: schemes[name].origin for name in sorted(schemes)},
+        {name: _kernels(schemes[name]) for name in sorted(schemes)},
+        tuple(sorted(kernels.kernel_names(schemes.values()))),
         registry.plugins(),
         status(),
         loaded_layers(),
         dict(registry.slow_imports),
-        tuple(map(str, registry.problems)),
+        (*map(str, registry.problems), *_misspelled(schemes.values())),
     )
 
 
@@ -121,6 +150,41 @@ def _version(name: str) -> str:
 def _variables() -> dict[str, str | None]:
     others = (name for name in os.environ if name.startswith(_PREFIX))
     return {name: os.environ.get(name) for name in sorted({*VARIABLES, *others})}
+
+
+def _kernels(scheme: Scheme) -> tuple[str, ...]:
+    """What would compute a Linear of an ordinary size, on the CPU and on a GPU."""
+    layer = nn.Linear(256, 128, device="meta")
+    config = QuantizationConfig.of(scheme)
+    sentences = []
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        try:
+            qdata, params = scheme.quantize(torch.ones(128, 256))
+            tensors = {name: tensor.to(device) for name, tensor in params.items()}
+            weight = WeightView(
+                *(qdata.to(device), tensors, config, (128, 256), torch.bfloat16)
+            )
+            what = kernels.describe_rows(weight, scheme.bind_forward(layer))
+        except Exception as error:  # a scheme of somebody else's
+            what = f"{type(error).__name__}: {error}"
+        sentences.append(f"{device}: kernel {what}")
+    return tuple(sentences)
+
+
+def _misspelled(schemes: Iterable[Scheme]) -> list[str]:
+    known = list(schemes)
+    names = kernels.kernel_names(known)
+    return [
+        f"{kernels.VARIABLE}: got {name!r}, expected kernels among "
+        f"{', '.join(sorted(names))}{did_you_mean(name, names)}"
+        for name in kernels.forced()
+        if name not in names
+    ] + [
+        f"{kernels.INPUTS_VARIABLE}: got {name!r}, expected 0, 1 or names of schemes"
+        f"{did_you_mean(name, [scheme.name for scheme in known])}"
+        for name in os.environ.get(kernels.INPUTS_VARIABLE, "").split(",")
+        if name.strip() not in {"", "0", "1", *(scheme.name for scheme in known)}
+    ]
 
 
 def _devices() -> list[str]:

@@ -1,69 +1,269 @@
 """Quantize a weight to FP8 in blocks: choose the scales, and round.
 
-Rows are processed in chunks, so that temporaries stay small.
+A tile of whole blocks is read, scaled and rounded while it is in the cache, in memory
+that all tiles share.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hijack.errors import NonFiniteError
-from schemes._blocks import grid_shape, matrix_shape
 from schemes._fp8.blocks import POWER_DTYPES, decode_scale
+from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.eager import are_plain
+from schemes._kernels.table import TABLE
 
 #: musubi-tuner's floor of the scale.
 MIN_SCALE = 1e-8
-#: Elements processed at a time: on the CPU what fits the cache, elsewhere enough to
-#: hide the launch of operations.
+#: Elements processed at a time: on the CPU what fits the cache of a core, elsewhere
+#: enough to hide the launch of operations.
 CHUNK = 1 << 18
 DEVICE_CHUNK = 1 << 24
+#: Elements for which random numbers are drawn at a time. It decides which numbers a
+#: seed gives, so it never changes.
+RANDOM_CHUNK = 1 << 18
+#: Most threads that share a tile; more take longer to start than it takes to compute.
+MAX_THREADS = 16
 #: Most candidates of a search: as many as bfloat16 has in an octave.
 MAX_CANDIDATES = 128
 #: Relative error of the sums of squared errors.
 MARGIN = 2.0**-14
 
-# -- scales --------------------------------------------------------------------------
 
-
-def absmax_scale(
-    weight: Tensor, size: tuple[int, int], dtype: torch.dtype, scale_dtype: torch.dtype
-) -> Tensor:
-    """The scale that puts each block's largest value at the end of the range.
+def quantize(
+    matrix: Tensor,
+    size: tuple[int, int],
+    codes: Tensor,
+    scale: Tensor,
+    *,
+    candidates: int = 0,
+    random: torch.Generator | None = None,
+) -> None:
+    """Quantize a weight; the result does not depend on the size of the tiles.
 
     Args:
-        weight: (N, ...) floating point.
+        matrix: (N, K) floating point.
         size: (R, C), the block size, no larger than the weight.
-        dtype: the FP8 dtype.
-        scale_dtype: float32, bfloat16, float16 or float8_e8m0fnu; the last rounds up
-            to a power of two, so that nothing is clipped.
-
-    Returns:
-        (ceil(N/R), ceil(K/C)) of ``scale_dtype``.
+        codes: (N, K) of an FP8 dtype, which is written to.
+        scale: (ceil(N/R), ceil(K/C)) float32, bfloat16, float16 or float8_e8m0fnu,
+            which is written to; exponents are rounded up, so that nothing is clipped.
+        candidates: number of other scales to try for each block, up to 128; 0 takes the
+            absmax scale.
+        random: source of stochastic rounding; None rounds to nearest.
 
     Raises:
         NonFiniteError: if the weight holds inf or NaN, also once it is float32.
     """
+    if random is None and are_plain(matrix):
+        finite = TABLE.quantize(matrix, BlockScaled(codes, scale, size), candidates)
+        if finite is not None:
+            if not finite:
+                raise _not_finite(matrix)
+            return
     rows, cols = size
-    shape = matrix_shape(tuple(weight.shape))
-    matrix = weight.reshape(shape)
-    # allocated once: small tensors that outlive large temporaries between them would
-    # fragment the memory
-    amax = matrix.new_empty(grid_shape(shape, (1, cols)))
-    step = _step(matrix)
-    for part, target in zip(
-        torch.split(matrix, step), torch.split(amax, step), strict=True
-    ):
-        target.copy_(_blocks(part, cols).abs().amax(2))
-    amax = amax.float()  # (N, ceil(K/C))
-    _check_finite(amax, weight)
-    amax = F.pad(amax, (0, 0, 0, -len(amax) % rows))
-    amax = amax.view(-1, rows, amax.shape[1]).amax(1)
+    memory = _Memory(matrix.device)
+    search, room = None, _room(matrix)
+    if candidates:
+        search = _Search(codes.dtype, scale.dtype, candidates, memory)
+        room = room * cols // max(cols, candidates)  # an error for each candidate
+    amax = torch.empty(scale.shape, dtype=torch.float32, device=scale.device)
+    for up, along in _tiles(matrix.shape, size, room):
+        span = slice(up.start * rows, up.stop * rows)
+        across = slice(along.start * cols, along.stop * cols)
+        tile = _Tile(matrix[span, across], size, room, memory)
+        amax[up, along] = largest = tile.amax()
+        chosen = _absmax_scale(largest, codes.dtype, scale.dtype)
+        if search is not None:
+            chosen = search.best(tile, chosen)
+        scale[up, along] = chosen
+        if random is None:
+            tile.encode(chosen, codes[span, across])
+    if not amax.isfinite().all():  # the largest of anything with a NaN is NaN
+        raise _not_finite(matrix)
+    if random is not None:
+        encode(matrix, scale, size, codes, random)
+
+
+def encode(
+    weight: Tensor,
+    scale: Tensor,
+    size: tuple[int, int],
+    out: Tensor,
+    random: torch.Generator | None,
+) -> None:
+    """Quantize a weight with given scales.
+
+    Args:
+        weight: (N, K) floating point.
+        scale: (ceil(N/R), ceil(K/C)).
+        size: (R, C), the block size.
+        out: (N, K) of an FP8 dtype.
+        random: source of stochastic rounding; None rounds to nearest.
+    """
+    room = _room(weight)
+    if random is not None and weight.device.type == "cpu":
+        room = RANDOM_CHUNK
+    _Tile(weight, size, room, _Memory(weight.device)).encode(scale, out, random)
+
+
+# -- tiles -----------------------------------------------------------------------------
+
+
+def _room(weight: Tensor) -> int:
+    """Elements processed at a time: on the CPU a chunk for each thread of torch's."""
+    if weight.device.type != "cpu":
+        return DEVICE_CHUNK
+    return CHUNK * min(torch.get_num_threads(), MAX_THREADS)
+
+
+def _tiles(
+    shape: tuple[int, ...], size: tuple[int, int], room: int
+) -> Iterator[tuple[slice, slice]]:
+    """Rows and columns of the grid of scales that are quantized at a time.
+
+    Args:
+        shape: (N, K) of the weight.
+        size: (R, C), the block size.
+        room: elements of a tile, unless a single block has more.
+    """
+    (n, k), (rows, cols) = shape, size
+    high, wide = -(-n // rows), -(-k // cols)
+    step = max(room // (rows * k), 1)
+    # as wide as the weight if one row of blocks is not too large for that
+    across = wide if rows * k <= room else max(room // (rows * cols), 1)
+    for top in range(0, high, step):
+        for left in range(0, wide, across):
+            yield (
+                slice(top, min(top + step, high)),
+                slice(left, min(left + across, wide)),
+            )
+
+
+class _Memory:
+    """Memory of temporaries that is used again: memory anew costs more than they do."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._known: dict[str, Tensor] = {}
+
+    def get(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor of any content, which the next one of that name overwrites."""
+        size = math.prod(shape)
+        known = self._known.get(name)
+        if known is None or known.numel() < size:
+            known = torch.empty(size, dtype=dtype, device=self.device)
+            self._known[name] = known
+        return known[:size].view(shape)
+
+
+class _Tile:
+    """Whole blocks of a weight, which are loaded some rows at a time.
+
+    Args:
+        weight: (n, K) floating point.
+        size: (R, C), the block size.
+        room: elements that are loaded at a time, unless a single row has more.
+        memory: of temporaries.
+
+    Attributes:
+        spans: first and last row of what is loaded at a time.
+    """
+
+    def __init__(
+        self, weight: Tensor, size: tuple[int, int], room: int, memory: _Memory
+    ) -> None:
+        self.weight, self.size, self.memory = weight, size, memory
+        n, step = len(weight), max(room // weight.shape[1], 1)
+        self.spans = [(top, min(top + step, n)) for top in range(0, n, step)]
+        self._loaded: tuple[int, int] | None = None
+
+    def load(self, span: tuple[int, int]) -> Tensor:
+        """Some rows as blocks (n, ceil(K/C), C) float32; short ones end in zeros.
+
+        The next rows take their memory. Who writes to them calls `forget`.
+        """
+        n, k, cols = span[1] - span[0], self.weight.shape[1], self.size[1]
+        wide = -(-k // cols)
+        x = self.memory.get("rows", (n, wide * cols), torch.float32)
+        if self._loaded != span:
+            x[:, :k].copy_(self.weight[slice(*span)])
+            if k < wide * cols:
+                x[:, k:].zero_()
+            self._loaded = span
+        return x.view(n, wide, cols)
+
+    def load_absolute(self, span: tuple[int, int]) -> Tensor:
+        """As `load`, without signs."""
+        x = self.load(span)
+        self.forget()
+        return x.abs_()
+
+    def forget(self) -> None:
+        """Have rows loaded again."""
+        self._loaded = None
+
+    def owners(self, span: tuple[int, int]) -> slice | Tensor:
+        """The row of the grid of scales that each of some rows belongs to."""
+        if self.size[0] == 1:
+            return slice(*span)
+        return torch.arange(*span, device=self.weight.device) // self.size[0]
+
+    def amax(self) -> Tensor:
+        """The largest absolute value of each block, (ceil(n/R), ceil(K/C)) float32."""
+        parts = []
+        for span in self.spans:
+            x = self.load(span)
+            # two reductions read what an absolute value would have to write
+            parts.append(torch.maximum(x.amax(2).abs_(), x.amin(2).abs_()))
+        amax = parts[0] if len(parts) == 1 else torch.cat(parts)  # (n, ceil(K/C))
+        rows = self.size[0]
+        if rows == 1:
+            return amax
+        amax = F.pad(amax, (0, 0, 0, -len(amax) % rows))
+        return amax.view(-1, rows, amax.shape[1]).amax(1)
+
+    def encode(
+        self, scale: Tensor, out: Tensor, random: torch.Generator | None = None
+    ) -> None:
+        """Quantize with given scales.
+
+        Args:
+            scale: (ceil(n/R), ceil(K/C)).
+            out: (n, K) of an FP8 dtype.
+            random: source of stochastic rounding; None rounds to nearest.
+        """
+        most = torch.finfo(out.dtype).max
+        factor = decode_scale(scale)
+        for span in self.spans:
+            x = self.load(span)
+            self.forget()
+            x.div_(factor[self.owners(span)][:, :, None])
+            if scale.dtype not in (torch.float32, torch.bfloat16):
+                # one that underflows is 0: then 0/0 becomes 0, x/0 the largest number
+                x.nan_to_num_(0.0)
+            x.clamp_(-most, most)
+            if random is not None:
+                x = _round_stochastic(x, out.dtype, random)
+            out[slice(*span)].copy_(x.flatten(1)[:, : out.shape[1]])
+
+
+# -- scales --------------------------------------------------------------------------
+
+
+def _absmax_scale(amax: Tensor, dtype: torch.dtype, scale_dtype: torch.dtype) -> Tensor:
+    """The scale that puts each block's largest value at the end of the range.
+
+    Args:
+        amax: (ceil(N/R), ceil(K/C)) float32, the largest absolute values.
+        dtype: the FP8 dtype.
+        scale_dtype: dtype of the result.
+    """
     # divide by a tensor: a GPU multiplies by a scalar's reciprocal, which rounds twice
     scale = amax / amax.new_tensor(torch.finfo(dtype).max)
     if scale_dtype in POWER_DTYPES:
@@ -83,27 +283,23 @@ def _round_up_to_power(scale: Tensor) -> Tensor:
     return (exponent + 127).to(torch.uint8).view(POWER_DTYPES[0])
 
 
-def _check_finite(amax: Tensor, weight: Tensor) -> None:
-    if not amax.isfinite().all():  # the largest of anything with a NaN is NaN
-        weight = weight.float()  # float64 may become infinite
-        nans, infs = int(weight.isnan().sum()), int(weight.isinf().sum())
-        raise NonFiniteError(
-            f"weight of shape {tuple(weight.shape)} holds {nans} NaN and {infs} "
-            "infinite values as float32, expected finite ones; repair the checkpoint "
-            "or exclude it"
-        )
+def _not_finite(weight: Tensor) -> NonFiniteError:
+    """The error that counts what is not finite."""
+    nans, infs = 0, 0
+    for part in torch.split(weight, max(_room(weight) // weight.shape[1], 1)):
+        part = part.float()  # float64 may become infinite
+        nans, infs = nans + int(part.isnan().sum()), infs + int(part.isinf().sum())
+    return NonFiniteError(
+        f"weight of shape {tuple(weight.shape)} holds {nans} NaN and {infs} "
+        "infinite values as float32, expected finite ones; repair the checkpoint "
+        "or exclude it"
+    )
 
 
 # -- search --------------------------------------------------------------------------
 
 
-def search_scale(
-    weight: Tensor,
-    scale: Tensor,
-    size: tuple[int, int],
-    dtype: torch.dtype,
-    candidates: int,
-) -> Tensor:
+class _Search:
     """The scale of each block with the least squared error, among candidates.
 
     The numbers of a floating format have the same relative spacing at 2x as at x, so
@@ -118,63 +314,75 @@ def search_scale(
     better by more than the error of float32.
 
     Args:
-        weight: (N, K) floating point.
-        scale: (ceil(N/R), ceil(K/C)), from `absmax_scale`.
-        size: (R, C), the block size.
         dtype: the FP8 dtype.
+        scale_dtype: dtype of the scales.
         candidates: J, number of other scales to try, 1 to 128.
-
-    Returns:
-        (ceil(N/R), ceil(K/C)) of ``scale``'s dtype.
+        memory: of temporaries.
     """
-    plain = decode_scale(scale)
-    table = None
-    if scale.dtype not in POWER_DTYPES:
-        table = _ErrorTable(dtype, scale.dtype, candidates, weight.device)
-    # few rows at a time, so that an error per candidate and block fits too
-    step = _chunk(weight) // (plain.shape[1] * max(size[1], candidates))
-    group = max(step // size[0], 1)
-    scales = []
-    for start in range(0, len(plain), group):
-        rows = weight[start * size[0] : (start + group) * size[0]]
-        first = plain[start : start + group]
-        pieces = partial(_pieces, rows, size, max(step, 1))
-        if table is None:
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        scale_dtype: torch.dtype,
+        candidates: int,
+        memory: _Memory,
+    ) -> None:
+        self.dtype, self.memory = dtype, memory
+        self.table = None
+        if scale_dtype not in POWER_DTYPES:
+            self.table = _ErrorTable(dtype, scale_dtype, candidates, memory)
+
+    def best(self, tile: _Tile, scale: Tensor) -> Tensor:
+        """The best scale of each block of a tile.
+
+        Args:
+            tile: of a weight.
+            scale: (g, ceil(K/C)), its absmax scales.
+
+        Returns:
+            (g, ceil(K/C)) of ``scale``'s dtype.
+        """
+        first = decode_scale(scale)
+        if self.table is None:
             other = (first / 2).clamp_min_(2.0**-127)
         else:
-            other = table.likely(pieces, first)
-        scales.append(_better(pieces, first, other, dtype))
-    return _store(torch.cat(scales), scale.dtype)
+            other = self.table.likely(tile, first)
+        return _store(self._better(tile, first, other), scale.dtype)
+
+    def _better(self, tile: _Tile, first: Tensor, other: Tensor) -> Tensor:
+        """(g, ceil(K/C)) float32: the other scale if its squared error is less."""
+        sums = _Sums(tile), _Sums(tile)
+        for span in tile.spans:
+            x, owners = tile.load_absolute(span), tile.owners(span)
+            for scale, error in zip((first, other), sums, strict=True):
+                found = _squared_error(x, scale[owners], self.dtype, self.memory)
+                error.add(owners, found)
+        old, new = (error.total for error in sums)
+        # below 2**-100, squares in float32 lose precision
+        better = (new < old * (1 - MARGIN)) & (old > 2.0**-100)
+        return torch.where(better, other, first)
 
 
-#: Absolute values of rows of blocks (n, ceil(K/C), C), and the row of the grid that
-#: each belongs to, (n,); None if they are the rows of the grid.
-_Piece = tuple[Tensor, Tensor | None]
-_Pieces = Callable[[], Iterator[_Piece]]
+class _Sums:
+    """Sums over the rows of each block of a tile.
 
+    Attributes:
+        total: (g, ...), when all rows are in it.
+    """
 
-def _pieces(weight: Tensor, size: tuple[int, int], step: int) -> Iterator[_Piece]:
-    """The blocks of a few rows at a time."""
-    for start in range(0, len(weight), step):
-        part = _blocks(weight[start : start + step], size[1]).abs()
-        row = None
-        if size[0] > 1:
-            row = torch.arange(start, start + len(part), device=weight.device)
-            row = row // size[0]
-        yield part, row
+    total: Tensor
 
+    def __init__(self, tile: _Tile) -> None:
+        self._rows = -(-len(tile.weight) // tile.size[0])
 
-def _spread(grid: Tensor, row: Tensor | None) -> Tensor:
-    """(g, ...) as (n, ...): the value of each row of a piece."""
-    return grid if row is None else grid[row]
-
-
-def _gather(grid: Tensor, row: Tensor | None, values: Tensor) -> None:
-    """Add (n, ...), the values of the rows of a piece, to (g, ...)."""
-    if row is None:
-        grid.add_(values)
-    else:
-        grid.index_add_(0, row, values)
+    def add(self, owners: slice | Tensor, values: Tensor) -> None:
+        """Add (n, ...) of some rows; if blocks have one row, all come at once."""
+        if isinstance(owners, slice):
+            self.total = values
+            return
+        if not hasattr(self, "total"):
+            self.total = values.new_zeros((self._rows, *values.shape[1:]))
+        self.total.index_add_(0, owners, values)
 
 
 class _ErrorTable:
@@ -193,9 +401,9 @@ class _ErrorTable:
         dtype: torch.dtype,
         scale_dtype: torch.dtype,
         candidates: int,
-        device: torch.device,
+        memory: _Memory,
     ) -> None:
-        self.scale_dtype = scale_dtype
+        self.scale_dtype, self.memory = scale_dtype, memory
         # on the CPU, so that the table is the same everywhere
         numbers = torch.arange(candidates, dtype=torch.int32, device="cpu")
         # (J,) float32, in [1, 2], as the scale's dtype has them
@@ -210,70 +418,66 @@ class _ErrorTable:
         rounded = (element / scale).to(dtype).float() * scale
         errors = (rounded - element).square_()  # (16 * 128, J)
         errors[0] = 0
-        self.numbers = numbers.to(device)
-        self.mantissas, self.errors = mantissas.to(device), errors.to(device)
+        self.numbers = numbers.to(memory.device)
+        self.mantissas = mantissas.to(memory.device)
+        self.errors = errors.to(memory.device)
 
-    def likely(self, pieces: _Pieces, scale: Tensor) -> Tensor:
+    def likely(self, tile: _Tile, scale: Tensor) -> Tensor:
         """The candidate with the least error for each block of (g, ceil(K/C)), float32.
 
         Args:
-            pieces: returns the rows of all blocks.
-            scale: (g, ceil(K/C)) float32, the absmax scales.
+            tile: of a weight.
+            scale: (g, ceil(K/C)) float32, its absmax scales.
         """
         info = torch.finfo(self.scale_dtype)
         # a float16 scale may have become 0
         scale = scale.clamp_min(info.smallest_normal * info.eps)
         fraction, exponent = torch.frexp(scale)  # fraction in [0.5, 1)
         first = (exponent + (126 + self.lowest)).bitwise_left_shift_(7).short()
-        error = self.errors.new_zeros((*scale.shape, self.errors.shape[1]))
-        for part, row in pieces():
-            bits = part.bfloat16().view(torch.int16)
-            keys = bits - _spread(first, row)[:, :, None]
-            keys = keys.clamp_(0, len(self.errors) - 1).int()
-            sums = F.embedding_bag(keys.flatten(0, 1), self.errors, mode="sum")
-            _gather(error, row, sums.view(len(part), *error.shape[1:]))
+        sums = _Sums(tile)
+        for span in tile.spans:
+            x, owners = tile.load_absolute(span), tile.owners(span)
+            shape = tuple(x.shape)
+            keys = self.memory.get("bits", shape, torch.bfloat16).copy_(x)
+            keys = keys.view(torch.int16).sub_(first[owners][:, :, None])
+            keys.clamp_(0, len(self.errors) - 1)
+            index = self.memory.get("index", shape, torch.int32).copy_(keys)
+            found = F.embedding_bag(index.flatten(0, 1), self.errors, mode="sum")
+            sums.add(owners, found.view(*shape[:2], -1))
         # argmin is slow: the candidate's number replaces the last bits
-        bits = error.view(torch.int32).bitwise_and_(-128).bitwise_or_(self.numbers)
+        bits = sums.total.view(torch.int32).bitwise_and_(-128).bitwise_or_(self.numbers)
         best: Tensor = self.mantissas[bits.amin(2).bitwise_and_(127)]
         up = (best < 2 * fraction).int()  # the octave starts at the absmax scale
         best = torch.ldexp(best, exponent - 1 + up).clamp_(max=info.max)
         return best.to(self.scale_dtype).float()
 
 
-def _better(
-    pieces: _Pieces, first: Tensor, other: Tensor, dtype: torch.dtype
+def _squared_error(
+    part: Tensor, scale: Tensor, dtype: torch.dtype, memory: _Memory
 ) -> Tensor:
-    """(g, ceil(K/C)) float32: the other scale if its squared error is less."""
-    old, new = torch.zeros((2, *first.shape), dtype=torch.float64, device=first.device)
-    for part, row in pieces():
-        part = part.float()
-        for scale, error in ((first, old), (other, new)):
-            _gather(error, row, _squared_error(part, _spread(scale, row), dtype))
-    # below 2**-100, squares in float32 lose precision
-    better = (new < old * (1 - MARGIN)) & (old > 2.0**-100)
-    return torch.where(better, other, first)
-
-
-def _squared_error(part: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Squared error (n, ceil(K/C)) of each row of blocks, rounded as in `encode`.
 
     Args:
         part: (n, ceil(K/C), C) float32, absolute values.
         scale: (n, ceil(K/C)) float32.
         dtype: the FP8 dtype.
+        memory: of temporaries.
 
     Returns:
         float64.
     """
-    info = torch.finfo(dtype)
+    info, shape = torch.finfo(dtype), tuple(part.shape)
     scale = scale[:, :, None]
-    x = part / scale.clamp_min(2.0**-149)  # a float16 scale may have become 0
+    x = memory.get("scaled", shape, torch.float32)
+    # a float16 scale may have become 0
+    torch.div(part, scale.clamp_min(2.0**-149), out=x)
     x.clamp_(max=info.max)
     # The spacing of numbers is eps at 1 and doubles with every binade. Adding and
     # subtracting a number with 2**23 times that spacing rounds to it, half to even.
     lowest = int(math.log2(info.smallest_normal)) + 127
     lift = 23 + int(math.log2(info.eps))
-    power = x.view(torch.int32).bitwise_and(0x7F800000)
+    power = memory.get("power", shape, torch.int32)
+    torch.bitwise_and(x.view(torch.int32), 0x7F800000, out=power)
     power.clamp_(min=lowest << 23).add_(lift << 23)
     magic = power.view(torch.float32)
     x.add_(magic).sub_(magic).mul_(scale).sub_(part)
@@ -289,68 +493,6 @@ def _store(scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 # -- rounding --------------------------------------------------------------------------
-
-
-def encode(
-    weight: Tensor,
-    scale: Tensor,
-    size: tuple[int, int],
-    out: Tensor,
-    random: torch.Generator | None,
-) -> None:
-    """Quantize a weight with given scales.
-
-    Args:
-        weight: (N, K) floating point.
-        scale: (ceil(N/R), ceil(K/C)).
-        size: (R, C), the block size.
-        out: (N, K) of an FP8 dtype.
-        random: source of stochastic rounding; None rounds to nearest.
-    """
-    row = torch.arange(len(weight), device=weight.device) // size[0]
-    step = _step(weight)
-    pieces = zip(
-        torch.split(weight, step),
-        torch.split(scale.float()[row], step),
-        torch.split(out, step),
-        strict=True,
-    )
-    for part, factor, target in pieces:
-        target.copy_(_quantize_rows(part, factor, size[1], out.dtype, random))
-
-
-def _step(weight: Tensor) -> int:
-    """The number of rows of a chunk of (N, K)."""
-    return max(_chunk(weight) // weight.shape[1], 1)
-
-
-def _chunk(weight: Tensor) -> int:
-    return CHUNK if weight.device.type == "cpu" else DEVICE_CHUNK
-
-
-def _blocks(weight: Tensor, cols: int) -> Tensor:
-    """(n, K) as (n, ceil(K/C), C); a short block is padded with zeros."""
-    short = -weight.shape[1] % cols
-    if short:
-        weight = F.pad(weight, (0, short))
-    return weight.view(weight.shape[0], -1, cols)
-
-
-def _quantize_rows(
-    weight: Tensor,
-    scale: Tensor,
-    cols: int,
-    dtype: torch.dtype,
-    random: torch.Generator | None,
-) -> Tensor:
-    """Quantize a few rows (n, K) with scales (n, ceil(K/C)) float32."""
-    largest = torch.finfo(dtype).max
-    scaled = _blocks(weight, cols).float() / scale[:, :, None]  # (n, ceil(K/C), C)
-    # a float16 scale may be 0: then 0/0 becomes 0, x/0 the largest number
-    scaled = scaled.nan_to_num_(0.0).clamp_(-largest, largest)
-    if random is not None:
-        scaled = _round_stochastic(scaled, dtype, random)
-    return scaled.flatten(1)[:, : weight.shape[1]].to(dtype)
 
 
 def _round_stochastic(x: Tensor, dtype: torch.dtype, random: torch.Generator) -> Tensor:

@@ -16,11 +16,12 @@ from hijack.formats.configured import ConfiguredFiles
 from hijack.formats.dialect import EncodedLayer, FormatMetadata
 from hijack.formats.tensor_dialect import Reading, TensorDialect
 from hijack.safetensors_io.header import Header, TensorInfo, join
+from schemes._kernels.tables import table_on
 from schemes._nf4.tensors import (
     DTYPES,
     NESTED,
+    TABLES,
     block_size_of,
-    decoding_table,
     shape_of,
 )
 
@@ -105,7 +106,7 @@ class BitsAndBytesDialect(ConfiguredFiles, TensorDialect):
         tensors = {
             "weight": qdata,
             "weight.absmax": params["absmax"],
-            "weight.quant_map": decoding_table(kind, qdata.device),
+            "weight.quant_map": table_on(TABLES[kind], qdata.device).clone(),
         }
         state: dict[str, object] = {
             "quant_type": kind,

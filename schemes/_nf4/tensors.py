@@ -33,13 +33,6 @@ NESTED = 256
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def decoding_table(quant_type: str, device: torch.device) -> Tensor:
-    """(16,) float32: the number of each code."""
-    return torch.tensor(TABLES[quant_type], dtype=torch.float32, device="cpu").to(
-        device
-    )
-
-
 def shape_of(
     params: Mapping[str, Tensor], where: str = "weight"
 ) -> tuple[str, tuple[int, ...]]:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
+from hijack import kernels
 from hijack.hosts.comfyui.linear import LIVE
 from hijack.text import format_text
-
-#: The forward of a layer that neither its scheme nor a plugin has one for.
-DEFAULT = "default decode"
 
 
 def describe_layers() -> tuple[str, ...]:
@@ -29,14 +27,18 @@ def describe_layers() -> tuple[str, ...]:
         others -= set(layers)
         if layers:
             name = type(patcher.model).__name__
-            found.append(_sentence(f"{name} on {loaded.device}", layers))
+            device = torch.device(loaded.device)
+            found.append(_sentence(f"{name} on {device}", layers, device))
     if others:
-        found.append(_sentence("models that are not loaded now", others))
+        found.append(_sentence("models that are not loaded now", others, None))
     return tuple(found)
 
 
-def _sentence(where: str, layers: Iterable[nn.Module]) -> str:
-    stored, forwards = Counter(map(_stored, layers)), Counter(map(_forward, layers))
+def _sentence(
+    where: str, layers: Iterable[nn.Module], device: torch.device | None
+) -> str:
+    stored = Counter(map(_stored, layers))
+    forwards = Counter(_forward(layer, device) for layer in layers)
     return (
         f"{where}: {forwards.total()} quantized layers: {counted(stored)}; "
         f"forward: {counted(forwards)}"
@@ -58,13 +60,11 @@ def _stored(module: Any) -> str:
     return format_text(scheme.name, weight.config.dialect, block)
 
 
-def _forward(module: Any) -> str:
-    """What computes a layer, such as ``blockwise_fp8.linear_forward``."""
-    bound: Callable[..., Any] | None = module.bound_forward
-    if bound is None:
-        return DEFAULT
-    while isinstance(bound, functools.partial):
-        bound = bound.func
-    function: Any = bound
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{function.__module__.rpartition('.')[2]}.{name}"
+def _forward(module: Any, device: torch.device | None) -> str:
+    """What computes a layer where it is now."""
+    weight = module.host_tensors.view(module.weight)
+    if weight is None:
+        return "dense"
+    if device is not None and weight.device != device:
+        return "offloaded"
+    return kernels.describe(module, weight)
