@@ -503,6 +503,16 @@ class Packed(Good):
         return (codes * params["weight_scale"]).to(dtype)
 
 
+class OneScaleForAll(Good):
+    """Says that rows can be quantized alone, which share a scale."""
+
+    def scale(self, weight):
+        return super().scale(weight).amax(0, keepdim=True)
+
+    def row_step(self, shape, **options):
+        return 2
+
+
 class WrongDenseShape(Packed):
     """Takes the shape of the bytes for that of the weight."""
 
@@ -1827,6 +1837,15 @@ def share_copies(patch):
 def accept_nan(patch):
     """Nobody looks for NaN."""
     patch.setattr("hijack.quantized._check_finite", lambda weight, where: None)
+
+
+class PassesNan(Good):
+    """Says that it refuses what is not finite, and does not look."""
+
+    refuses_non_finite = True
+
+    def scale(self, weight):
+        return super().scale(weight.nan_to_num(0.0, 1.0, -1.0))
 
 
 def mark_modules(patch):

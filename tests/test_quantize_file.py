@@ -333,14 +333,14 @@ def test_a_disk_that_is_full_leaves_the_old_file(source, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {path.name, source.name}
 
 
-def test_memory_is_bounded_by_a_layer(tmp_path):
-    """Quantizing 128 MB of 8 MB layers peaks far below the file's size.
+def test_memory_is_bounded_whatever_the_size_of_a_layer(tmp_path):
+    """Quantizing a layer of 128 MB takes a few rows of it at a time.
 
-    Each thread holds a layer: the number of threads is given, not that of the cores.
+    Each thread holds some: the number of threads is given, not that of the cores.
     """
     path = tmp_path / "big.safetensors"
     weight = torch.randn(2048, 2048).bfloat16()
-    save_file({f"l{i}.weight": weight.clone() for i in range(16)}, path)
+    save_file({"l.weight": weight.repeat(16, 1)}, path)
     script = (
         "import resource, sys, torch, hijack, schemes.blockwise_fp8\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
@@ -358,7 +358,7 @@ def test_memory_is_bounded_by_a_layer(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     scale = 1 if sys.platform == "darwin" else 1024
-    assert int(done.stdout) * scale < 48e6
+    assert int(done.stdout) * scale < 32e6
 
 
 class LinearOnly(hijack.Scheme):

@@ -3,18 +3,23 @@
 import json
 import os
 import threading
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import hijack
-import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from hijack.checkpoint import quantize_run
+import schemes.mxfp4
+import schemes.nvfp4  # noqa: F401 - registers the scheme
+from hijack.checkpoint import quantize_plan, quantize_run
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.errors import CheckpointError, NonFiniteError, SchemeError
+from hijack.formats.dialect import Dialect
 from hijack.safetensors_io import atomic
 from hijack.safetensors_io.reader import open_tensors, read_header
+from schemes import int8
+from schemes.blockwise_fp8 import BlockwiseFP8
 
 LAYERS = 6
 
@@ -372,6 +377,143 @@ def test_any_number_of_threads_gives_the_same_file(source, lora, tmp_path):
         files.append(path.read_bytes())
         assert torch.get_num_threads() == usual
     assert len(set(files)) == 1
+
+
+SHAPES = {
+    "even": ((256, 64), torch.bfloat16),
+    "ragged": ((130, 70), torch.float16),
+    "one_more": ((129, 128), torch.float32),
+    "small": ((4, 64), torch.bfloat16),
+    "conv": ((96, 8, 3, 3), torch.bfloat16),
+}
+
+
+@pytest.fixture
+def many_shapes(tmp_path):
+    """A checkpoint of weights whose rows are and are not whole parts; one at the root.
+
+    Its path, in a folder of its own.
+    """
+    torch.manual_seed(0)
+    tensors = {
+        f"{name}.weight": torch.randn(shape).to(dtype)
+        for name, (shape, dtype) in SHAPES.items()
+    }
+    tensors["weight"] = torch.randn(100, 96).bfloat16()
+    path = tmp_path / "shapes" / "dense.safetensors"
+    path.parent.mkdir()
+    save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"block_size": (16, 32)},
+        {"block_size": (128, 128), "dialect": "hijack"},
+        {"block_size": "row", "scale_search": 4},
+        {"block_size": "tensor"},
+        {"block_size": (1, 32), "scale_dtype": torch.float8_e8m0fnu},
+        {"stochastic": True, "seed": 3},
+        {"dialect": "deepseek", "include": ["even", "one_more"]},
+        {"dialect": "compressed_tensors", "include": "even"},
+        {"scheme": "int8"},
+        {"scheme": "int8", "block_size": (7, 20)},
+        {"scheme": "int8", "rotation": 16, "include": ["even", "one_more"]},
+        {"scheme": "int8", "stochastic": True},
+        {"scheme": "nvfp4"},
+        {"scheme": "mxfp4", "include": ["even", "ragged", "one_more"]},
+    ],
+    ids=str,
+)
+def test_weights_in_parts_give_the_same_file(
+    many_shapes, tmp_path, monkeypatch, options
+):
+    """Whatever their size, and however many threads share a weight."""
+    options = {"include": "*", **options}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    report = hijack.quantize_file(many_shapes, whole, **options)
+    monkeypatch.setattr(quantize_plan, "PART", 700)
+    monkeypatch.setattr(int8, "CHUNK", 900)
+    seen = []
+    again = hijack.quantize_file(
+        many_shapes,
+        parts,
+        workers=3,
+        progress=lambda *told: seen.append(told),
+        **options,
+    )
+    assert whole.read_bytes() == parts.read_bytes()
+    assert again.layers == report.layers
+    assert {layer for _, _, layer in seen} == set(report.layers)
+    count = len(report.layers)
+    assert [told[:2] for told in seen] == [(i + 1, count) for i in range(count)]
+
+
+def parts_of(path, monkeypatch, **options):
+    """The layers that are quantized in parts, and in how many."""
+    count = Counter()
+    real = QuantizePlan.compute_part
+
+    def counting(self, step, *words):
+        count[step.layer] += 1
+        return real(self, step, *words)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize_plan, "PART", 700)
+        patch.setattr(QuantizePlan, "compute_part", counting)
+        hijack.quantize_file(path, path.with_name("parts"), overwrite=True, **options)
+    return dict(count)
+
+
+def test_only_what_needs_no_other_rows_is_cut(many_shapes, monkeypatch):
+    """Parts are whole rows of blocks; one scale for all of a weight needs all of it."""
+    blocks = parts_of(many_shapes, monkeypatch)
+    assert blocks["even"] == -(-256 // (700 // 64))
+    assert "small" not in blocks
+    wide = parts_of(many_shapes, monkeypatch, block_size=(100, 64), dialect="hijack")
+    assert wide["one_more"] == 2
+    assert parts_of(many_shapes, monkeypatch, scheme="int8")["even"] == blocks["even"]
+    for whole in ({"block_size": "tensor"}, {"stochastic": True}, {"scheme": "nvfp4"}):
+        assert not parts_of(many_shapes, monkeypatch, **whole)
+
+
+class Reversing(Dialect):
+    """Stores rows from the last to the first."""
+
+    name = "reversing"
+
+    def encode(self, qdata, params, options):
+        """Copies, of the shapes that views would have."""
+        return {name: t.flip(0) for name, t in {"weight": qdata, **params}.items()}
+
+
+def test_a_dialect_that_needs_all_rows_gets_them(many_shapes, monkeypatch, tmp_path):
+    """What it stores is not the scheme's bytes in their order."""
+    monkeypatch.setattr(BlockwiseFP8, "dialects", (Reversing(),))
+    words = {"dialect": "reversing", "include": "even"}
+    assert not parts_of(many_shapes, monkeypatch, **words)
+    hijack.quantize_file(many_shapes, tmp_path / "whole", **words)
+    codes, _ = BlockwiseFP8().quantize(load_file(many_shapes)["even.weight"])
+    tensors = open_tensors(read_header(tmp_path / "whole"))
+    assert same(tensors["even.weight"], codes.flip(0))
+
+
+@pytest.mark.parametrize("scheme", ["blockwise_fp8", "int8"])
+def test_a_part_that_fails_says_what_the_whole_weight_does(
+    many_shapes, monkeypatch, scheme
+):
+    """How many values of how many are not finite; nothing is left behind."""
+    tensors = load_file(many_shapes)
+    tensors["even.weight"][250, 3] = float("inf")
+    tensors["even.weight"][3, 3] = float("nan")
+    save_file(tensors, many_shapes)
+    monkeypatch.setattr(quantize_plan, "PART", 700)
+    message = r"^even: weight holds inf or NaN; got 2 non-finite of 16384 values"
+    with pytest.raises(NonFiniteError, match=message):
+        hijack.quantize_file(many_shapes, many_shapes.with_name("q"), scheme)
+    assert names(many_shapes.parent) == [many_shapes.name]
 
 
 @pytest.mark.parametrize(("memory", "most"), [(1 << 30, 3), (1, 1), (2 * 12500, 2)])

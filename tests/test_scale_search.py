@@ -1,5 +1,8 @@
 """Scale search: never worse than absmax, better where blocks are small."""
 
+import os
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +16,13 @@ SCHEME = BlockwiseFP8()
 E4M3, E5M2, E8M0 = torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu
 DTYPES = st.sampled_from((E4M3, E5M2))
 SCALES = st.sampled_from((torch.float32, torch.bfloat16, torch.float16, E8M0))
+
+
+@pytest.fixture(autouse=True, scope="module", params=["cpu_quantize", "plain"])
+def kernel(request):
+    """Search with compiled code where it is installed, and without."""
+    with mock.patch.dict(os.environ, HIJACK_FORWARD=request.param):
+        yield
 
 
 def dense(quantized):
@@ -133,7 +143,12 @@ def test_rounding_is_that_of_the_cast():
         most = torch.finfo(dtype).max
         x = torch.cat([torch.rand(4096) * most, torch.rand(4096) * 1e-4 * most])
         wanted = (x.to(dtype).float() - x).square().double()
-        error = quantize._squared_error(x[:, None, None], torch.ones(8192, 1), dtype)
+        error = quantize._squared_error(
+            x[:, None, None],
+            torch.ones(8192, 1),
+            dtype,
+            quantize._Memory(x.device),
+        )
         torch.testing.assert_close(error[:, 0], wanted, rtol=1e-6, atol=0)
 
 

@@ -85,6 +85,7 @@ CASES = (
     _case(broken.WrongBlockSize, "block_size_is_that_of_the_scales"),
     _case(broken.TransposedBlockSize, "block_size_is_that_of_the_scales"),
     _case(broken.BlockSizeNeedsData, "block_size_is_that_of_the_scales"),
+    _case(broken.OneScaleForAll, "rows_are_quantized_alone"),
     # memory
     _case(broken.WritesWeight, "arguments_are_left_alone"),
     _case(broken.CountsCalls, "arguments_are_left_alone"),
@@ -242,6 +243,7 @@ CASES = (
     _case(broken.Good, "to_dtype_leaves_codes_alone", patch=broken.cast_codes),
     _case(broken.Good, "deepcopy_is_independent", patch=broken.share_copies),
     _case(broken.Good, "non_finite_weight_is_refused", patch=broken.accept_nan),
+    _case(broken.PassesNan, "non_finite_weight_is_refused"),
     _case(
         broken.Good,
         "non_finite_weight_is_refused",

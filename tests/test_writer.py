@@ -62,6 +62,36 @@ def test_tensors_come_in_the_order_asked_for(tmp_path):
     assert order({**plan, "x": TensorInfo("U8", (3,))}, ["x", "y"]) == ["y", "x"]
 
 
+def test_tensors_are_written_in_parts(tmp_path):
+    """In any order; the file is complete when every part has been written."""
+    path, data = tmp_path / "x.safetensors", torch.arange(10, dtype=torch.int16)
+    plan = {"x": TensorInfo("I16", (10,)), "y": TensorInfo("U8", (2, 0))}
+    with open_writer(path, plan) as writer:
+        writer.write_part("x", data[6:], 12)
+        writer.write_part("y", torch.empty(2, 0, dtype=torch.uint8), 0)
+        writer.write_part("x", data[:6], 0)
+    assert torch.equal(load_file(path)["x"], data)
+    plan.pop("y")
+    with (
+        pytest.raises(CheckpointError, match="x: was planned but never written"),
+        open_writer(path, plan, overwrite=True) as writer,
+    ):
+        writer.write_part("x", data[:6], 0)
+    assert torch.equal(load_file(path)["x"], data)
+
+
+@pytest.mark.parametrize("offset", [-2, 14])
+def test_a_part_stays_within_its_tensor(tmp_path, offset):
+    """It would be written over another one."""
+    path, data = tmp_path / "x.safetensors", torch.arange(4, dtype=torch.int16)
+    plan = {"x": TensorInfo("I16", (10,))}
+    with (
+        pytest.raises(CheckpointError, match=r"x: got 8 bytes at .* within 20"),
+        open_writer(path, plan) as writer,
+    ):
+        writer.write_part("x", data, offset)
+
+
 def test_permissions_are_the_old_file_s_or_the_usual(tmp_path):
     """A replaced file stays private; a new one is what the umask makes it."""
     path = tmp_path / "x.safetensors"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from hijack.formats.dialect import Dialect, FormatMetadata
+from hijack.scheme import Scheme
 from hijack.selection import Choice
 
 
@@ -48,6 +50,34 @@ def adjusted_block_notes(
         f"{first} with {actual} instead of {requested}: {dialect.refit_reason}; "
         "dialect hijack (--dialect hijack) can store the requested blocks"
     ]
+
+
+def unstored_notes(
+    scheme: Scheme, dialect: Dialect, requested: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Notes that a dialect has no place for how layers are asked to compute.
+
+    Args:
+        scheme: that they are quantized with.
+        dialect: that of the result.
+        requested: each layer, to its options.
+    """
+    notes = []
+    for option in scheme.declared_options():
+        name, stores = option.name, dialect.stores
+        if not option.forward or stores is None or name in stores:
+            continue
+        count = sum(
+            options.get(name, option.default) != option.default
+            for options in requested.values()
+        )
+        if count:
+            notes.append(
+                f"dialect {dialect.name} cannot store {name} of {count} layers, which "
+                "compute as usual once they are loaded; dialect hijack (--dialect "
+                "hijack) can"
+            )
+    return notes
 
 
 def format_notes(

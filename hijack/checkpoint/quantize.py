@@ -18,6 +18,7 @@ from hijack.checkpoint.notes import (
     declined_notes,
     format_notes,
     replaced_notes,
+    unstored_notes,
 )
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import RunOptions, count_workers, run
@@ -119,8 +120,10 @@ def quantize_file(
 ) -> QuantizeReport:
     """Quantize the 2-D weights of a safetensors checkpoint.
 
-    Memory is bounded by 256 MB, or by the largest layer if that needs more. Everything
-    else is copied byte for byte, and metadata is kept.
+    Large layers are quantized some rows at a time, if the scheme and the dialect need
+    no more of them at once. Memory is bounded by 256 MB, or by the largest layer that
+    is quantized whole if that needs more. Everything else is copied byte for byte, and
+    metadata is kept.
 
     Args:
         src: a safetensors file, an index file, or a list of shards.
@@ -270,6 +273,7 @@ def _notes(plan: QuantizePlan, write_config: bool) -> tuple[str, ...]:
         *replaced_notes(plan.choice),
         *declined_notes(plan.choice),
         *adjusted_block_notes(plan.dialect, plan.adjusted_blocks, len(plan.options)),
+        *unstored_notes(plan.scheme, plan.dialect, plan.requested),
         *format_notes(plan.format_metadata, plan.dialect.name, write_config),
     )
 

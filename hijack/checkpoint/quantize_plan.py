@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError, NonFiniteError
 from hijack.formats import matching
-from hijack.formats.comfyui_markers import needless_markers
+from hijack.formats.comfyui_markers import LAYER_MARKER, needless_markers
 from hijack.formats.dialect import Dialect, EncodedLayer
 from hijack.lora.files import Loras
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
@@ -25,22 +26,44 @@ from hijack.scheme import Scheme
 from hijack.selection import Choice
 from hijack.text import block_text
 
+#: Elements of a weight that are quantized at a time, if its rows do not need each
+#: other: more than a core's cache, so that little is done twice, and few megabytes.
+PART = 3 << 19
+
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """How one tensor of the source is processed.
+    """How one tensor of the source is processed, or some rows of it.
 
     Attributes:
         key: of the tensor.
         layer: the layer that is quantized, or None.
         copied: whether it is copied byte for byte.
         cost: most bytes of memory it takes.
+        part: which rows are quantized; None is the whole weight.
     """
 
     key: str
     layer: str | None = None
     copied: bool = True
     cost: int = 0
+    part: Part | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Some rows of a weight, which are quantized without the others.
+
+    Attributes:
+        start: first row.
+        stop: one past the last row.
+        offsets: name of each tensor of the scheme that has elements, ``weight`` among
+            them, to the key it has in the file, and the first byte of the part in it.
+    """
+
+    start: int
+    stop: int
+    offsets: Mapping[str, tuple[str, int]]
 
 
 class QuantizePlan:
@@ -54,7 +77,8 @@ class QuantizePlan:
         loras: to merge first.
 
     Attributes:
-        steps: one for each tensor of the source, in file order.
+        steps: one for each tensor of the source, in file order, or several for one
+            that is quantized in parts.
         tensors: key to dtype and shape of every tensor of the result.
         encoded: each quantized layer as the dialect stores it.
         format_metadata: of the whole file.
@@ -85,6 +109,7 @@ class QuantizePlan:
         self.encoded: dict[str, EncodedLayer] = {}
         self.tensors: dict[str, TensorInfo] = {}
         self.steps: list[Step] = []
+        self._rows: dict[object, _Rows | None] = {}
         self.metadata, removed = self._unmark()
         for key in header.tensors:
             if key not in removed:
@@ -128,7 +153,68 @@ class QuantizePlan:
             _check_dense(key, info)
             cost += 3 * 4 * math.prod(info.shape)  # float32, and temporaries of merging
         copied = layer is None and cast is None and not self.loras.touches(key)
-        self.steps.append(Step(key, layer, copied, 0 if copied else cost))
+        rows = None
+        if layer is not None and not self.loras.touches(key):
+            rows = self._rows_of(layer, info)
+        if rows is None:
+            self.steps.append(Step(key, layer, copied, 0 if copied else cost))
+            return
+        n = info.shape[0]
+        for start in range(0, n, rows.step):
+            stop = min(start + rows.step, n)
+            offsets = {
+                name: (join(layer or "", suffix), start // rows.step * size)
+                for name, (suffix, size) in rows.tensors.items()
+            }
+            part = Part(start, stop, offsets)
+            self.steps.append(Step(key, layer, False, cost * rows.step // n, part))
+
+    def _rows_of(self, layer: str, info: TensorInfo) -> _Rows | None:
+        """How a layer is quantized in parts; None if it cannot be, or is small."""
+        options = self.options[layer]
+        alike = (info.dtype, info.shape, repr(sorted(options.items())))
+        if alike not in self._rows:
+            try:
+                self._rows[alike] = self._find_rows(layer, info)
+            except HijackError:  # it refuses weights of so few rows
+                self._rows[alike] = None
+        return self._rows[alike]
+
+    def _find_rows(self, layer: str, info: TensorInfo) -> _Rows | None:
+        options, n = self.options[layer], info.shape[0]
+        least = self.scheme.row_step(info.shape, **options)
+        if least is None:
+            return None
+        step = max(PART * n // (math.prod(info.shape) * least), 1) * least
+        if step >= n:
+            return None
+
+        def quantized(rows: int) -> dict[str, Tensor]:
+            shape = (rows, *info.shape[1:])
+            meta = torch.empty(shape, dtype=info.torch_dtype, device="meta")
+            qdata, params = quantize_weight(self.scheme, meta, options, layer)
+            return {"weight": qdata, **params}
+
+        whole, part = quantized(n), quantized(step)
+        rest = quantized(n % step) if n % step else None
+        params = {name: tensor for name, tensor in whole.items() if name != "weight"}
+        encoded = self.dialect.encode(whole["weight"], params, options)
+        names = {
+            tensor.untyped_storage()._cdata: name for name, tensor in whole.items()
+        }
+        tensors = {}
+        for suffix, tensor in encoded.items():
+            if _has_no_rows(suffix, tensor):
+                continue
+            name = names.get(tensor.untyped_storage()._cdata)
+            if name is None or not _same_bytes(tensor, whole[name]):
+                return None  # the dialect stores something made of the whole
+            pieces = [part[name]] * (n // step)
+            pieces += [] if rest is None else [rest[name]]
+            if not _are_rows(pieces, whole[name]):
+                return None
+            tensors[name] = suffix, part[name].numel() * part[name].element_size()
+        return _Rows(step, tensors)
 
     def _plan_layer(self, layer: str, info: TensorInfo) -> dict[str, TensorInfo]:
         meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
@@ -189,6 +275,57 @@ class QuantizePlan:
         encoded = self._encode(layer, tensor, options)[2]
         return {join(layer, suffix): data for suffix, data in encoded.items()}
 
+    def compute_part(
+        self, step: Step, device: torch.device, memory: Tensor
+    ) -> list[tuple[str, Tensor, int]]:
+        """Quantize some rows of a weight.
+
+        Args:
+            step: of a part.
+            device: where to compute.
+            memory: bytes to read the rows into, if there are enough.
+
+        Returns:
+            Key, some of its rows, and the first byte of these in the file's tensor.
+
+        Raises:
+            HijackError: as for the whole weight.
+        """
+        layer, part, info = step.layer, step.part, self.header.tensors[step.key]
+        if layer is None or part is None:
+            raise CheckpointError(f"{step.key}: is not quantized in parts")
+        rows = _read(step.key, info, (part.start, part.stop), memory).to(device)
+        try:
+            qdata, params = quantize_weight(
+                self.scheme, rows, self.options[layer], layer
+            )
+        except HijackError:
+            self.compute(dataclasses.replace(step, part=None), device)
+            raise  # the whole weight should have failed, and says more
+        tensors = {"weight": qdata, **params}
+        written = [
+            (key, tensors[name], begin) for name, (key, begin) in part.offsets.items()
+        ]
+        if part.start == 0:
+            others = self._without_rows(layer, info)
+            written += [(join(layer, name), t, 0) for name, t in others.items()]
+        return written
+
+    def _without_rows(self, layer: str, info: TensorInfo) -> dict[str, Tensor]:
+        """What the dialect stores of a layer beside its rows, by suffix.
+
+        It is made of dtypes, shapes and options. So the dialect gets the whole weight
+        in memory that nobody writes to, which the system does not provide until then.
+        """
+        meta = torch.empty(info.shape, dtype=info.torch_dtype, device="meta")
+        qdata, params = quantize_weight(self.scheme, meta, self.options[layer], layer)
+        blank = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            for name, tensor in {"weight": qdata, **params}.items()
+        }
+        encoded = self.dialect.encode(blank.pop("weight"), blank, self.options[layer])
+        return {name: t for name, t in encoded.items() if _has_no_rows(name, t)}
+
     def _dense(self, key: str, tensor: Tensor) -> Tensor:
         """A tensor that is not quantized, in its planned dtype."""
         planned = self.tensors[key].torch_dtype
@@ -239,18 +376,74 @@ def _check_dense(key: str, info: TensorInfo) -> None:
         )
 
 
-def _read(key: str, info: TensorInfo) -> Tensor:
-    """A dense tensor, read from its file."""
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """How weights of a shape are quantized in parts.
+
+    Attributes:
+        step: rows of a part, but for the last.
+        tensors: name of each tensor of the scheme that has elements to its suffix in
+            the file, and its bytes in a part.
+    """
+
+    step: int
+    tensors: Mapping[str, tuple[str, int]]
+
+
+def _has_no_rows(suffix: str, tensor: Tensor) -> bool:
+    """Whether a tensor of a file says something of a layer, and holds none of it."""
+    return suffix == LAYER_MARKER or not tensor.numel()
+
+
+def _same_bytes(tensor: Tensor, source: Tensor) -> bool:
+    """Whether a view has all bytes of a tensor, in the same order."""
+    size, other = (t.numel() * t.element_size() for t in (tensor, source))
+    return size == other and tensor.is_contiguous() and source.is_contiguous()
+
+
+def _are_rows(pieces: Sequence[Tensor], whole: Tensor) -> bool:
+    """Whether tensors, one after the other, have the shape and dtype of another."""
+    alike = all(
+        piece.dim() > 0
+        and piece.dtype == whole.dtype
+        and piece.shape[1:] == whole.shape[1:]
+        for piece in pieces
+    )
+    return alike and sum(piece.shape[0] for piece in pieces) == whole.shape[0]
+
+
+def _read(
+    key: str,
+    info: TensorInfo,
+    rows: tuple[int, int] | None = None,
+    memory: Tensor | None = None,
+) -> Tensor:
+    """A dense tensor of a file, or some rows of it.
+
+    Args:
+        key: of the tensor.
+        info: of the tensor.
+        rows: the first, and one past the last; None is all.
+        memory: bytes to read into if there are enough.
+    """
     if info.torch_dtype is None:
         raise CheckpointError(f"{key}: dtype {info.dtype} is not known to torch")
-    data = torch.empty(info.nbytes, dtype=torch.uint8)
+    shape, size, skipped = info.shape, info.nbytes, 0
+    if rows is not None:
+        row = info.nbytes // shape[0]
+        shape = (rows[1] - rows[0], *shape[1:])
+        size, skipped = shape[0] * row, rows[0] * row
+    if memory is None or memory.numel() < size:
+        memory = torch.empty(size, dtype=torch.uint8)
+    data = memory[:size]
     rest = memory_of(data)
     with open_data(info) as file:
+        file.seek(skipped, os.SEEK_CUR)
         while rest and (count := file.readinto(rest)):  # type: ignore[attr-defined]
             rest = rest[count:]
     if rest:
         raise CheckpointError(
-            f"{key}: got {info.nbytes - len(rest)} bytes, expected {info.nbytes}; did "
+            f"{key}: got {size - len(rest)} bytes, expected {size}; did "
             "the source change while it was read?"
         )
-    return data.view(info.torch_dtype).view(info.shape)
+    return data.view(info.torch_dtype).view(shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -11,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import torch
+from torch import Tensor
 
 from hijack.checkpoint.copying import chunks
 from hijack.checkpoint.quantize_plan import QuantizePlan, Step
@@ -46,8 +48,15 @@ def run(plan: QuantizePlan, writer: CheckpointWriter, options: RunOptions) -> No
     for key, tensor in plan.format_metadata.tensors.items():
         writer.write(key, tensor)
     done, total = 0, len(plan.options)
+    parts = collections.Counter(step.layer for step in plan.steps)
+    local = threading.local()
 
     def do(step: Step) -> None:
+        if step.part is not None:
+            memory = _memory_for(plan, step, local)
+            for name, rows, offset in plan.compute_part(step, options.device, memory):
+                writer.write_part(name, rows, offset)
+            return
         if step.copied:
             writer.write_bytes(step.key, chunks(plan.header.tensors[step.key]))
             return
@@ -57,9 +66,25 @@ def run(plan: QuantizePlan, writer: CheckpointWriter, options: RunOptions) -> No
 
     with contextlib.closing(_each(plan.steps, do, options.workers)) as finished:
         for step in finished:
-            done += step.layer is not None
-            if options.progress is not None and step.layer is not None:
+            if step.layer is None:
+                continue
+            parts[step.layer] -= 1
+            if parts[step.layer]:
+                continue
+            done += 1
+            if options.progress is not None:
                 options.progress(done, total, step.layer)
+
+
+def _memory_for(plan: QuantizePlan, step: Step, local: threading.local) -> Tensor:
+    """Bytes to read a part into, which each thread uses again for the next one."""
+    info, part = plan.header.tensors[step.key], step.part
+    rows = info.shape[0] if part is None else part.stop - part.start
+    size = rows * (info.nbytes // info.shape[0])
+    known: Tensor | None = getattr(local, "memory", None)
+    if known is None or known.numel() < size:
+        known = local.memory = torch.empty(size, dtype=torch.uint8)
+    return known
 
 
 def _write(

@@ -46,7 +46,9 @@ class CheckpointWriter:
             for number, layout in enumerate(layouts)
             for key, offsets in layout.offsets.items()
         }
-        self._missing = set(plan)
+        self._missing = {
+            key: end - begin for key, (_, begin, end) in self._offsets.items()
+        }
         self._lock = threading.Lock()
         self._files: list[int] = []
         try:
@@ -100,7 +102,33 @@ class CheckpointWriter:
                 f"{key}: got {offset - begin} bytes, expected {end - begin}; did the "
                 "source change while it was read?"
             )
-        self._missing.discard(key)
+        self._missing.pop(key, None)
+
+    def write_part(self, key: str, tensor: Tensor, offset: int) -> None:
+        """Write a part of one planned tensor; all parts together are written once.
+
+        Args:
+            key: of the planned tensor.
+            tensor: whose bytes are written.
+            offset: of the first byte within the planned tensor.
+
+        Raises:
+            CheckpointError: if it does not fit.
+        """
+        data = memory_of(tensor.detach().cpu().contiguous())
+        number, begin, end = self._offsets[key]
+        if not 0 <= offset <= end - begin - len(data):
+            raise CheckpointError(
+                f"{key}: got {len(data)} bytes at {offset}, expected them within "
+                f"{end - begin}; the scheme gives other tensors for rows than for the "
+                "whole weight"
+            )
+        with self._writing():
+            self._put(number, data, begin + offset)
+        with self._lock:
+            self._missing[key] -= len(data)
+            if self._missing[key] == 0:
+                del self._missing[key]
 
     def finish(self) -> None:
         """Wait until everything is on disk.

@@ -22,6 +22,7 @@ from hijack.testing.checks import (
     equal,
     expect,
     never_worse_than_zero,
+    same_bits,
     second_instance,
 )
 from hijack.testing.subjects import weights
@@ -259,6 +260,33 @@ class TensorConformance(Conformance):
                 f"{scheme.name}: block_size of {shape} on meta: got {on_meta}, "
                 f"expected {size}",
             )
+
+    def test_rows_are_quantized_alone(self, scheme: Scheme) -> None:
+        """Rows that ``row_step`` cuts out give those of the whole weight, bit for bit.
+
+        Tensors without elements say something of all rows, and are not compared.
+        """
+        for shape in self._shapes(scheme):
+            weight = self._weight(shape)
+            step = scheme.row_step(shape, **self.options)
+            if step is None or step >= shape[0]:
+                continue
+            qdata, params = self._quantize(scheme, weight)
+            pieces = [
+                self._quantize(scheme, piece) for piece in torch.split(weight, step)
+            ]
+            for name, whole in {"weight": qdata, **params}.items():
+                if not whole.numel():
+                    continue
+                parts = [{"weight": q, **p}.get(name, whole[:0]) for q, p in pieces]
+                sizes = [len(part) if part.dim() else 1 for part in parts]
+                expect(
+                    whole.dim() > 0
+                    and sum(sizes) == len(whole)
+                    and all(map(same_bits, parts, torch.split(whole, sizes))),
+                    f"{scheme.name}: row_step of {shape}: got another {name} of "
+                    f"{step} rows at a time than of the whole weight",
+                )
 
     def _footprints(
         self, scheme: Scheme, made: Quantized, weight: Tensor
