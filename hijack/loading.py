@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hijack import kernels
 from hijack.claim import Claim
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import (
@@ -23,11 +25,12 @@ from hijack.formats.comfyui_markers import needless_markers
 from hijack.formats.dialect import Dialect
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
-from hijack.modules import Change, Wrapped, apply_all, prepare
+from hijack.modules import Change, Wrapped, apply_all, prepare, quantized_weight
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry, strict
 from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import open_tensors, read_header
+from hijack.safetensors_io.reader import prefetch as read_ahead
 from hijack.scheme import Scheme
 from hijack.stored import plain, refuse_raw
 
@@ -46,6 +49,7 @@ class LoadReport:
         missing: keys of the model the checkpoint lacks; empty if strict.
         unexpected: keys of the checkpoint the model lacks; empty if strict.
         cast: keys of plain FP8 tensors, which were cast to the model's dtype.
+        model: what was loaded into, unless it is gone.
     """
 
     layers: Mapping[str, Claim]
@@ -53,6 +57,27 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
+    model: Callable[[], nn.Module | None] = dataclasses.field(
+        default=lambda: None, repr=False, compare=False
+    )
+
+    def forwards(self) -> dict[str, str]:
+        """What computes each quantized layer now, and why nothing faster does.
+
+        The answer depends on the device the layer is on; on the CPU the weights are
+        read for it.
+
+        Returns:
+            Module name to the name of a kernel and the reasons against the others.
+        """
+        model = self.model()
+        modules = {} if model is None else dict(model.named_modules())
+        weights = {n: quantized_weight(modules[n]) for n in self.layers if n in modules}
+        return {
+            name: kernels.describe(modules[name], weight)
+            for name, weight in weights.items()
+            if weight is not None
+        }
 
     def __str__(self) -> str:
         schemes = sorted({claim.scheme for claim in self.layers.values()})
@@ -70,6 +95,7 @@ def load(
     strict: bool = True,
     *,
     assume: Sequence[str] = (),
+    prefetch: bool = False,
     registry: Registry | None = None,
 ) -> LoadReport:
     """Load a checkpoint, wrapping the layers that are quantized in it.
@@ -83,6 +109,8 @@ def load(
         source: a safetensors file, an index file, a list of shards, or a state dict.
         strict: whether missing and unexpected keys are errors.
         assume: how to read what the file does not tell, as for `identify`.
+        prefetch: whether to have the system read the files into its cache in the
+            background, where it can. Otherwise tensors are read when they are used.
         registry: whose schemes and plugins are asked; None for the one in force.
 
     Returns:
@@ -97,13 +125,20 @@ def load(
     """
     registry = current_registry(registry)
     header, tensors = _open(source)
+    if prefetch:
+        read_ahead(header)
     found = identify(header, registry, assume=assume)
     found.check()
     plan = _Plan(model, header, found.claims(), tensors, registry)
     plan.check(strict)
     plan.apply()
     return LoadReport(
-        plan.claims, len(plan.dense), plan.missing, plan.unexpected, plan.cast
+        plan.claims,
+        len(plan.dense),
+        plan.missing,
+        plan.unexpected,
+        plan.cast,
+        weakref.ref(model),
     )
 
 
@@ -350,7 +385,7 @@ def _placed(change: Change, moved: dict[int, QuantizedTensor]) -> Change:
     if old.is_meta or old.device == weight.device:
         return change
     if id(weight) not in moved:
-        there: Any = nn.Parameter(weight.to(old.device), requires_grad=False)
+        there: Any = weight.to(old.device).as_parameter()
         moved[id(weight)] = there
     return dataclasses.replace(change, weight=moved[id(weight)])
 

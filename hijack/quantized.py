@@ -204,8 +204,7 @@ class QuantizedTensor(Tensor):
                 "QuantizedTensor; call hijack.unwrap first, or load it with "
                 "hijack.load or load_state_dict"
             )
-        parameter: Any = torch.nn.Parameter(value.for_module(), requires_grad=False)
-        return parameter  # type: ignore[no-any-return]
+        return value.for_module().as_parameter()
 
     @property
     def scheme(self) -> Scheme:
@@ -275,6 +274,16 @@ class QuantizedTensor(Tensor):
     def for_module(self) -> QuantizedTensor:
         """The weight as a module may have it."""
         return self.replace()
+
+    def as_parameter(self) -> QuantizedTensor:
+        """What ``nn.Parameter(self, requires_grad=False)`` makes, and says of it.
+
+        That runs an operation on the tensor, at the first of which torch imports half a
+        second of its distributed tensors.
+        """
+        parameter: Any = self.replace()
+        parameter._is_param = True
+        return parameter  # type: ignore[no-any-return]
 
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedTensor:
         """Apply a function that moves or copies to every tensor inside.
@@ -449,8 +458,7 @@ def _like_parameter(weight: QuantizedTensor, model: Tensor) -> QuantizedTensor:
     """The weight as a Parameter if another is one."""
     if not isinstance(model, torch.nn.Parameter):
         return weight
-    parameter: Any = torch.nn.Parameter(weight, requires_grad=False)
-    return parameter  # type: ignore[no-any-return]
+    return weight.as_parameter()
 
 
 def _as_bytes(tensor: Tensor) -> tuple[Tensor, torch.dtype]:
@@ -473,9 +481,7 @@ def _rebuild(
     params = {name: tensor.view(kind) for name, (tensor, kind) in tensors.items()}
     qdata = params.pop("weight")
     weight = QuantizedTensor(qdata, params, config, shape, dtype, additions)
-    if is_parameter:
-        return torch.nn.Parameter(weight, requires_grad=False)
-    return weight
+    return weight.as_parameter() if is_parameter else weight
 
 
 def _same(weight: QuantizedTensor, *_: Any, **__: Any) -> QuantizedTensor:
@@ -569,7 +575,7 @@ def quantize_weight(
             f"{where}: weight is {weight.dtype}, expected one of "
             f"{', '.join(str(d) for d in DENSE_DTYPES)}; dequantize it first"
         )
-    if not weight.is_meta:
+    if not weight.is_meta and not scheme.refuses_non_finite:
         _check_finite(weight, where)
     try:
         scheme.check_options(options)
@@ -581,6 +587,8 @@ def quantize_weight(
             else:
                 quantized = scheme.quantize(weight.detach(), **options)
     except HijackError as error:
+        if isinstance(error, NonFiniteError):
+            _check_finite(weight, where)  # one message for all schemes
         raise type(error)(f"{where}: {error}") from error
     except Exception as error:
         raise SchemeError(
@@ -635,12 +643,17 @@ def check_shape(
 
 
 def _check_finite(weight: Tensor, where: str) -> None:
-    # In parts: what torch makes on the way is as large as the weight itself.
-    parts = torch.split(weight.detach().reshape(-1), 1 << 20)
-    # as float32, in which schemes compute
+    if not weight.numel():
+        return
+    weight = weight.detach()
+    # the least and the largest of anything with a NaN are NaN; as float32, in which
+    # schemes compute
+    if torch.stack(weight.aminmax()).float().isfinite().all():
+        return
+    # in parts: what torch makes on the way is as large as the weight itself
+    parts = torch.split(weight.reshape(-1), 1 << 20)
     bad = sum(part.numel() - int(part.float().isfinite().sum()) for part in parts)
-    if bad:
-        raise NonFiniteError(
-            f"{where}: weight holds inf or NaN; got {bad} non-finite "
-            f"of {weight.numel()} values, expected none; repair or exclude the layer"
-        )
+    raise NonFiniteError(
+        f"{where}: weight holds inf or NaN; got {bad} non-finite "
+        f"of {weight.numel()} values, expected none; repair or exclude the layer"
+    )

@@ -12,6 +12,7 @@ import os
 import re
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -599,11 +600,17 @@ def _tensors(registry: Registry, answer: Any, given: Mapping[str, Any]) -> Quant
     return quantized
 
 
+#: Forwards that take the arguments of one: thousands of modules share a forward.
+_CALLABLE: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
 def _function(registry: Registry, answer: Any, given: Mapping[str, Any]) -> Any:
     odd = inspect.iscoroutinefunction(answer) or inspect.isgeneratorfunction(answer)
     if not callable(answer) or isinstance(answer, type | nn.Module) or odd:
         raise _wrong(answer, "a function forward(module, input, weight, bias), or None")
     hash(answer)  # modules that share a forward share a class
+    if answer in _CALLABLE:
+        return answer
     try:
         inspect.signature(answer).bind(None, None, None, None)
     except TypeError as error:
@@ -613,6 +620,8 @@ def _function(registry: Registry, answer: Any, given: Mapping[str, Any]) -> Any:
         ) from error
     except ValueError:  # a built-in without a signature
         pass
+    with contextlib.suppress(TypeError):  # an object that cannot be referred to weakly
+        _CALLABLE.add(answer)
     return answer
 
 

@@ -1,5 +1,6 @@
 """The reference scheme: what it stores, how exact it is, what it refuses."""
 
+import contextlib
 import math
 
 import hypothesis.strategies as st
@@ -20,6 +21,7 @@ from hijack.errors import (
 from hijack.formats import matching
 from hijack.safetensors_io.header import Header
 from schemes import _blocks as blocks
+from schemes import blockwise_fp8
 from schemes.blockwise_fp8 import BlockwiseFP8
 
 SCHEME = BlockwiseFP8()
@@ -197,6 +199,17 @@ def test_data_that_is_not_finite_is_refused(dtype, byte, at):
     SCHEME.validate(q, params, "a layer")
     q.view(torch.uint8).view(-1)[at] = byte
     with pytest.raises(NonFiniteError, match="a layer: weight holds NaN or inf"):
+        SCHEME.validate(q, params, "a layer")
+
+
+@pytest.mark.parametrize(("row", "refused"), [(0, True), (3, True), (4, False)])
+def test_the_first_codes_of_a_large_weight_are_looked_at(monkeypatch, row, refused):
+    """All of them would have a file read from end to end in order to map it."""
+    monkeypatch.setattr(blockwise_fp8, "CHECKED", 4 * 64)
+    q = torch.ones(64, 64).to(E4M3)
+    q.view(torch.uint8)[row, 7] = 0x7F
+    params = {"weight_scale": torch.ones(64, 1)}
+    with pytest.raises(NonFiniteError) if refused else contextlib.nullcontext():
         SCHEME.validate(q, params, "a layer")
 
 

@@ -1,6 +1,11 @@
 """Loading quantized checkpoints into any model, and saving them."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +23,7 @@ from hijack.errors import (
     UnconsumedScaleError,
 )
 from hijack.modules import Wrapped, dense_weight
+from hijack.safetensors_io import reader
 from hijack.safetensors_io.reader import open_tensors, read_header
 from tests.tiny_file import same
 
@@ -44,6 +50,108 @@ def nibbles():
     """The packed scheme, registered."""
     yield hijack.register(Nibbles())
     hijack.unregister("nibbles")
+
+
+SCRIPT = """
+import sys, torch, hijack, schemes.blockwise_fp8
+
+def anonymous():
+    lines = open("/proc/self/smaps_rollup").read().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
+
+def model():
+    with torch.device("meta"):
+        return torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(8)])
+
+with torch.device("meta"):
+    hijack.load(torch.nn.Sequential(torch.nn.Linear(64, 64)), sys.argv[2])
+before, known = anonymous(), set(sys.modules)
+target = model()
+hijack.load(target, sys.argv[1])
+print(anonymous() - before)
+print("torch.distributed.tensor" in sys.modules)
+print(type(target[0].weight).__name__, target[0].weight.qdata.dtype)
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/smaps_rollup").exists(), reason="no smaps_rollup"
+)
+def test_a_file_is_mapped_and_not_copied(tmp_path):
+    """Loading 36 MB takes no memory of its own, and imports no part of torch's.
+
+    An operation on a quantized tensor would have torch import its distributed ones.
+    """
+    big, small = tmp_path / "big.safetensors", tmp_path / "small.safetensors"
+    for path, width, count in ((big, 2048, 8), (small, 64, 1)):
+        model = nn.Sequential(*[nn.Linear(width, width) for _ in range(count)])
+        hijack.wrap_model(model, "blockwise_fp8")
+        hijack.save(model, path)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, big, small],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    memory, imported, weight = done.stdout.splitlines()
+    assert int(memory) * 1024 < 8e6
+    assert imported == "False"
+    assert weight == "QuantizedTensor torch.float8_e4m3fn"
+
+
+def test_files_are_read_ahead_if_asked_for(tmp_path, monkeypatch):
+    """All of each file is asked for in the background, once, and only then."""
+    path, asked = tmp_path / "x.safetensors", []
+    done = threading.Event()
+    model = make()
+    hijack.wrap_model(model, "blockwise_fp8")
+    hijack.save(model, path)
+
+    def advise(file, begin, size, advice):
+        name = threading.current_thread().name
+        asked.append((os.fstat(file).st_ino, begin, size, advice, name))
+        if begin + size >= path.stat().st_size:
+            done.set()
+
+    monkeypatch.setattr(reader, "_AHEAD", 4096)
+    monkeypatch.setattr(os, "posix_fadvise", advise, raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)
+    hijack.load(make(), path)
+    assert not asked
+    fresh = make()
+    hijack.load(fresh, path, prefetch=True)
+    assert done.wait(60)
+    assert [begin for _, begin, *_ in asked] == [
+        *range(0, path.stat().st_size, 4096),
+    ]
+    assert {(inode, advice) for inode, _, _, advice, _ in asked} == {
+        (path.stat().st_ino, 3)
+    }
+    assert threading.current_thread().name not in {name for *_, name in asked}
+    assert_same_model(fresh, model)
+
+
+@pytest.mark.parametrize("problem", ["missing", "no thread", "no file"])
+def test_reading_ahead_is_a_hint(tmp_path, monkeypatch, problem):
+    """Where it cannot be had, loading goes on without it."""
+    path = tmp_path / "x.safetensors"
+    model = make()
+    hijack.wrap_model(model, "blockwise_fp8")
+    hijack.save(model, path)
+    if problem == "missing":
+        monkeypatch.delattr(os, "posix_fadvise", raising=False)
+    elif problem == "no thread":
+
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    else:
+        reader._read_ahead([tmp_path / "gone"])
+    fresh = make()
+    hijack.load(fresh, path, prefetch=True)
+    assert_same_model(fresh, model)
+    hijack.load(make(), make().state_dict(), prefetch=True)
 
 
 def make():

@@ -7,8 +7,10 @@ import io
 import math
 import mmap
 import os
+import platform
 import re
 import reprlib
+import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +39,8 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 #: Larger than any real header; beyond it the length is damaged or hostile.
 MAX_HEADER = 100_000_000
+#: Bytes the system is asked to read ahead at a time.
+_AHEAD = 1 << 25
 #: First bytes of files that are mistaken for safetensors, and what they are.
 _MAGIC = {
     b"GGUF": "a GGUF file",
@@ -157,7 +161,7 @@ class _MappedTensors(Mapping[str, Tensor]):
             with open_file(path) as file:
                 _check_identity(path, file, self._expected)
                 start = _data_start(file)
-                pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                pages = _private_map(file.fileno())
             data = torch.frombuffer(pages, dtype=torch.uint8)
             self._files[path] = pages, data, start
         return self._files[path]
@@ -167,6 +171,47 @@ class _MappedTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+
+def prefetch(header: Header) -> None:
+    """Have the system read a checkpoint's files into its cache, in the background.
+
+    Mapped tensors are then there when they are used, instead of being read page by page
+    at that time. It takes no memory of the process. Where the system cannot be asked to
+    read ahead, as on Windows and macOS, nothing happens.
+
+    Args:
+        header: as `read_header` returned it.
+    """
+    if not header.files or not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(RuntimeError):  # no more threads: it is only a hint
+        threading.Thread(
+            target=_read_ahead, args=(tuple(header.files),), daemon=True
+        ).start()
+
+
+def _read_ahead(paths: Sequence[Path]) -> None:
+    with contextlib.suppress(OSError):
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                for begin in range(0, size, _AHEAD):  # it waits for a full queue
+                    os.posix_fadvise(
+                        file.fileno(), begin, _AHEAD, os.POSIX_FADV_WILLNEED
+                    )
+
+
+def _private_map(descriptor: int) -> mmap.mmap:
+    """A whole file as memory that may be written to, for this process alone.
+
+    torch takes nothing else. Linux reserves memory for all of it, as if all were to be
+    written to, and refuses files that are larger than what there is, unless it is told.
+    """
+    if platform.system() != "Linux":
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    flags = mmap.MAP_PRIVATE | 0x4000  # MAP_NORESERVE, nameless before Python 3.13
+    return mmap.mmap(descriptor, 0, flags, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @contextlib.contextmanager
