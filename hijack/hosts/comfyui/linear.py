@@ -467,21 +467,23 @@ def make_model_state_dict(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def add_low_rank(output: Tensor, input: Tensor, patches: list[Patches]) -> Tensor:
-    """Add the products of low-rank pairs to a Linear's output.
+    """Add low-rank pairs to a Linear's output, in two products however many they are.
 
     Args:
         output: (..., N).
         input: (..., K), same dtype.
         patches: of the weight.
     """
-    for patch in patches:
-        pair = patch.low_rank(input.device, input.dtype)
-        if pair is not None:
-            down, up = pair
-            inner = F.linear(input.reshape(-1, input.shape[-1]), down)
-            flat = output.reshape(-1, output.shape[-1])
-            output = torch.addmm(flat, inner, up.t()).view(output.shape)
-    return output
+    patches = [patch for patch in patches if patch.pairs]
+    pair = None
+    if patches:
+        pair = patches[0].low_rank(input.device, input.dtype, tuple(patches[1:]))
+    if pair is None:
+        return output
+    down, up = pair  # (R, K), (N, R)
+    inner = F.linear(input.reshape(-1, input.shape[-1]), down)
+    flat = output.reshape(-1, output.shape[-1])
+    return torch.addmm(flat, inner, up.t()).view(output.shape)
 
 
 @contextlib.contextmanager

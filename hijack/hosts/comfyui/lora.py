@@ -13,10 +13,11 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import operator
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Patches:
         self.pairs = [pair for pair in plain[cut:] if pair is not None]
         self.shape = tuple(shape)
         self._moved: dict[torch.device, list[Any]] = {}
-        self._ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+        self._ready: dict[tuple[torch.device, torch.dtype], _Ready] = {}
 
     def __deepcopy__(self, memo: object) -> Patches:
         # It never changes; and torch.compile compares copies with what it copied.
@@ -85,23 +86,37 @@ class Patches:
         device = weight.device
         moved = self._moved.get(device)  # once: another thread may drop it
         if moved is None:
-            moved = [_moved(entry, device) for entry in self.dense_entries]
+            with torch.inference_mode(False):  # as in `low_rank`
+                moved = [_moved(entry, device) for entry in self.dense_entries]
             self._moved[device] = moved
         return self._calculate(moved, weight)
 
     def low_rank(
-        self, device: torch.device, dtype: torch.dtype
+        self, device: torch.device, dtype: torch.dtype, others: tuple[Patches, ...] = ()
     ) -> tuple[Tensor, Tensor] | None:
-        """All low-rank pairs as one: (R, K) down and (N, R) up, scaled."""
-        if not self.pairs:
-            return None
+        """All low-rank pairs as one: (R, K) down and (N, R) up, scaled.
+
+        What is made is kept for the next forward with the same others.
+
+        Args:
+            device: where they are multiplied.
+            dtype: of both.
+            others: further patches of the weight, whose pairs are among them.
+        """
         ready = self._ready.get((device, dtype))
-        if ready is None:
-            pairs = [pair.full(self.shape, device) for pair in self.pairs]
-            down = torch.cat([down for down, _ in pairs], 0).to(dtype)
-            up = torch.cat([up for _, up in pairs], 1).to(dtype)
-            ready = self._ready[device, dtype] = (down, up)
-        return ready
+        if ready is None or not _are(ready.others, others):
+            with torch.inference_mode(False):  # else no gradient could pass it later
+                pairs = [
+                    pair.full(self.shape, device)
+                    for patches in (self, *others)
+                    for pair in patches.pairs
+                ]
+                if not pairs:
+                    return None
+                down = torch.cat([down for down, _ in pairs], 0).to(dtype)
+                up = torch.cat([up for _, up in pairs], 1).to(dtype)
+            ready = self._ready[device, dtype] = _Ready(others, down, up)
+        return ready.down, ready.up
 
     def drop_copies(self) -> None:
         """Forget those copies; the next forward makes them again."""
@@ -115,8 +130,21 @@ class Patches:
         return calculate(entries, weight, self.key, **self.extra)
 
 
+class _Ready(NamedTuple):
+    """Low-rank pairs where a forward needs them."""
+
+    others: tuple[Patches, ...]
+    down: Tensor
+    up: Tensor
+
+
+def _are(some: tuple[Patches, ...], others: tuple[Patches, ...]) -> bool:
+    """Whether these are the same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
 @dataclasses.dataclass(frozen=True)
-class _Pair:
+class Pair:
     """One plain LoRA: ``up @ down * scale`` on a slice of the weight."""
 
     up: Tensor
@@ -137,7 +165,7 @@ class _Pair:
         return torch.nn.functional.pad(down, padding), up
 
 
-def _low_rank(entry: Entry, shape: Sequence[int]) -> _Pair | None:
+def _low_rank(entry: Entry, shape: Sequence[int]) -> Pair | None:
     """The pair, if a patch is nothing but a low-rank sum."""
     strength, adapter, strength_model, offset, function = entry[:5]
     plain = sys.modules["comfy.weight_adapter"].LoRAAdapter
@@ -160,7 +188,7 @@ def _low_rank(entry: Entry, shape: Sequence[int]) -> _Pair | None:
     if not fits or down[0].numel() != columns:
         return None
     scale = strength * (1.0 if alpha is None else alpha / down.shape[0])
-    return _Pair(up, down, float(scale), offset)
+    return Pair(up, down, float(scale), offset)
 
 
 def _moved(entry: Entry, device: torch.device) -> Entry:
