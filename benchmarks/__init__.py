@@ -1,1 +1,1 @@
-"""Measurements; none of them runs in the tests."""
+"""Measurements: ``python -m benchmarks`` runs all that this machine can."""

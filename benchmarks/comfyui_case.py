@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PEER = "HIJACK_PEER_COMFYUI_MUSUBI"
+from benchmarks.peers import COMFYUI_MUSUBI
+
 REPOSITORY = Path(__file__).parents[1]
 PREFIX = "model.diffusion_model."
 #: Size of a LoRA's change relative to the weight's norm.
@@ -81,7 +82,7 @@ class Case:
         import folder_paths
 
         folder_paths.add_model_folder_path("diffusion_models", str(self.folder))
-        node = import_pack(Path(os.environ[PEER])).NODE_CLASS_MAPPINGS[
+        node = import_pack(Path(os.environ[COMFYUI_MUSUBI])).NODE_CLASS_MAPPINGS[
             "MusubiUNETLoader"
         ]
         return lambda path: node().load_unet(Path(path).name, "fp8_e4m3fn")[0]
@@ -330,7 +331,9 @@ def import_pack(folder: Path) -> Any:
         "peer_pack", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
     if spec is None or spec.loader is None:
-        raise SystemExit(f"{PEER}: {folder} is no node pack; set it to a checkout")
+        raise SystemExit(
+            f"{COMFYUI_MUSUBI}: {folder} is no node pack; set it to a checkout"
+        )
     module = sys.modules["peer_pack"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

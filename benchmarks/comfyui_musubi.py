@@ -18,10 +18,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
-from benchmarks.comfyui_case import LARGE, PEER, REPOSITORY, SMALL
+from benchmarks.comfyui_case import LARGE, REPOSITORY, SMALL
+from benchmarks.harness import (
+    Benchmark,
+    Missing,
+    Row,
+    Setting,
+    comfyui_order,
+    comfyui_version,
+)
+from benchmarks.peers import COMFYUI_MUSUBI
 from benchmarks.timing import machine
 
 SIDES = {"musubi": "ComfyUI-musubi", "hijack": "hijack"}
@@ -69,12 +77,6 @@ LoRA's change relative to the right one: 1 is right, 0 means that the LoRA is lo
 """
 
 
-def version(root: str) -> str:
-    """The version a ComfyUI says it is."""
-    text = (Path(root) / "comfyui_version.py").read_text("utf-8")
-    return text.partition('__version__ = "')[2].partition('"')[0]
-
-
 def write_table(
     results: Mapping[tuple[str, str], Mapping[str, str]],
 ) -> tuple[str, str]:
@@ -98,21 +100,58 @@ def write_table(
     return "\n".join(lines), "\n\n".join(listed)
 
 
+def judge(side: str, root: str) -> dict[str, str]:
+    """What came of every step on one side, in a process of its own.
+
+    Raises:
+        RuntimeError: if that process fails.
+    """
+    command = [sys.executable, "-m", "benchmarks.comfyui_case", side, root]
+    done = subprocess.run(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{comfyui_version(root)}, {side}: see above")
+    result: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def cannot(setting: Setting) -> str | None:
+    """Why it cannot be measured, or None."""
+    if not os.environ.get(COMFYUI_MUSUBI):
+        return f"no ComfyUI-musubi; set {COMFYUI_MUSUBI} to a checkout"
+    if setting.quick:
+        return "it takes minutes; leave out --quick"
+    return None if setting.comfyui else "no ComfyUI was found; name one in --comfyui"
+
+
+def measure(setting: Setting) -> Iterator[Row | Missing]:
+    """A row for each release and step."""
+    for root in setting.comfyui:
+        found = {SIDES[side]: judge(side, root) for side in SIDES}
+        for step in STEPS:
+            cells = {name: each[step] for name, each in found.items()}
+            yield {"ComfyUI": comfyui_version(root), "step": step, **cells}
+
+
+BENCHMARK = Benchmark(
+    "comfyui_musubi",
+    "What becomes of the same files with ComfyUI-musubi's loader and with hijack: "
+    "relative errors, as docs/comfyui-musubi.md explains.",
+    measure,
+    "ComfyUI-musubi and a ComfyUI",
+    cannot,
+)
+
+
 def main(roots: list[str]) -> None:
     """Print the document."""
-    peer = os.environ.get(PEER)
+    peer = os.environ.get(COMFYUI_MUSUBI)
     if not peer or not roots:
         raise SystemExit(__doc__)
-    results = {}
-    for root in sorted(roots, key=lambda r: [int(n) for n in version(r).split(".")]):
-        for side in SIDES:
-            command = [sys.executable, "-m", "benchmarks.comfyui_case", side, root]
-            done = subprocess.run(
-                command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True
-            )
-            if done.returncode:
-                raise SystemExit(f"{version(root)}, {side}: see above")
-            results[version(root), side] = json.loads(done.stdout.splitlines()[-1])
+    results = {
+        (comfyui_version(root), side): judge(side, root)
+        for root in sorted(roots, key=comfyui_order)
+        for side in SIDES
+    }
     git = ["git", "-C", peer, "rev-parse", "--short=8", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout
     table, reasons = write_table(results)

@@ -1,20 +1,15 @@
-"""Forward of a block-wise FP8 Linear, beside musubi-tuner's and a bfloat16 Linear.
+"""Forward of a block-wise FP8 Linear, beside a bfloat16 one and other programs' ways.
 
-::
-
-    HIJACK_PEER_MUSUBI=/path/to/musubi-tuner python -m benchmarks.forward
-
-All run in one process, in turn, in a new order each round; what is reported are medians
-of the quotients of each round. Every call takes the next of several weights that
-together are larger than any cache, as in a model. musubi-tuner's forward is its own
-function ``fp8_linear_forward_patch``, on the same quantized data and scales.
+Every call takes the next of several weights that together are larger than any cache, as
+in a model. Other programs' forwards and hijack's kernels get the same codes and scales;
+what does not compute the same is not timed. musubi-tuner's forward is its own function
+``fp8_linear_forward_patch``; *naive* is a cast, a multiplication and a product.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from types import SimpleNamespace
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,109 +18,139 @@ from torch import Tensor, nn
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from benchmarks.peers import MUSUBI, musubi
-from benchmarks.timing import alternate, machine, ratio
+from benchmarks.harness import Benchmark, Chart, Missing, Row, Setting
+from benchmarks.kernels import block_scaled, kernels
+from benchmarks.peers import Run, musubi_forward, naive_forward, no_musubi
+from benchmarks.timing import alternate, milliseconds, ratio
 
-Runs = dict[str, Callable[[int], Tensor]]
-
-POOL_BYTES = 200 << 20
-COLUMNS = "| layer | threads | M | musubi / hijack | musubi / bf16 | hijack / bf16 |"
-RULE = "|---|---:|---:|---:|---:|---:|"
-
-
-def layers(n: int, k: int, device: str) -> tuple[list[nn.Module], list[Tensor]]:
-    """Wrapped Linears with 1 x 64 blocks, and dense weights, (N, K) bfloat16 each."""
-    count = max(POOL_BYTES // (n * k), 2)
-    linears, weights = [], []
-    for _ in range(count):
-        linear = nn.Linear(k, n, bias=False, dtype=torch.bfloat16, device=device)
-        weights.append(linear.weight.detach().clone())
-        linear.requires_grad_(False)
-        linears.append(hijack.wrap_module(linear, "blockwise_fp8", block_size=(1, 64)))
-    return list(linears), weights
+#: (K, N) of Linears; weights that together fill this many bytes take turns.
+LAYERS, POOL_BYTES = ((3072, 12288), (3072, 3072), (12288, 3072)), 200 << 20
+QUICK_LAYERS, QUICK_POOL_BYTES = ((256, 512),), 1 << 20
+BLOCKS = ((1, 64), (128, 128))
+ROWS, QUICK_ROWS = (1, 16, 64, 256, 1024, 4096), (1, 16)
+#: Relative error that rounding may make.
+BOUND = 1e-2
 
 
-def runs_for(x: Tensor, linears: list[nn.Module], weights: list[Tensor]) -> Runs:
-    """Every forward as a function of the number of the layer to run."""
-    peer = musubi()
+@dataclasses.dataclass
+class Pool:
+    """Layers of one shape, and every way to compute them.
 
-    def run_hijack(i: int) -> Tensor:
-        result: Tensor = linears[i % len(linears)](x)
-        return result
+    Attributes:
+        dense: weights (N, K) in bfloat16.
+        runs: name to a function of the input for each layer.
+        missing: what cannot take these layers.
+    """
 
-    def run_bf16(i: int) -> Tensor:
-        return F.linear(x, weights[i % len(weights)])
+    dense: list[Tensor]
+    runs: dict[str, list[Run]]
+    missing: list[Missing]
 
-    runs: Runs = {"hijack": run_hijack, "bf16": run_bf16}
-    if peer is not None:
-        others = [with_musubis_names(linear) for linear in linears]
-
-        def run_musubi(i: int) -> Tensor:
-            result: Tensor = peer.fp8_linear_forward_patch(others[i % len(others)], x)
-            return result
-
-        runs["musubi"] = run_musubi
-    return runs
+    def call(self, name: str, x: Tensor, turn: int) -> Tensor:
+        """One forward, of the layer whose turn it is."""
+        each = self.runs[name]
+        return each[turn % len(each)](x)
 
 
-def with_musubis_names(linear: Any) -> SimpleNamespace:
-    """The same quantized data and scales under musubi-tuner's names."""
-    scale = linear.weight_scale[:, :, None]
-    return SimpleNamespace(weight=linear.weight, scale_weight=scale, bias=None)
+def make_pool(
+    n: int, k: int, size: tuple[int, int], pool_bytes: int, device: str = "cpu"
+) -> Pool:
+    """Layers (N, K) whose codes fill that many bytes, two at least."""
+    layers: list[Any] = []
+    for _ in range(max(pool_bytes // (n * k), 2)):
+        layer = nn.Linear(k, n, False, dtype=torch.bfloat16, device="meta")
+        weight = torch.randn(n, k, dtype=torch.bfloat16, device=device)
+        layer.weight = nn.Parameter(weight * k**-0.5, requires_grad=False)
+        layers.append(layer)
+    dense = [layer.weight.detach() for layer in layers]
+    for layer in layers:
+        hijack.wrap_module(layer, "blockwise_fp8", block_size=size)
+    runs: dict[str, list[Run]] = {
+        "hijack": [layer.__call__ for layer in layers],
+        "bf16": [lambda x, w=weight: F.linear(x, w) for weight in dense],
+        "naive": [naive_forward(layer, size) for layer in layers],
+    }
+    missing = []
+    others = [musubi_forward(layer) for layer in layers]
+    if all(others):
+        runs["musubi-tuner"] = [other for other in others if other]
+    elif size[0] == 1:
+        missing.append(Missing("musubi-tuner", no_musubi() or "it has no such blocks"))
+    weights = [block_scaled(layer) for layer in layers]
+    for name, kernel in kernels(dense[0].device.type).items():
+        why = kernel.refuses(weights[0], torch.bfloat16)
+        if why is None:
+            runs[f"kernel {name}"] = [
+                lambda x, f=kernel.linear, w=weight: f(x, w, None) for weight in weights
+            ]
+        else:
+            missing.append(Missing(f"kernel {name}", why))
+    return Pool(dense, runs, missing)
 
 
-def measure(n: int, k: int, where: str, sizes: list[int], rounds: int) -> None:
-    """Print one row for each M; ``where`` is a number of threads, or ``cuda``."""
-    on_gpu = where == "cuda"
-    linears, weights = layers(n, k, "cuda" if on_gpu else "cpu")
+def check(pool: Pool, x: Tensor) -> Iterator[Missing]:
+    """Take out of the pool what fails, or computes something else than the rest."""
+    dense = pool.call("naive", x.float(), 0)
+    for name in [name for name in pool.runs if name != "bf16"]:
+        try:
+            actual = pool.call(name, x, 0).float()
+        except Exception as failure:
+            why = f"{type(failure).__name__}: {failure}"
+        else:
+            error = float((actual - dense).norm() / dense.norm())
+            why = f"differs by {error:.1e}" if not error < BOUND else ""
+        if why:
+            del pool.runs[name]
+            yield Missing(name, f"{why}, with {len(x)} rows")
+
+
+def measure_pool(
+    pool: Pool, head: dict[str, Any], sizes: Sequence[int], setting: Setting
+) -> Iterator[Row | Missing]:
+    """A row for each number of rows of the input."""
+    n, k = pool.dense[0].shape
     for m in sizes:
-        x = torch.randn(m, k, dtype=torch.bfloat16, device=weights[0].device)
-        runs = runs_for(x, linears, weights)
-        with torch.inference_mode():
-            if "musubi" in runs:
-                assert_same(runs["hijack"](0), runs["musubi"](0))
-            repeat = 20 if on_gpu else 2 if m < 1024 else 1
-            seconds = alternate(runs, rounds, repeat)
-        hijack_s, bf16 = seconds["hijack"], seconds["bf16"]
-        other = seconds.get("musubi")
-        faster = f"{ratio(other, hijack_s):.2f}" if other else "-"
-        bound = f"{ratio(other, bf16):.2f}" if other else "-"
-        print(
-            f"| {k} -> {n} | {where} | {m} | {faster} | {bound} | "
-            f"{ratio(hijack_s, bf16):.2f} |",
-            flush=True,
-        )
+        x = torch.randn(m, k, dtype=torch.bfloat16, device=pool.dense[0].device)
+        yield from check(pool, x)
+        calls = {
+            name: lambda turn, name=name, x=x: pool.call(name, x, turn)
+            for name in pool.runs
+        }
+        rounds = setting.rounds_or(9 if m < 1024 else 5)
+        seconds = alternate(calls, rounds, 20 if x.is_cuda else 2 if m < 1024 else 1)
+        bf16, ours = seconds.pop("bf16"), seconds.get("hijack")
+        row: dict[str, Any] = {"layer": f"{k} -> {n}", **head, "M": m}
+        row["bf16, ms"] = milliseconds(bf16)
+        row |= {name: ratio(each, bf16) for name, each in seconds.items()}
+        if "musubi-tuner" in seconds and ours:
+            row["musubi-tuner / hijack"] = ratio(seconds["musubi-tuner"], ours)
+        yield row
 
 
-def assert_same(ours: Tensor, theirs: Tensor) -> None:
-    """What is compared must compute the same."""
-    error = (ours - theirs).float().norm() / theirs.float().norm()
-    if not error < 1e-2:
-        raise RuntimeError(f"hijack and musubi-tuner differ by {error:.2e}")
+@torch.inference_mode()
+def measure(setting: Setting) -> Iterator[Row | Missing]:
+    """Rows for each layer, block size, number of threads and of rows."""
+    layers = QUICK_LAYERS if setting.quick else LAYERS
+    room = QUICK_POOL_BYTES if setting.quick else POOL_BYTES
+    told = set()
+    for k, n in layers:
+        for size in BLOCKS:
+            pool = make_pool(n, k, size, room)
+            block = f"{size[0]}x{size[1]}"
+            for threads in setting.threads:
+                torch.set_num_threads(threads)
+                head = {"block": block, "threads": threads}
+                sizes = QUICK_ROWS if setting.quick else ROWS
+                yield from measure_pool(pool, head, sizes, setting)
+            told |= set(pool.missing)
+    yield from sorted(told, key=lambda each: each.what)
 
 
-def main() -> None:
-    """Measure what the arguments ask for, and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["3072x12288", "3072x3072"])
-    parser.add_argument(
-        "--rows", nargs="+", type=int, default=[1, 16, 256, 1024, 4096], metavar="M"
-    )
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", nargs="+", type=int, default=None)
-    parser.add_argument("--gpu", action="store_true", help="not on the CPU")
-    args = parser.parse_args()
-    if musubi() is None:
-        print(f"{MUSUBI} is not set: measured without musubi-tuner\n")
-    print(f"{machine()}\n\n{COLUMNS}\n{RULE}")
-    threads = args.threads or sorted({1, torch.get_num_threads()})
-    for where in ["cuda"] if args.gpu else threads:
-        if not args.gpu:
-            torch.set_num_threads(where)
-        for shape in args.shapes:
-            k, n = map(int, shape.split("x"))
-            measure(n, k, str(where), args.rows, args.rounds)
-
-
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    "forward",
+    "Time of a Linear with an FP8 weight over the same in bfloat16, on the CPU; "
+    "M is the number of rows of the input.",
+    measure,
+    "musubi-tuner for its column",
+    chart=Chart("M", ("layer", "block", "threads"), "time / bfloat16"),
+)

@@ -1,7 +1,5 @@
 """How long it takes to find out what a file of 50 GB is, once its header is read.
 
-    python -m benchmarks.identify [FOLDER]
-
 Writes sparse files of 50 GB, of a diffusion model's layers and of a mixture of experts'
 many small ones, in several spellings. Reading and checking the header, identifying,
 and the least any reader does, `json.loads` of the same header, are timed in turn.
@@ -12,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
-import statistics
-import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
-from benchmarks.timing import alternate, machine, ratio
+from benchmarks.harness import Benchmark, Missing, Row, Setting
+from benchmarks.timing import alternate, milliseconds, ratio
+from hijack.errors import HijackError
 from hijack.formats.identification import identify
 from hijack.safetensors_io.header import bytes_of
 from hijack.safetensors_io.reader import read_header
@@ -97,43 +97,46 @@ def parse(path: Path) -> None:
         json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
-def measure(path: Path) -> list[str]:
-    """A row of the table for one file."""
+def measure_file(path: Path, rounds: int) -> dict[str, Any]:
+    """The cells of one file."""
     header = read_header(path)
-    fresh = [dataclasses.replace(header) for _ in range(ROUNDS + 1)]  # nothing cached
+    fresh = [dataclasses.replace(header) for _ in range(rounds + 1)]  # nothing cached
     gc.collect()
     seconds = alternate(
         {
-            "read": lambda _: read_header(path),
+            "header": lambda _: read_header(path),
             "identify": lambda turn: identify(fresh[turn]),
-            "parse": lambda _: parse(path),
+            "json": lambda _: parse(path),
         },
-        ROUNDS,
+        rounds,
     )
-    times = {name: statistics.median(each) * 1e3 for name, each in seconds.items()}
-    compared = ratio(seconds["identify"], seconds["parse"])
-    result = identify(header)
-    return [
-        f"{len(header.tensors)}",
-        *(f"{times[name]:.0f}" for name in ("parse", "read", "identify")),
-        f"{compared:.2f}",
-        f"{len(result.layers)}",
-    ]
+    return {
+        "tensors": len(header.tensors),
+        **{f"{name}, ms": milliseconds(each) for name, each in seconds.items()},
+        "identify / json": ratio(seconds["identify"], seconds["json"]),
+        "claimed": len(identify(header).layers),
+    }
 
 
-def main(folder: str | None = None) -> None:
-    """Print the table."""
-    print(f"> {machine()}\n")
-    print(
-        "| layers of | spelling | tensors | json, ms | header, ms | identify, ms "
-        "| identify / json | claimed |\n|---|---|--:|--:|--:|--:|--:|--:|"
-    )
-    for model in MODELS:
+def measure(setting: Setting) -> Iterator[Row | Missing]:
+    """A row for each model in each spelling."""
+    for model in list(MODELS)[: 1 if setting.quick else None]:
         for spelling in SPELLINGS:
-            with tempfile.TemporaryDirectory(dir=folder) as name:
-                row = measure(write(Path(name), spelling, model))
-            print(f"| {model} | {spelling} | {' | '.join(row)} |", flush=True)
+            with tempfile.TemporaryDirectory(dir=setting.folder) as name:
+                path = write(Path(name), spelling, model)
+                try:
+                    cells = measure_file(path, setting.rounds_or(ROUNDS))
+                except HijackError as error:
+                    why = str(error).replace(f"{path}", "the file")
+                    yield Missing(f"{model}, {spelling}", why)
+                    continue
+            yield {"layers of": model, "spelling": spelling, **cells}
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+BENCHMARK = Benchmark(
+    "identify",
+    "Finding out what a file of 50 GB is, once its header is read; *json* is parsing "
+    "that header and nothing more.",
+    measure,
+    "a file system with sparse files",
+)

