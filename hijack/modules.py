@@ -452,11 +452,14 @@ def _make_forward(base: type[nn.Module], bound: Forward | None) -> Forward:
         return own(_checked_dense(self, weight), *args, **kwargs)
 
     def bound_forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        weight = self.weight
+        parameters = self._parameters  # torch looks there last, and takes its time
+        weight = parameters.get("weight")
         if not isinstance(weight, QuantizedTensor):
-            weight = recalled(weight)
+            weight = recalled(self.weight)
         if isinstance(weight, QuantizedTensor):
-            bias = getattr(self, "bias", None)
+            bias = parameters.get("bias")
+            if bias is None:
+                bias = getattr(self, "bias", None)
             return chosen(self, input, weight, bias, *args, **kwargs)  # type: ignore[misc]
         return own(_checked_dense(self, weight), input, *args, **kwargs)
 
