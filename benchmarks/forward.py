@@ -65,6 +65,8 @@ def make_pool(
     dense = [layer.weight.detach() for layer in layers]
     for layer in layers:
         hijack.wrap_module(layer, "blockwise_fp8", block_size=size)
+        # codes that were not seen before are looked at for NaN, once
+        layer(torch.zeros(1, k, dtype=torch.bfloat16, device=device))
     runs: dict[str, list[Run]] = {
         "hijack": [layer.__call__ for layer in layers],
         "bf16": [lambda x, w=weight: F.linear(x, w) for weight in dense],
