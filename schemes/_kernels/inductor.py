@@ -14,11 +14,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from schemes._blocks import divides
-from schemes._kernels import buffers
+from schemes._kernels import decoded
 from schemes._kernels.block_scaled import BlockScaled
 from schemes._kernels.plain import nibbles
 
@@ -92,20 +91,8 @@ def decode(weight: BlockScaled, out: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: BlockScaled, bias: Tensor | None) -> Tensor:
-    """``F.linear`` with a weight that is decoded into memory all layers share.
-
-    Args:
-        x: (M, K) float32, bfloat16 or float16.
-        weight: (N, K), on the same device.
-        bias: (N,) of ``x``'s dtype, or None.
-
-    Returns:
-        (M, N) of ``x``'s dtype.
-    """
-    n, k = weight.shape
-    dense = buffers.shared("weight", n * k, x.dtype, x.device).view(n, k)
-    decode(weight, dense)
-    return F.linear(x, dense, bias)
+    """``F.linear`` with the decoded weight; shapes are those of `decoded.linear`."""
+    return decoded.linear(decode, x, weight, bias)
 
 
 @functools.cache

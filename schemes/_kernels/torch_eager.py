@@ -24,10 +24,9 @@ import weakref
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from schemes._kernels import buffers, plain
+from schemes._kernels import buffers, decoded, plain
 from schemes._kernels.block_scaled import BlockScaled
 
 #: FP8 dtype to (left shift within 32 bits, 127 - bias of the exponent, first byte that
@@ -326,20 +325,8 @@ def decode_elsewhere(weight: BlockScaled, out: Tensor) -> None:
 
 
 def linear_elsewhere(x: Tensor, weight: BlockScaled, bias: Tensor | None) -> Tensor:
-    """``F.linear`` with a weight that is decoded into memory all layers share.
-
-    Args:
-        x: (M, K) float32, bfloat16 or float16.
-        weight: (N, K), on the same device.
-        bias: (N,) of ``x``'s dtype, or None.
-
-    Returns:
-        (M, N) of ``x``'s dtype.
-    """
-    n, k = weight.shape
-    dense = buffers.shared("weight", n * k, x.dtype, x.device).view(n, k)
-    decode_elsewhere(weight, dense)
-    return F.linear(x, dense, bias)
+    """``F.linear`` with the decoded weight; shapes are those of `decoded.linear`."""
+    return decoded.linear(decode_elsewhere, x, weight, bias)
 
 
 def _spans(length: int, block: int) -> Iterator[tuple[slice, slice, int]]:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from schemes._kernels import buffers
+from schemes._kernels import decoded
 from schemes._kernels.block_scaled import BlockScaled
 from schemes._kernels.triton._decode import decode
 from schemes._kernels.triton.gemm import MAX_INPUTS as MAX_GEMM_INPUTS
@@ -40,10 +40,8 @@ def linear(x: Tensor, weight: BlockScaled, bias: Tensor | None) -> Tensor:
             return gemv(x, weight, bias)
         if 0 < m <= MAX_GEMM_INPUTS and can_multiply(x, weight):
             return gemm(x, weight, bias)
-        n, k = weight.shape
-        dense = buffers.shared("weight", n * k, x.dtype, x.device).view(n, k)
-    else:
-        dense = x.new_empty(weight.shape)
+        return decoded.linear(decode, x, weight, bias)
+    dense = x.new_empty(weight.shape)
     decode(weight, dense)
     return F.linear(x, dense, bias)
 
