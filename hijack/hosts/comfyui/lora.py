@@ -86,8 +86,7 @@ class Patches:
         device = weight.device
         moved = self._moved.get(device)  # once: another thread may drop it
         if moved is None:
-            with torch.inference_mode(False):  # as in `low_rank`
-                moved = [_moved(entry, device) for entry in self.dense_entries]
+            moved = [_moved(entry, device) for entry in self.dense_entries]
             self._moved[device] = moved
         return self._calculate(moved, weight)
 
@@ -104,17 +103,20 @@ class Patches:
             others: further patches of the weight, whose pairs are among them.
         """
         ready = self._ready.get((device, dtype))
-        if ready is None or not _are(ready.others, others):
-            with torch.inference_mode(False):  # else no gradient could pass it later
-                pairs = [
-                    pair.full(self.shape, device)
-                    for patches in (self, *others)
-                    for pair in patches.pairs
-                ]
-                if not pairs:
-                    return None
-                down = torch.cat([down for down, _ in pairs], 0).to(dtype)
-                up = torch.cat([up for _, up in pairs], 1).to(dtype)
+        # what inference mode made lets no gradient pass
+        stale = ready is not None and (
+            ready.down.is_inference() and not torch.is_inference_mode_enabled()
+        )
+        if ready is None or stale or not _are(ready.others, others):
+            pairs = [
+                pair.full(self.shape, device)
+                for patches in (self, *others)
+                for pair in patches.pairs
+            ]
+            if not pairs:
+                return None
+            down = torch.cat([down for down, _ in pairs], 0).to(dtype)
+            up = torch.cat([up for _, up in pairs], 1).to(dtype)
             ready = self._ready[device, dtype] = _Ready(others, down, up)
         return ready.down, ready.up
 
