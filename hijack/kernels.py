@@ -381,7 +381,7 @@ def describe_rows(
 
 
 def function_name(bound: Callable[..., Any]) -> str:
-    """The name of a bound forward, such as ``int8.int8_forward``."""
+    """The name of a bound forward, such as ``forward.linear_forward``."""
     while isinstance(bound, functools.partial):
         bound = bound.func
     function: Any = bound

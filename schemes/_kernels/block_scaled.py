@@ -9,6 +9,8 @@ from torch import Tensor
 
 #: Dtypes of codes that are one number each.
 CODES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+#: Dtypes of inputs and of decoded weights.
+DENSE = (torch.float32, torch.bfloat16, torch.float16)
 #: Dtypes of scales.
 SCALES = (
     *(torch.float32, torch.bfloat16, torch.float16),

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from hijack.modules import linear_forward as default_linear
 from schemes._kernels import plain
-from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.block_scaled import DENSE, BlockScaled
 from schemes._kernels.eager import are_plain
 from schemes._kernels.table import TABLE
 from schemes._rotation import rotate, rotate_inputs
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 #: Elements that are rotated at a time: on the CPU what fits the cache, elsewhere enough
 #: to hide the launch of operations.
 CHUNK, DEVICE_CHUNK = 1 << 20, 1 << 24
-#: Dtypes of inputs that kernels know.
-DENSE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def decode(weight: BlockScaled, dtype: torch.dtype) -> Tensor:

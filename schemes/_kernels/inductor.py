@@ -18,11 +18,9 @@ from torch import Tensor
 
 from schemes._blocks import divides
 from schemes._kernels import decoded
-from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.block_scaled import DENSE, BlockScaled
 from schemes._kernels.plain import nibbles
 
-#: Dtypes that can be decoded to.
-DENSE = (torch.float32, torch.bfloat16, torch.float16)
 #: FP8 dtype to (left shift within 32 bits, mask of sign, exponent and mantissa, what
 #: the exponents differ by, first byte that is not a finite number).
 _LAYOUTS = {

@@ -16,15 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from schemes._kernels import devices, plain
-from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.block_scaled import DENSE, BlockScaled
 from schemes._kernels.quantized_inputs import fused, int8_per_token, quantize
 
 #: Elements of an output that are in float32 at a time.
 OUTPUT_CHUNK = 1 << 26
 #: Rows that cuBLAS is given multiples of: it takes more than 16 of 8.
 _ROWS = 32
-#: Dtypes of inputs.
-DENSE = (torch.float32, torch.bfloat16, torch.float16)
 #: The first compute capability whose matrix units multiply INT8.
 CAPABILITY = (7, 5)
 

@@ -34,15 +34,13 @@ from torch import Tensor
 
 from hijack.kernels import forced
 from schemes._kernels import devices, quantized_inputs
-from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.block_scaled import DENSE, BlockScaled
 from schemes._kernels.quantized_inputs import Quantized, Quantizer
 from schemes._kernels.tables import E2M1, table_on
 from schemes._tiles import to_tiles
 
 #: The kernel's name in the table.
 NAME = "scaled_mm"
-#: Dtypes of inputs.
-DENSE = (torch.float32, torch.bfloat16, torch.float16)
 #: Rows and columns of a weight, and bytes of its address, are multiples of this.
 ALIGNMENT = 16
 
@@ -105,7 +103,8 @@ def _tiled_scales(weight: BlockScaled) -> Scales:
 
 def _fp4_scales(weight: BlockScaled) -> Scales:
     """E4M3 in tiles of 128 x 4, and the scale of the weight."""
-    assert weight.factor is not None
+    if weight.factor is None:
+        raise ValueError(f"{NAME}: an NVFP4 weight has no factor; expected its scale")
     return to_tiles(weight.scale), weight.factor
 
 

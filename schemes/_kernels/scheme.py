@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import hijack
+from hijack.errors import SchemeError
 from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.kernels import PLAIN, Choice, inputs_asked
 from hijack.quantized import WeightView
@@ -64,7 +65,10 @@ class BlockScaledScheme(hijack.Scheme):
         """
         weight = self.block_scaled(qdata, params)
         if weight is None:
-            raise NotImplementedError(f"{self.name}: dequantize such a weight")
+            raise SchemeError(
+                f"{self.name}: block_scaled: got None, expected codes and scales; a "
+                "scheme with other weights too overrides dequantize"
+            )
         return decode(weight, dtype)
 
     def quantizes_inputs(self, weight: hijack.QuantizedTensor | WeightView) -> bool:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from schemes._kernels import buffers, decoded, plain
-from schemes._kernels.block_scaled import BlockScaled
+from schemes._kernels.block_scaled import DENSE, BlockScaled
 
 #: FP8 dtype to (left shift within 32 bits, 127 - bias of the exponent, first byte that
 #: is not a finite number).
@@ -35,10 +35,6 @@ FLOAT8_LAYOUTS = {
     torch.float8_e4m3fn: (20, 120, 0x7F),
     torch.float8_e5m2: (21, 112, 0x7C),
 }
-#: FP8 dtype to the first byte, without its sign, that is not a finite number.
-_FINITE_END = {dtype: layout[2] for dtype, layout in FLOAT8_LAYOUTS.items()}
-#: Dtypes that can be decoded to.
-DENSE = (torch.float32, torch.bfloat16, torch.float16)
 #: Bytes decoded between two products where that fits the cache: one thread, few rows.
 TILE_BYTES = 1 << 22
 TILE_ROWS = 128
@@ -134,7 +130,7 @@ def _codes_are_finite(codes: Tensor) -> bool:
         return True
     if codes.dtype == torch.float8_e8m0fnu:  # has no sign
         return int(data.max()) < 0xFF
-    limit = _FINITE_END[codes.dtype] * 2
+    limit = FLOAT8_LAYOUTS[codes.dtype][2] * 2
     shifted = data.new_empty(min(len(data), CHUNK))  # memory anew costs ten times more
     for part in torch.split(data, CHUNK):
         without_sign = torch.mul(part, 2, out=shifted[: len(part)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from schemes._kernels.block_scaled import CODES, SCALES, BlockScaled
+from schemes._kernels.block_scaled import CODES, DENSE, SCALES, BlockScaled
 from schemes._kernels.cpu.llvm import KernelError, why_not
 
 __all__ = [
@@ -21,8 +21,6 @@ __all__ = [
     "quantize_int8",
     "refuses",
 ]
-
-_DENSE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def refuses(weight: BlockScaled, dtype: torch.dtype) -> str | None:
@@ -37,7 +35,7 @@ def refuses(weight: BlockScaled, dtype: torch.dtype) -> str | None:
         return reason
     if weight.device.type != "cpu" or weight.scale.device.type != "cpu":
         return f"the weight is on {weight.device.type}, expected cpu"
-    if dtype not in _DENSE:
+    if dtype not in DENSE:
         return f"inputs are {dtype}, expected float32, bfloat16 or float16"
     codes = CODES if weight.table is None else (torch.uint8,)
     if weight.codes.dtype not in codes:

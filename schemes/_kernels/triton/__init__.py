@@ -20,9 +20,8 @@ import functools
 import torch
 from torch import Tensor
 
-from schemes._kernels.block_scaled import CODES, SCALES, BlockScaled
+from schemes._kernels.block_scaled import CODES, DENSE, SCALES, BlockScaled
 
-_DENSE = (torch.float32, torch.bfloat16, torch.float16)
 _DEVICES = ("cuda", "xpu")
 #: The oldest NVIDIA GPUs that Triton builds for.
 _OLDEST = (7, 5)
@@ -67,7 +66,7 @@ def refuses(weight: BlockScaled, dtype: torch.dtype) -> str | None:
     device = weight.codes.device
     if device.type not in _DEVICES:
         return f"the weight is on {device.type}; Triton's kernels run on GPUs"
-    if dtype not in _DENSE:
+    if dtype not in DENSE:
         return f"inputs are {dtype}; expected float32, bfloat16 or float16"
     return _refuses_weight(weight) or _refuses_machine(device)
 
