@@ -18,7 +18,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -149,13 +149,16 @@ class KernelTable:
         Returns:
             (M, N) of ``x``'s dtype; None if no kernel takes it.
         """
-        for kernel in self._candidates(x.device, len(x), opt_in):
-            if kernel.linear is None or kernel.refuses(weight, x.dtype):
+        dtype, device = x.dtype, x.device
+        for kernel in self._wanted(device, opt_in):
+            if kernel.linear is None:
+                continue
+            if self._why_not(kernel, weight, dtype, device, len(x)):
                 continue
             try:
                 return kernel.linear(x, weight, bias)
             except Exception as error:
-                self._fail(kernel, x.device, error)
+                self._fail(kernel, device, error)
         return None
 
     def traced(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor | None:
@@ -183,14 +186,15 @@ class KernelTable:
         Returns:
             Whether a kernel took it.
         """
-        for kernel in self._candidates(out.device, None, False):
-            if kernel.decode is None or kernel.refuses(weight, out.dtype):
+        dtype, device = out.dtype, out.device
+        for kernel in self._wanted(device, False):
+            if kernel.decode is None or self._why_not(kernel, weight, dtype, device):
                 continue
             try:
                 kernel.decode(weight, out)
                 return True
             except Exception as error:
-                self._fail(kernel, out.device, error)
+                self._fail(kernel, device, error)
         return False
 
     def quantize(self, matrix: Tensor, weight: Any, candidates: int) -> bool | None:
@@ -204,15 +208,16 @@ class KernelTable:
         Returns:
             Whether all numbers are finite; None if no kernel takes it.
         """
-        for kernel in self._candidates(matrix.device, None, False):
-            if kernel.quantize is None or kernel.refuses(weight, matrix.dtype):
+        dtype, device = matrix.dtype, matrix.device
+        for kernel in self._wanted(device, False):
+            if kernel.quantize is None or self._why_not(kernel, weight, dtype, device):
                 continue
             try:
                 finite = kernel.quantize(matrix, weight, candidates)
                 if finite is not None:
                     return finite
             except Exception as error:
-                self._fail(kernel, matrix.device, error)
+                self._fail(kernel, device, error)
         return None
 
     def explain(
@@ -227,17 +232,10 @@ class KernelTable:
             opt_in: whether the layer wants kernels whose results differ.
         """
         others: dict[str, str] = {}
-        device = weight.device
-        for kernel in self._ordered():
-            if device.type not in kernel.devices or kernel.linear is None:
+        for kernel in self._wanted(weight.device, opt_in):
+            if kernel.linear is None:
                 continue
-            if not kernel.is_wanted(opt_in, forced()):
-                continue
-            failure = self._failures.get((kernel.name, device))
-            if kernel.rows is not None and rows > kernel.rows:
-                why: str | None = f"for at most {kernel.rows} rows"
-            else:
-                why = failure or kernel.refuses(weight, dtype)
+            why = self._why_not(kernel, weight, dtype, weight.device, rows)
             if why is None:
                 return Choice(kernel.name, others)
             others[kernel.name] = why
@@ -248,30 +246,31 @@ class KernelTable:
         failures = self._failures.items()
         return {f"{name} on {device}": why for (name, device), why in failures}
 
-    def _candidates(
-        self, device: torch.device, rows: int | None, opt_in: bool
-    ) -> Iterator[Kernel]:
-        names = forced()
-        for kernel in self._ordered(names):
-            if device.type not in kernel.devices:
-                continue
-            if not kernel.is_wanted(opt_in, names):
-                continue
-            if rows is not None and kernel.rows is not None and rows > kernel.rows:
-                continue
-            if (kernel.name, device) not in self._failures:
+    def _wanted(self, device: torch.device, opt_in: bool) -> Iterator[Kernel]:
+        """The kernels that a layer on a device may get, those that are forced first."""
+        names, kernels = forced(), self.kernels
+        if names:
+            _tell_of_misspelled(names)
+            first = [k for name in names for k in kernels if k.name == name]
+            rest = [] if PLAIN in names else [k for k in kernels if k not in first]
+            kernels = (*first, *rest)
+        for kernel in kernels:
+            if device.type in kernel.devices and kernel.is_wanted(opt_in, names):
                 yield kernel
 
-    def _ordered(self, names: tuple[str, ...] | None = None) -> tuple[Kernel, ...]:
-        """The kernels that may be taken, with those that are forced first."""
-        names = forced() if names is None else names
-        if not names:
-            return self.kernels
-        first = [k for name in names for k in self.kernels if k.name == name]
-        _tell_of_misspelled(names)
-        if PLAIN in names:
-            return tuple(first)
-        return (*first, *(k for k in self.kernels if k not in first))
+    def _why_not(
+        self,
+        kernel: Kernel,
+        weight: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        rows: int = 0,
+    ) -> str | None:
+        """Why a kernel does not take a weight and inputs, or None if it does."""
+        if kernel.rows is not None and rows > kernel.rows:
+            return f"for at most {kernel.rows} rows"
+        failure = self._failures.get((kernel.name, device))
+        return failure or kernel.refuses(weight, dtype)
 
     def _fail(self, kernel: Kernel, device: torch.device, error: Exception) -> None:
         """Take a kernel no more on a device; raise what is not the kernel's fault."""
@@ -321,12 +320,18 @@ def inputs_asked(scheme: str) -> bool | None:
 def _tell_of_misspelled(names: tuple[str, ...]) -> None:
     """Log, once, which names no kernel has."""
     known = {kernel.name for table in _tables for kernel in table.kernels} | {PLAIN}
-    for name in names:
-        if name not in known:
-            log.warning(
-                "hijack: %s: got %r, expected kernels among %s%s; the name is ignored",
-                *(VARIABLE, name, ", ".join(sorted(known)), did_you_mean(name, known)),
-            )
+    for sentence in misspelled(known):
+        log.warning("hijack: %s; the name is ignored", sentence)
+
+
+def misspelled(known: Collection[str]) -> list[str]:
+    """A sentence for each name in ``HIJACK_FORWARD`` that is not among those known."""
+    return [
+        f"{VARIABLE}: got {name!r}, expected kernels among {', '.join(sorted(known))}"
+        f"{did_you_mean(name, known)}"
+        for name in forced()
+        if name not in known
+    ]
 
 
 def kernel_names(schemes: Iterable[Scheme]) -> set[str]:

@@ -173,13 +173,7 @@ def _kernels(scheme: Scheme) -> tuple[str, ...]:
 
 def _misspelled(schemes: Iterable[Scheme]) -> list[str]:
     known = list(schemes)
-    names = kernels.kernel_names(known)
-    return [
-        f"{kernels.VARIABLE}: got {name!r}, expected kernels among "
-        f"{', '.join(sorted(names))}{did_you_mean(name, names)}"
-        for name in kernels.forced()
-        if name not in names
-    ] + [
+    return kernels.misspelled(kernels.kernel_names(known)) + [
         f"{kernels.INPUTS_VARIABLE}: got {name!r}, expected 0, 1 or names of schemes"
         f"{did_you_mean(name, [scheme.name for scheme in known])}"
         for name in os.environ.get(kernels.INPUTS_VARIABLE, "").split(",")

@@ -13,6 +13,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from schemes._kernels import buffers
 from schemes._kernels.cpu import threads
 from schemes._kernels.cpu.decoding import (
     Source,
@@ -74,7 +75,7 @@ def dot(x: Tensor, source: Source, out: Tensor) -> None:
     """
     m, k = x.shape
     step, pair = whole_step(source), source.pair
-    inputs = threads.buffer("inputs", (m, k), torch.float32)
+    inputs = buffers.shared("inputs", m * k, torch.float32, x.device).view(m, k)
     if source.table:  # even and odd places apart, as codes are
         split = x.reshape(m, -1, WIDTH, 2).transpose(2, 3)
         inputs.view(split.shape).copy_(split)

@@ -14,6 +14,7 @@ import torch
 from llvmlite import ir
 from torch import Tensor
 
+from schemes._kernels import buffers
 from schemes._kernels.cpu import threads
 from schemes._kernels.cpu.decoding import (
     Source,
@@ -77,7 +78,7 @@ def multiply(x: Tensor, source: Source, out: Tensor) -> None:
     m, k = x.shape
     padded = -(-m // SQUARE) * SQUARE
     if source.table or padded != m or not x.is_contiguous():
-        inputs = threads.buffer("inputs", (padded, k), x.dtype)
+        inputs = buffers.shared("inputs", padded * k, x.dtype, x.device).view(padded, k)
         inputs[m:].zero_()
         if source.table:  # even and odd places apart, as codes are
             split = x.reshape(m, -1, WIDTH, 2).transpose(2, 3)

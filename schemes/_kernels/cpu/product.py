@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from schemes._kernels import buffers
 from schemes._kernels.block_scaled import BlockScaled
-from schemes._kernels.cpu import threads
 from schemes._kernels.cpu.decoding import Source
 from schemes._kernels.cpu.dot import MOST_ROWS, can_dot, dot
 from schemes._kernels.cpu.llvm import host
@@ -77,7 +77,7 @@ def _few(
         run(x, source, out)
         return out if bias is None else out.add_(bias.detach())
     m, n = out.shape
-    sums = threads.buffer("sums", (m, n), torch.float32)
+    sums = buffers.shared("sums", m * n, torch.float32, x.device).view(m, n)
     run(x, source, sums)
     if bias is not None:
         sums.add_(bias.detach())
@@ -88,7 +88,7 @@ def _tiles(x: Tensor, source: Source, bias: Tensor | None, out: Tensor) -> None:
     """Decode some rows of the weight, multiply with them, and so on."""
     n, k = source.n, source.k
     step = _tile_rows(n, k * x.element_size(), len(x))
-    buffer = threads.buffer("weight", (step, k), x.dtype)
+    buffer = buffers.shared("weight", step * k, x.dtype, x.device).view(step, k)
     for start in range(0, n, step):
         stop = min(start + step, n)
         dense = buffer[: stop - start]

@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from llvmlite import ir
-from torch import Tensor
 
+from schemes._kernels import buffers
 from schemes._kernels.cpu.llvm import Kernel, kernel
 from schemes._kernels.cpu.vectors import I32, I64, Function
 
@@ -32,10 +32,10 @@ from schemes._kernels.cpu.vectors import I32, I64, Function
 GRAIN = 1 << 18
 #: Scratch memory of two threads shares no line of a cache.
 _LINE = 128
+_CPU = torch.device("cpu")
 
 _head = struct.Struct("=3q").pack
 _result = struct.Struct("=q").unpack_from
-_local = threading.local()
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _workers = 0
@@ -68,7 +68,7 @@ def run(
     if parallel and count * cost >= 2 * GRAIN:
         parts = min(torch.get_num_threads(), count * cost // GRAIN, count)
     each = -(-scratch // _LINE) * _LINE
-    memory = scratch_memory(parts * each)
+    memory = buffers.shared("scratch", parts * each, torch.uint8, _CPU).data_ptr()
     rest = work.pack(*arguments)
     bounds = [rows.start + count * part // parts for part in range(parts + 1)]
     blocks = [
@@ -173,29 +173,3 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
-
-
-# -- memory ----------------------------------------------------------------------------
-
-
-def scratch_memory(nbytes: int) -> int:
-    """The address of uninitialised memory of this thread, reused at every call."""
-    return _memory("scratch", nbytes)[1]
-
-
-def buffer(name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """Uninitialised memory of this thread, reused at every call, as a tensor."""
-    rows, columns = shape
-    nbytes = rows * columns * dtype.itemsize
-    return _memory(name, nbytes)[0][:nbytes].view(dtype).view(shape)
-
-
-def _memory(name: str, nbytes: int) -> tuple[Tensor, int]:
-    """At least so many bytes, and their address."""
-    known: tuple[Tensor, int] | None = getattr(_local, name, None)
-    if known is None or known[0].numel() < nbytes:
-        with torch.inference_mode(False):  # else it could not be written outside
-            memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
-        known = (memory, memory.data_ptr())
-        setattr(_local, name, known)
-    return known
