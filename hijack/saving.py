@@ -52,7 +52,7 @@ def save(
     for name, weight in weights.items():
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
-    spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
+    spelled, metadata = spell(weights, choose_dialects(weights, dialect), tensors)
     write_checkpoint(path, tensors | spelled, metadata, overwrite=overwrite)
 
 
@@ -93,8 +93,8 @@ def spell(
     return {**tensors, **marks.tensors}, said
 
 
-def _dialects(
-    weights: Mapping[str, QuantizedTensor], name: str | None
+def choose_dialects(
+    weights: Mapping[str, QuantizedTensor], name: str | None = None
 ) -> dict[str, Dialect]:
     """The dialect of each layer; one for all that have none of their own."""
     chosen: dict[str, Dialect] = {}

@@ -1,0 +1,204 @@
+"""Loading: which quantizer is asked, which files are read, and as which tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hijack.dtypes import DENSE_DTYPES
+from hijack.hosts.checkpoint import read_weights
+from hijack.hosts.transformers import METHOD
+from hijack.hosts.transformers.quantizer import HijackConfig, HijackQuantizer
+from hijack.hosts.transformers.saving import VARIANT
+from hijack.modules import quantized_weight
+from hijack.quantized import QuantizedTensor
+from hijack.safetensors_io.header import DENSE_NAMES, Header
+from hijack.safetensors_io.reader import read_header
+from hijack.text import logger
+
+log = logger(__name__)
+
+Function = Callable[..., Any]
+
+
+# -- which quantizer -------------------------------------------------------------------
+
+
+def make_get_hf_quantizer(original: Function) -> Function:
+    """hijack's quantizer where it is asked for, or the host's own refuses."""
+
+    def get_hf_quantizer(
+        config: Any, quantization_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        asked = _as_hijack(quantization_config)
+        if asked is not None:
+            _forget(config)  # what it says of the files, the files say too
+            return original(config, asked, *args, **kwargs)
+        try:
+            return original(config, quantization_config, *args, **kwargs)
+        except Exception as error:
+            method = _forget(config)
+            if quantization_config is not None or method in (None, METHOD):
+                raise
+            log.warning(
+                "hijack: transformers cannot use quant_method %s here; hijack reads "
+                "the file: %s",
+                method,
+                error,
+            )
+            result = original(config, HijackConfig(), *args, **kwargs)
+            result[0].refused = error
+            return result
+
+    return get_hf_quantizer
+
+
+def _as_hijack(given: Any) -> HijackConfig | None:
+    """The config if it is one of hijack's, which may be given as a table."""
+    if isinstance(given, Mapping) and given.get("quant_method") == METHOD:
+        return HijackConfig(**given)
+    return given if isinstance(given, HijackConfig) else None
+
+
+def _forget(config: Any) -> str | None:
+    """Take the ``quantization_config`` out of a model's config.
+
+    Returns:
+        The method it names; None if there is no such config.
+    """
+    method = None
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    for part in (config, *parts):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            del part.quantization_config
+            table = found if isinstance(found, Mapping) else vars(found)
+            name = table.get("quant_method")
+            method = method or str(getattr(name, "value", name))
+    return method
+
+
+# -- which files -----------------------------------------------------------------------
+
+
+def make_get_resolved_checkpoint_files(original: Function) -> Function:
+    """Find the files that `save_pretrained` writes where hijack has patched it."""
+    signature = inspect.signature(original)
+
+    def get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except OSError as error:
+            call = signature.bind(*args, **kwargs)
+            variant = call.arguments.get("variant")
+            call.arguments["variant"] = f"{VARIANT}.{variant}" if variant else VARIANT
+            try:
+                return original(*call.args, **call.kwargs)
+            except OSError:
+                raise error from None
+
+    return get_resolved_checkpoint_files
+
+
+def make_get_state_dict_dtype(original: Function) -> Function:
+    """The dtype of a checkpoint is that of its dense tensors, not of its codes."""
+
+    def get_state_dict_dtype(state_dict: Mapping[str, Tensor]) -> Any:
+        layers = {
+            key.rpartition(".")[0]
+            for key, tensor in state_dict.items()
+            if tensor.dtype not in DENSE_DTYPES
+        }
+        dense = {
+            key: tensor
+            for key, tensor in state_dict.items()
+            if tensor.dtype in DENSE_DTYPES and key.rpartition(".")[0] not in layers
+        }
+        dtype = original(dense or state_dict)
+        quantized = dtype.is_floating_point and dtype not in DENSE_DTYPES
+        return torch.bfloat16 if quantized else dtype
+
+    return get_state_dict_dtype
+
+
+# -- which tensors ---------------------------------------------------------------------
+
+
+def make_load_pretrained_model(original: Function) -> Function:
+    """Give the host one tensor for each weight, where any is quantized."""
+    signature = inspect.signature(original)
+
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        new = "load_config" in given  # since transformers 5
+        settings = vars(given["load_config"]) if new else given
+        quantizer = settings["hf_quantizer"]
+        if quantizer is not None and not isinstance(quantizer, HijackQuantizer):
+            return original(*args, **kwargs)
+        weights = _read(given["state_dict"], given["checkpoint_files"], quantizer)
+        if weights is not None:
+            changes: dict[str, Any] = {"sharded_metadata": None}
+            if settings["device_map"] is not None:  # accelerate writes them itself
+                places = settings["device_map"].items()
+                on_cpu = {k: "cpu" if place == "disk" else place for k, place in places}
+                changes["device_map"] = on_cpu
+            if new:
+                config = dataclasses.replace(given["load_config"], **changes)
+                changes = {"load_config": config}
+            given.update(changes, state_dict=weights)
+        result = original(*call.args, **call.kwargs)
+        if not new:
+            given["model"].tie_weights()
+            _finish(given["model"], quantizer)
+        return result
+
+    return load_pretrained_model
+
+
+def make_finalize_model_loading(original: Function) -> Function:
+    """Make a model quantized once its weights are complete and tied."""
+
+    def finalize_model_loading(
+        model: nn.Module, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        result = original(model, load_config, *args, **kwargs)
+        _finish(model, load_config.hf_quantizer)
+        return result
+
+    return finalize_model_loading
+
+
+def _read(
+    state_dict: Mapping[str, Tensor] | None,
+    files: list[str] | None,
+    quantizer: HijackQuantizer | None,
+) -> dict[str, Tensor] | None:
+    """The weights as the host wants them; None if nothing in them is quantized."""
+    if state_dict is not None:
+        header = Header.from_state_dict(state_dict)
+    elif files and all(str(file).endswith(".safetensors") for file in files):
+        header = read_header(files)
+    else:
+        return None
+    if all(info.dtype in DENSE_NAMES for info in header.tensors.values()):
+        return None
+    assume = () if quantizer is None else quantizer.quantization_config.assume
+    weights = read_weights(files if state_dict is None else state_dict, assume=assume)
+    quantized = any(isinstance(t, QuantizedTensor) for t in weights.values())
+    return weights if quantized else None
+
+
+def _finish(model: nn.Module, quantizer: Any) -> None:
+    if quantizer is None and any(
+        isinstance(parameter, QuantizedTensor) for parameter in model.parameters()
+    ):
+        quantizer = HijackQuantizer(HijackConfig())
+    if isinstance(quantizer, HijackQuantizer):
+        quantizer.finish(model)

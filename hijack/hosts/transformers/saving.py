@@ -1,0 +1,131 @@
+"""Saving, so that without hijack what is saved is refused and not misread.
+
+transformers only warns of a ``quant_method`` that it does not know, and then takes
+quantized data for weights. But it reads no file whose name has a *variant* that nobody
+asked for. So the files are saved as a variant, under the model's own names, which the
+marker in them has too.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from hijack.errors import CheckpointError
+from hijack.modules import quantized_weight
+from hijack.quantized import QuantizedTensor
+from hijack.safetensors_io.header import join
+from hijack.saving import choose_dialects, spell
+
+Function = Callable[..., Any]
+
+#: The variant in the names of files with quantized weights.
+VARIANT = "hijack"
+
+
+def make_save_pretrained(original: Function) -> Function:
+    """Save models with quantized weights, whoever has quantized them."""
+    signature = inspect.signature(original)
+
+    def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not _synchronised(self) or getattr(self, "_hf_peft_config_loaded", False):
+            return original(self, *args, **kwargs)
+        call = signature.bind(self, *args, **kwargs)
+        variant = call.arguments.get("variant")
+        call.arguments["variant"] = f"{VARIANT}.{variant}" if variant else VARIANT
+        if "save_original_format" in signature.parameters:  # since transformers 5
+            call.arguments["save_original_format"] = False
+            return original(*call.args, **call.kwargs)
+        self._checkpoint_conversion_mapping = {}  # which is the class's
+        try:
+            return original(*call.args, **call.kwargs)
+        finally:
+            del self._checkpoint_conversion_mapping
+
+    return save_pretrained
+
+
+def _synchronised(model: Any) -> bool:
+    """Have a model's quantizer be there if, and only if, it is quantized by hijack.
+
+    Returns:
+        Whether it is.
+    """
+    from hijack.hosts.transformers.quantizer import HijackConfig, HijackQuantizer
+
+    quantized = any(quantized_weight(part) is not None for part in model.modules())
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not quantized:
+        if isinstance(quantizer, HijackQuantizer):  # it was unwrapped
+            quantizer.remove_quantization_config(model)
+        return False
+    if quantizer is None:
+        HijackQuantizer(HijackConfig()).attach(model)
+    elif not isinstance(quantizer, HijackQuantizer):
+        raise CheckpointError(
+            "save_pretrained: got a model with weights quantized by hijack and by "
+            f"{type(quantizer).__name__}, expected one of them; call hijack.unwrap "
+            "first"
+        )
+    return True
+
+
+def spelled_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A model's tensors and metadata as a file is to have them.
+
+    Of quantized layers that share a weight only the first is there: the host ties the
+    others to it when it loads the file.
+
+    Raises:
+        CheckpointError: if a weight is offloaded, or a layer cannot be spelled.
+    """
+    tensors = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    weights: dict[str, QuantizedTensor] = {}
+    for name, module in model.named_modules():
+        weight = quantized_weight(module)
+        if weight is None:
+            continue
+        if weight.is_meta:
+            raise CheckpointError(
+                f"{name}: is offloaded, expected its data in memory; call "
+                "accelerate.hooks.remove_hook_from_submodules on the model first"
+            )
+        for key in weight.plain_tensors():
+            del tensors[join(name, key)]
+        if all(weight is not known for known in weights.values()):
+            weights[name] = weight
+    spelled, metadata = spell(weights, choose_dialects(weights), tensors)
+    return _with_own_memory(tensors | spelled), metadata
+
+
+def _with_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors apart from each other, as far as they are not tied.
+
+    The host takes tensors that share memory for tied; those that were read from a file
+    share that of the file.
+    """
+    own: dict[tuple[int, int], Tensor] = {}
+    for key, tensor in tensors.items():
+        place = tensor.data_ptr(), tensor.nbytes
+        if place not in own:
+            whole = tensor.untyped_storage().nbytes() == tensor.nbytes
+            own[place] = tensor if whole else tensor.clone()
+        tensors[key] = own[place]
+    return tensors
+
+
+def make_get_memory_footprint(original: Function) -> Function:
+    """Count quantized weights as large as their data are."""
+
+    def get_memory_footprint(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        size = original(self, *args, **kwargs)
+        for weight in self.parameters():
+            if isinstance(weight, QuantizedTensor):
+                size -= weight.numel() * weight.element_size()
+                size += sum(part.nbytes for part in weight.plain_tensors().values())
+        return size
+
+    return get_memory_footprint
