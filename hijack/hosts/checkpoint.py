@@ -164,16 +164,17 @@ def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]
     changes: dict[str, Change] = {}
     decoded: list[tuple[nn.Module, str, nn.Parameter]] = []
     arrived: dict[int, Any] = {}  # what modules share they go on sharing
-    for name, module in model.named_modules():
+    for name, module in _quantized_first(model):
         for attribute, parameter in list(module._parameters.items()):
             if not isinstance(parameter, QuantizedTensor):
                 continue
             target = attribute == "weight" and isinstance(
                 module, parameter.scheme.targets
             )
-            if target and isinstance(module, Wrapped):
-                continue
             key = id(parameter)
+            if target and isinstance(module, Wrapped):
+                arrived[key] = parameter  # others may have been tied to it
+                continue
             if target:
                 if key not in arrived:
                     weight = _arrived(module, name, parameter, registry)
@@ -188,6 +189,12 @@ def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]
     for module, attribute, parameter in decoded:
         module._parameters[attribute] = parameter
     return tuple(changes)
+
+
+def _quantized_first(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules by name, those that are quantized already before the others."""
+    named = model.named_modules()
+    return sorted(named, key=lambda pair: not isinstance(pair[1], Wrapped))
 
 
 def _arrived(

@@ -143,16 +143,18 @@ def make_load_pretrained_model(original: Function) -> Function:
         if quantizer is not None and not isinstance(quantizer, HijackQuantizer):
             return original(*args, **kwargs)
         weights = _read(given["state_dict"], given["checkpoint_files"], quantizer)
+        changes: dict[str, Any] = {}
         if weights is not None:
-            changes: dict[str, Any] = {"sharded_metadata": None}
-            if settings["device_map"] is not None:  # accelerate writes them itself
-                places = settings["device_map"].items()
-                on_cpu = {k: "cpu" if place == "disk" else place for k, place in places}
-                changes["device_map"] = on_cpu
-            if new:
-                config = dataclasses.replace(given["load_config"], **changes)
-                changes = {"load_config": config}
-            given.update(changes, state_dict=weights)
+            given["state_dict"], changes["sharded_metadata"] = weights, None
+        if settings["device_map"] and (weights is not None or quantizer is not None):
+            # what is to be on the disk is written there when it is quantized
+            places = settings["device_map"].items()
+            in_memory = {k: "cpu" if place == "disk" else place for k, place in places}
+            changes["device_map"] = in_memory
+        if new:
+            config = dataclasses.replace(given["load_config"], **changes)
+            changes = {"load_config": config}
+        given.update(changes)
         result = original(*call.args, **call.kwargs)
         if not new:
             given["model"].tie_weights()

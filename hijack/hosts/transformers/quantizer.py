@@ -140,9 +140,12 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
                 shape, **{**config.options, **options}
             ),
         )
+        modules = dict(model.named_modules())
         for layer, options in choice.layers.items():
-            exactly = glob.escape(layer)
-            wrap_model(model, scheme, exactly, **{**config.options, **options})
+            if isinstance(modules[layer], scheme.targets):  # routers may not be
+                # one after another, so that at most one is there dense and quantized
+                exactly = glob.escape(layer)
+                wrap_model(model, scheme, exactly, **{**config.options, **options})
         model.tie_weights()  # those that share a weight share the quantized one
         adopt(model)
 

@@ -8,10 +8,12 @@ marker in them has too.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hijack.errors import CheckpointError
@@ -80,25 +82,43 @@ def spelled_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, s
     others to it when it loads the file.
 
     Raises:
-        CheckpointError: if a weight is offloaded, or a layer cannot be spelled.
+        CheckpointError: if a layer cannot be spelled.
     """
-    tensors = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    tensors: dict[str, Tensor] = model.state_dict()
     weights: dict[str, QuantizedTensor] = {}
+    shared: set[int] = set()
     for name, module in model.named_modules():
-        weight = quantized_weight(module)
+        with _in_memory(module) as moved:
+            weight = quantized_weight(module)
+            if moved:
+                prefix = join(name, "")
+                module._save_to_state_dict(tensors, prefix, keep_vars=False)
         if weight is None:
             continue
-        if weight.is_meta:
-            raise CheckpointError(
-                f"{name}: is offloaded, expected its data in memory; call "
-                "accelerate.hooks.remove_hook_from_submodules on the model first"
-            )
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
-        if all(weight is not known for known in weights.values()):
+        if id(module.weight) not in shared:
             weights[name] = weight
+        shared.add(id(module.weight))
     spelled, metadata = spell(weights, choose_dialects(weights), tensors)
     return _with_own_memory(tensors | spelled), metadata
+
+
+@contextlib.contextmanager
+def _in_memory(module: nn.Module) -> Iterator[bool]:
+    """Have what accelerate has offloaded of a module in memory.
+
+    Yields:
+        Whether there was anything.
+    """
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if not any(tensor.is_meta for tensor in own):
+        yield False
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module, torch.device("cpu")):
+        yield True
 
 
 def _with_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +129,7 @@ def _with_own_memory(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     own: dict[tuple[int, int], Tensor] = {}
     for key, tensor in tensors.items():
+        tensor = tensor.detach()
         place = tensor.data_ptr(), tensor.nbytes
         if place not in own:
             whole = tensor.untyped_storage().nbytes() == tensor.nbytes
