@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hijack.errors import CheckpointError
 from hijack.hosts.checkpoint import adopt
 from hijack.hosts.transformers import LIVE, METHOD
-from hijack.modules import quantized_weight
+from hijack.modules import Wrapped, quantized_weight, restore
 from hijack.registry import current_registry
 from hijack.safetensors_io.header import Header
 from hijack.selection import Patterns, choose
@@ -146,8 +146,11 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
                 # one after another, so that at most one is there dense and quantized
                 exactly = glob.escape(layer)
                 wrap_model(model, scheme, exactly, **{**config.options, **options})
-        model.tie_weights()  # those that share a weight share the quantized one
+        model.tie_weights()  # layers go by the one whose weight they share
         adopt(model)
+        for module in model.modules():
+            if isinstance(module, Wrapped) and not _is_quantized(module):
+                restore(module, module.weight)
 
     def attach(self, model: Any) -> None:
         """Have the host know that a model is quantized."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def make_save_pretrained(original: Function) -> Function:
             return original(self, *args, **kwargs)
         call = signature.bind(self, *args, **kwargs)
         variant = call.arguments.get("variant")
+        _refuse_others(Path(call.arguments["save_directory"]), variant)
         call.arguments["variant"] = f"{VARIANT}.{variant}" if variant else VARIANT
         if "save_original_format" in signature.parameters:  # since transformers 5
             call.arguments["save_original_format"] = False
@@ -48,6 +50,21 @@ def make_save_pretrained(original: Function) -> Function:
             del self._checkpoint_conversion_mapping
 
     return save_pretrained
+
+
+def _refuse_others(folder: Path, variant: str | None) -> None:
+    """Refuse a folder with weights that the host would read instead."""
+    ending = f".{variant}" if variant else ""
+    for name in (
+        f"model{ending}.safetensors",
+        f"model.safetensors.index{ending}.json",
+        f"pytorch_model{ending}.bin",
+    ):
+        if (folder / name).exists():
+            raise CheckpointError(
+                f"{folder / name}: holds weights that are read instead of the "
+                "quantized ones, expected a folder without; save to another one"
+            )
 
 
 def _synchronised(model: Any) -> bool:
