@@ -165,7 +165,7 @@ def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]
     decoded: list[tuple[nn.Module, str, nn.Parameter]] = []
     arrived: dict[int, Any] = {}  # what modules share they go on sharing
     for name, module in _quantized_first(model):
-        for attribute, parameter in list(module._parameters.items()):
+        for attribute, parameter in list[Any](module._parameters.items()):
             if not isinstance(parameter, QuantizedTensor):
                 continue
             target = attribute == "weight" and isinstance(

@@ -22,8 +22,6 @@ from hijack.hosts.transformers import HijackConfig
 from hijack.modules import Wrapped, quantized_weight
 from tests.libraries import transformers_models as models
 
-pytestmark = pytest.mark.usefixtures("transformers_host")
-
 BF16 = torch.bfloat16
 FP8 = {"scheme": "blockwise_fp8", "block_size": 32}
 NAMES = ("llama", "qwen3", "qwen3-moe", "deepseek-v3", "qwen2.5-vl", "t5", "clip")
@@ -190,7 +188,8 @@ def test_a_folder_that_says_nothing(kind: str, saved: Any, tmp_path: Path) -> No
     assert "quantization_config" not in table
     found = type(model).from_pretrained(tmp_path / "q", dtype=BF16)
     assert len(quantized_layers(found)) == 14
-    assert found.is_quantized and found.hf_quantizer is not None
+    assert found.is_quantized
+    assert found.hf_quantizer is not None
 
 
 def test_shards_and_other_arguments(saved: Any, tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_the_dtype_is_that_of_dense_tensors(saved: Any, tmp_path: Path) -> None:
 
 
 def test_scales_nobody_reads_are_refused(saved: Any, tmp_path: Path) -> None:
-    """A file with scales that no scheme reads is not loaded as if they were not there."""
+    """A file with scales that no scheme reads is not loaded without them."""
     model, folder = saved("llama")
     quantize_folder(folder, tmp_path / "q", "blockwise_fp8", "musubi", block_size=64)
     models.rewrite(
@@ -247,7 +246,7 @@ def test_scales_nobody_reads_are_refused(saved: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", models.MODELS)
 def test_quantize_while_loading(name: str, saved: Any) -> None:
-    """A dense model is quantized with the project's defaults, and computes as decoded."""
+    """A dense model is quantized with the project's defaults, and computes so."""
     model, folder = saved(name)
     found = type(model).from_pretrained(
         folder, dtype=BF16, quantization_config=HijackConfig(**FP8)

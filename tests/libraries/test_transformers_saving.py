@@ -23,8 +23,6 @@ from hijack.hosts.transformers import HijackConfig
 from hijack.modules import Wrapped
 from tests.libraries import transformers_models as models
 
-pytestmark = pytest.mark.usefixtures("transformers_host")
-
 BF16 = torch.bfloat16
 
 

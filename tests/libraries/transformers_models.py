@@ -222,7 +222,9 @@ def edit_config(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps(config))
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:
+def rewrite(
+    folder: Path, change: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> None:
     """Change the tensors of ``model.safetensors``."""
     file = folder / "model.safetensors"
     save_file(change(load_file(file)), file, {"format": "pt"})

@@ -15,7 +15,7 @@ from hijack.hosts.checkpoint import read_weights
 from hijack.hosts.transformers import METHOD
 from hijack.hosts.transformers.quantizer import HijackConfig, HijackQuantizer
 from hijack.hosts.transformers.saving import VARIANT
-from hijack.modules import quantized_weight
+from hijack.loading import Source
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import DENSE_NAMES, Header
 from hijack.safetensors_io.reader import read_header
@@ -183,16 +183,17 @@ def _read(
     quantizer: HijackQuantizer | None,
 ) -> dict[str, Tensor] | None:
     """The weights as the host wants them; None if nothing in them is quantized."""
+    source: Source
     if state_dict is not None:
-        header = Header.from_state_dict(state_dict)
+        source, header = state_dict, Header.from_state_dict(state_dict)
     elif files and all(str(file).endswith(".safetensors") for file in files):
-        header = read_header(files)
+        source, header = files, read_header(files)
     else:
         return None
     if all(info.dtype in DENSE_NAMES for info in header.tensors.values()):
         return None
     assume = () if quantizer is None else quantizer.quantization_config.assume
-    weights = read_weights(files if state_dict is None else state_dict, assume=assume)
+    weights = read_weights(source, assume=assume)
     quantized = any(isinstance(t, QuantizedTensor) for t in weights.values())
     return weights if quantized else None
 

@@ -1,4 +1,4 @@
-"""The quantizer and its config that transformers finds under ``quant_method: hijack``."""
+"""What transformers finds under ``quant_method: hijack``: a quantizer, its config."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(
         self, model: Any, safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """The state dict to save, as the file is to have it, and the file's metadata."""
+        """The tensors and the metadata that a file is to have."""
         from hijack.hosts.transformers.saving import spelled_state_dict
 
         if getattr(model, "_hf_peft_config_loaded", False):
@@ -202,4 +202,3 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
 
 def _is_quantized(module: nn.Module) -> bool:
     return quantized_weight(module) is not None
-
