@@ -52,8 +52,19 @@ def save(
     for name, weight in weights.items():
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
+    _refuse_stacks(tensors)
     spelled, metadata = spell(weights, choose_dialects(weights, dialect), tensors)
     write_checkpoint(path, tensors | spelled, metadata, overwrite=overwrite)
+
+
+def _refuse_stacks(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            raise CheckpointError(
+                f"{key}: got quantized weights stacked to one tensor, which no file "
+                "stores, expected one tensor a weight; save with the host's own "
+                "save_pretrained, or call hijack.unwrap first"
+            )
 
 
 def spell(

@@ -20,6 +20,7 @@ import hijack
 from hijack.errors import CheckpointError, HijackError, UnconsumedScaleError
 from hijack.hosts.transformers import HijackConfig
 from hijack.modules import Wrapped, quantized_weight
+from hijack.quantized import QuantizedTensor
 from tests.libraries import transformers_models as models
 
 BF16 = torch.bfloat16
@@ -273,14 +274,14 @@ def test_which_layers_and_options(saved: Any) -> None:
     )
     found = type(model).from_pretrained(folder, dtype=BF16, quantization_config=config)
     blocks = {
-        name: quantized_weight(part).options["block_size"]
+        name: weight.scheme.block_size(weight.qdata, weight.params)
         for name, part in found.named_modules()
-        if quantized_weight(part) is not None
+        if (weight := quantized_weight(part)) is not None
     }
     assert "model.layers.0.self_attn.k_proj" not in blocks
     assert "model.layers.0.mlp.down_proj" not in blocks
     assert blocks["model.layers.1.mlp.down_proj"] == (16, 16)
-    assert blocks["model.layers.0.self_attn.q_proj"] == (32, 32)
+    assert blocks["model.layers.0.self_attn.q_proj"] == (1, 32)
 
 
 @pytest.mark.parametrize(
@@ -388,3 +389,67 @@ def test_plain_tensors_of_other_dtypes_are_the_hosts_own(
     save_file(tensors, file, {"format": "pt"})
     found = type(model).from_pretrained(folder, dtype=BF16)
     assert torch.equal(models.output(found), models.output(model))
+
+
+# -- experts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("name", ["qwen3-moe", "deepseek-v3"])
+def test_experts_stay_quantized(
+    name: str, kind: str, saved: Any, tmp_path: Path, caplog: Any
+) -> None:
+    """Experts that the host merges stay quantized, and are saved as they were read."""
+    scheme, dialect, options = FILES[kind]
+    model, folder = saved(name)
+    quantize_folder(folder, tmp_path / "q", scheme, dialect, **options)
+    with caplog.at_level("INFO", "hijack"):
+        found = type(model).from_pretrained(
+            tmp_path / "q", dtype=BF16, quantization_config=HijackConfig()
+        )
+    parts = {
+        key: parameter
+        for key, parameter in found.named_parameters()
+        if ".experts." in key
+    }
+    assert parts
+    joined = kind != "bitsandbytes NF4" or "gate_up" not in "".join(parts)
+    for key, parameter in parts.items():
+        # rows of two weights with scales of scales are no rows of one
+        expected = joined or "gate_up" not in key
+        assert isinstance(parameter, QuantizedTensor) == expected, key
+    assert joined == ("is decoded" not in caplog.text)
+    found.save_pretrained(tmp_path / "again")
+    source = load_file(tmp_path / "q" / "model.safetensors")
+    again = load_file(tmp_path / "again" / "model.hijack.safetensors")
+    if joined:
+        assert again.keys() == source.keys()
+        for key in source:
+            if ".experts." in key:
+                assert torch.equal(_bytes(again[key]), _bytes(source[key])), key
+    read = type(model).from_pretrained(tmp_path / "again", dtype=BF16)
+    assert_same_weights(read, models.dense_copy(found))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().reshape(-1).view(torch.uint8)
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
+def test_implementations_of_experts(experts: str, saved: Any, tmp_path: Path) -> None:
+    """Every implementation of the host computes with stacked experts as with decoded."""
+    model, folder = saved("qwen3-moe")
+    quantize_folder(folder, tmp_path / "q", "blockwise_fp8", None, block_size=32)
+    kind = type(model)
+    if not hasattr(kind, "get_experts_implementation"):
+        pytest.skip("transformers has one implementation of experts before 5")
+    found = kind.from_pretrained(
+        tmp_path / "q", dtype=BF16, experts_implementation=experts
+    )
+    expected = models.dense_copy(found)
+    assert torch.equal(models.output(found), models.output(expected))
+    for dtype in (torch.float32, BF16):
+        cast = copy.deepcopy(found).to(dtype)
+        assert cast.dtype == dtype
+        decoded = models.dense_copy(cast)
+        assert torch.equal(models.output(cast), models.output(decoded))

@@ -13,7 +13,11 @@ from torch import Tensor, nn
 from hijack.dtypes import DENSE_DTYPES
 from hijack.hosts.checkpoint import read_weights
 from hijack.hosts.transformers import METHOD
-from hijack.hosts.transformers.quantizer import HijackConfig, HijackQuantizer
+from hijack.hosts.transformers.quantizer import (
+    HijackConfig,
+    HijackQuantizer,
+    is_quantized,
+)
 from hijack.hosts.transformers.saving import VARIANT
 from hijack.loading import Source
 from hijack.quantized import QuantizedTensor
@@ -199,9 +203,7 @@ def _read(
 
 
 def _finish(model: nn.Module, quantizer: Any) -> None:
-    if quantizer is None and any(
-        isinstance(parameter, QuantizedTensor) for parameter in model.parameters()
-    ):
+    if quantizer is None and is_quantized(model):
         quantizer = HijackQuantizer(HijackConfig())
     if isinstance(quantizer, HijackQuantizer):
         quantizer.finish(model)

@@ -14,6 +14,7 @@ from hijack.errors import CheckpointError
 from hijack.hosts.checkpoint import adopt
 from hijack.hosts.transformers import LIVE, METHOD
 from hijack.modules import Wrapped, quantized_weight, restore
+from hijack.quantized import QuantizedTensor
 from hijack.registry import current_registry
 from hijack.safetensors_io.header import Header
 from hijack.selection import Patterns, choose
@@ -109,7 +110,7 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         adopt(model)
         if self._finished:  # an adapter was loaded into it
             return
-        quantized = any(map(_is_quantized, model.modules()))
+        quantized = is_quantized(model)
         scheme = None if self.pre_quantized else self.quantization_config.scheme
         if scheme is not None and quantized:
             raise CheckpointError(
@@ -149,7 +150,7 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         model.tie_weights()  # layers go by the one whose weight they share
         adopt(model)
         for module in model.modules():
-            if isinstance(module, Wrapped) and not _is_quantized(module):
+            if isinstance(module, Wrapped) and quantized_weight(module) is None:
                 restore(module, module.weight)
 
     def attach(self, model: Any) -> None:
@@ -200,5 +201,6 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         return spelled_state_dict(model)
 
 
-def _is_quantized(module: nn.Module) -> bool:
-    return quantized_weight(module) is not None
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any weight of a model is quantized by hijack."""
+    return any(isinstance(weight, QuantizedTensor) for weight in model.parameters())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from hijack.errors import CheckpointError
+from hijack.hosts.checkpoint import TravellingWeight, decoded, travelling
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import join
 from hijack.saving import choose_dialects, spell
+from hijack.stacked import StackedWeight
 
 Function = Callable[..., Any]
 
@@ -73,11 +76,14 @@ def _synchronised(model: Any) -> bool:
     Returns:
         Whether it is.
     """
-    from hijack.hosts.transformers.quantizer import HijackConfig, HijackQuantizer
+    from hijack.hosts.transformers.quantizer import (
+        HijackConfig,
+        HijackQuantizer,
+        is_quantized,
+    )
 
-    quantized = any(quantized_weight(part) is not None for part in model.modules())
     quantizer = getattr(model, "hf_quantizer", None)
-    if not quantized:
+    if not is_quantized(model):
         if isinstance(quantizer, HijackQuantizer):  # it was unwrapped
             quantizer.remove_quantization_config(model)
         return False
@@ -95,30 +101,52 @@ def _synchronised(model: Any) -> bool:
 def spelled_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """A model's tensors and metadata as a file is to have them.
 
-    Of quantized layers that share a weight only the first is there: the host ties the
-    others to it when it loads the file.
-
     Raises:
         CheckpointError: if a layer cannot be spelled.
     """
-    tensors: dict[str, Tensor] = model.state_dict()
+    tensors = _original_names(model, _one_tensor_a_weight(model))
     weights: dict[str, QuantizedTensor] = {}
-    shared: set[int] = set()
-    for name, module in model.named_modules():
-        with _in_memory(module) as moved:
-            weight = quantized_weight(module)
-            if moved:
-                prefix = join(name, "")
-                module._save_to_state_dict(tensors, prefix, keep_vars=False)
-        if weight is None:
-            continue
-        for key in weight.plain_tensors():
-            del tensors[join(name, key)]
-        if id(module.weight) not in shared:
-            weights[name] = weight
-        shared.add(id(module.weight))
+    for key, tensor in list(tensors.items()):
+        layer, _, name = key.rpartition(".")
+        if isinstance(tensor, StackedWeight) or name != "weight":
+            tensors[key] = decoded(tensor, key)
+        elif isinstance(tensor, QuantizedTensor):
+            weights[layer] = tensor
+            del tensors[key]
     spelled, metadata = spell(weights, choose_dialects(weights), tensors)
     return _with_own_memory(tensors | spelled), metadata
+
+
+def _one_tensor_a_weight(model: nn.Module) -> dict[str, Tensor]:
+    """A model's state dict, in which quantized weights travel as one tensor each.
+
+    Of layers that share a quantized weight only the first is there: the host ties the
+    others to it when it loads the file.
+    """
+    tensors: dict[str, Tensor] = model.state_dict()
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        prefix = join(name, "")
+        with _in_memory(module) as moved:
+            if moved:
+                module._save_to_state_dict(tensors, prefix, keep_vars=False)
+            weight = quantized_weight(module)
+        if weight is not None:
+            for key in weight.plain_tensors():
+                del tensors[prefix + key]
+            if id(module.weight) not in seen:
+                tensors[f"{prefix}weight"] = TravellingWeight.of(weight)
+            seen.add(id(module.weight))
+    return {key: travelling(tensor.detach()) for key, tensor in tensors.items()}
+
+
+def _original_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the model's first files had them, where the host can tell."""
+    host = sys.modules.get("transformers.core_model_loading")
+    if host is None:  # before transformers 5
+        return tensors
+    reverted: dict[str, Tensor] = host.revert_weight_conversion(model, tensors)
+    return reverted
 
 
 @contextlib.contextmanager
