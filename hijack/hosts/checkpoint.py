@@ -377,7 +377,7 @@ def _split_stack(stack: Any, size: int, dim: int = 0) -> list[Any] | None:
         pieces = [_split(part, size) for part in parts]
         if None in pieces:
             return None
-        stacks = [_stacked(piece) for piece in zip(*pieces, strict=True)]  # type: ignore[arg-type]
+        stacks = [_stacked(piece) for piece in zip(*pieces, strict=True)]
     else:
         return None
     return None if None in stacks else stacks
