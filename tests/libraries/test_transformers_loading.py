@@ -437,7 +437,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
 def test_implementations_of_experts(experts: str, saved: Any, tmp_path: Path) -> None:
-    """Every implementation of the host computes with stacked experts as with decoded."""
+    """Every implementation computes with stacked experts as with decoded ones."""
     model, folder = saved("qwen3-moe")
     quantize_folder(folder, tmp_path / "q", "blockwise_fp8", None, block_size=32)
     kind = type(model)
