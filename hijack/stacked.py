@@ -24,7 +24,13 @@ class StackedWeight(QuantizedTensor):
 
     Its shape is that of the dense weights, stacked along a new first dimension. In a
     state dict it is itself: no file has such a tensor.
+
+    Attributes:
+        transposed: whether it stands for transposed weights; one that is taken out is
+            then decoded, because a scheme has no transposed ones.
     """
+
+    transposed = False
 
     @classmethod
     def of(cls, weights: Sequence[Tensor]) -> StackedWeight | None:
@@ -43,12 +49,13 @@ class StackedWeight(QuantizedTensor):
         return cls(qdata, params, first.config, shape, first.dtype)
 
     def part(self, index: int) -> QuantizedTensor:
-        """One of the weights."""
+        """One of the weights, not transposed."""
+        shape = self.shape[:0:-1] if self.transposed else self.shape[1:]
         return QuantizedTensor(
             self.qdata[index],
             {name: tensor[index] for name, tensor in self.params.items()},
             self.config,
-            tuple(self.shape[1:]),
+            tuple(shape),
             self.dtype,
         )
 
@@ -62,50 +69,64 @@ class StackedWeight(QuantizedTensor):
         Args:
             dtype: of the result; None is its own.
         """
-        first = self.part(0).dense(dtype)
+        first = self._decoded(0, dtype)
         dense = first.new_empty((self.shape[0], *first.shape))
         dense[0] = first
         for index in range(1, self.shape[0]):
-            dense[index] = self.part(index).dense(dtype)
+            dense[index] = self._decoded(index, dtype)
         return dense
+
+    def _decoded(self, index: int, dtype: torch.dtype | None = None) -> Tensor:
+        weight = self.part(index).dense(dtype)
+        return weight.t().contiguous() if self.transposed else weight
 
     def replace(self, **changes: Any) -> QuantizedTensor:
         """The same but for some fields; it stays a stack."""
-        return _as_stack(type(self), super().replace(**changes))
+        return _as_stack(type(self), super().replace(**changes), self.transposed)
 
     def for_module(self) -> QuantizedTensor:
         """The weights as a module may have them."""
-        return _as_stack(StackedWeight, self)
+        return _as_stack(StackedWeight, self, self.transposed)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         function, arguments = super().__reduce_ex__(protocol)
-        return _rebuilt, (function, arguments)
+        return _rebuilt, (function, arguments, self.transposed)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        names, context = super().__tensor_flatten__()
+        return names, (context, self.transposed)
 
     @staticmethod
     def __tensor_unflatten__(
         inner: Mapping[str, Tensor], context: Any, size: Any, stride: Any
     ) -> QuantizedTensor:
+        context, transposed = context
         weight = QuantizedTensor.__tensor_unflatten__(inner, context, size, stride)
-        return _as_stack(StackedWeight, weight)
+        return _as_stack(StackedWeight, weight, transposed)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         if func is aten.select.int and args[1] % args[0].dim() == 0:
-            return args[0].part(args[2])
+            stack, _, index = args
+            return stack._decoded(index) if stack.transposed else stack.part(index)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-def _as_stack(kind: type[StackedWeight], weight: QuantizedTensor) -> StackedWeight:
+def _as_stack(
+    kind: type[StackedWeight], weight: QuantizedTensor, transposed: bool
+) -> StackedWeight:
     fields = (weight.config, tuple(weight.shape), weight.dtype, weight.additions)
-    return kind(weight.qdata, weight.params, *fields)
+    stack = kind(weight.qdata, weight.params, *fields)
+    stack.transposed = transposed
+    return stack
 
 
-def _rebuilt(function: Any, arguments: Any) -> Any:
+def _rebuilt(function: Any, arguments: Any, transposed: bool) -> Any:
     """A stack out of a pickle."""
     weight = function(*arguments)
-    stack = _as_stack(StackedWeight, weight)
+    stack = _as_stack(StackedWeight, weight, transposed)
     return stack.as_parameter() if isinstance(weight, torch.nn.Parameter) else stack
 
 

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten
 from hijack.claim import Claim
 from hijack.formats import matching
 from hijack.formats.identification import PLAIN_CASTS, identify
+from hijack.formats.stacked_blocks import find_stacks, keys_of, read_stack
 from hijack.hosts.rows import Joiner, Run
 from hijack.loading import Source, marker_keys, open_source
 from hijack.modules import Change, Wrapped, apply_all, prepare
@@ -145,7 +146,7 @@ class TravellingStack(StackedWeight):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         moved = _STACKS.get(func)
-        if moved is not None:
+        if moved is not None and not _any_transposed(args):
             result = moved(*args, **(kwargs or {}))
             if result is not None:
                 return result
@@ -170,20 +171,30 @@ def read_weights(
 
     Returns:
         Key to tensor. A quantized layer is a `TravellingWeight` under the layer's
-        ``weight``; plain casts to FP8 are bfloat16, which has all their numbers; all
-        else is as it is in the file, without what only marks quantized layers.
+        ``weight``, experts that the file has stacked are a `TravellingStack`; plain
+        casts to FP8 are bfloat16, which has all their numbers; all else is as it is in
+        the file, without what only marks quantized layers.
 
     Raises:
         HijackError: where `hijack.load` would refuse the file.
     """
     registry = current_registry(registry)
     header, tensors = open_source(source)
+    result: dict[str, Tensor] = {}
+    stacks = find_stacks(header, registry)
+    if stacks:
+        for name in stacks:
+            stack = read_stack(name, tensors, registry, dtype)
+            result[name] = travelling(stack, name)
+        taken = {key for name in stacks for key in keys_of(name)}
+        rest = {k: info for k, info in header.tensors.items() if k not in taken}
+        header = dataclasses.replace(header, tensors=rest)
     identified = identify(header, registry, assume=assume)
     identified.check()
     claims = identified.claims()
     used = {key for claim in claims.values() for key in claim.keys.values()}
     used |= marker_keys(header, claims, registry)
-    result = {
+    result |= {
         key: _readable(tensors[key], info.dtype)
         for key, info in header.tensors.items()
         if key not in used
@@ -196,12 +207,19 @@ def read_weights(
     return result
 
 
-def travelling(tensor: Tensor) -> Tensor:
-    """A tensor of a model on its way to a file: weights can be split and renamed."""
-    if isinstance(tensor, StackedWeight):
-        fields = (tensor.config, tuple(tensor.shape), tensor.dtype, tensor.additions)
-        return TravellingStack(tensor.qdata, tensor.params, *fields)
-    return tensor
+def travelling(tensor: Tensor, name: str) -> Tensor:
+    """A tensor that is to be split, renamed and joined, on its way to a file or back.
+
+    Args:
+        tensor: a stack of quantized weights becomes one that travels.
+        name: of the stack.
+    """
+    if not isinstance(tensor, StackedWeight):
+        return tensor
+    fields = (tensor.config, tuple(tensor.shape), tensor.dtype, tensor.additions)
+    stack = TravellingStack(tensor.qdata, tensor.params, *fields)
+    stack.transposed, stack.name = tensor.transposed, name
+    return stack
 
 
 def decoded(tensor: Tensor, name: str) -> Tensor:
@@ -367,6 +385,11 @@ def _stacked(weights: Sequence[Tensor | None]) -> TravellingStack | None:
         found = getattr(whole[0], "found", None)
         stack.name = "" if found is None else found.claim.layer
     return stack  # type: ignore[no-any-return]
+
+
+def _any_transposed(args: Any) -> bool:
+    """Whether any is a stack of transposed weights, whose rows are columns."""
+    return any(getattr(tensor, "transposed", False) for tensor in tree_flatten(args)[0])
 
 
 def _split_stack(stack: Any, size: int, dim: int = 0) -> list[Any] | None:

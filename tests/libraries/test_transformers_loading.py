@@ -453,3 +453,61 @@ def test_implementations_of_experts(experts: str, saved: Any, tmp_path: Path) ->
         assert cast.dtype == dtype
         decoded = models.dense_copy(cast)
         assert torch.equal(models.output(cast), models.output(decoded))
+
+
+def _as_mxfp4(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts as gpt-oss is published: transposed, packed, in two tensors."""
+    scheme = hijack.schemes()["mxfp4"]
+    packed = dict(tensors)
+    for key, tensor in tensors.items():
+        if key.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            del packed[key]
+            parts = [scheme.quantize(expert.t()) for expert in tensor]
+            scales = torch.stack([params["weight_scale"] for _, params in parts])
+            codes = torch.stack([qdata for qdata, _ in parts])
+            packed[f"{key}_blocks"] = codes.reshape(*scales.shape, 16)
+            packed[f"{key}_scales"] = scales
+    return packed
+
+
+def test_experts_in_mxfp4(saved: Any, tmp_path: Path) -> None:
+    """MXFP4 experts stay quantized, equal to the host's own decoding, and are saved."""
+    model, folder = saved("gpt-oss")
+    models.rewrite(folder, _as_mxfp4)
+    models.edit_config(folder, quantization_config={"quant_method": "mxfp4"})
+    kind = type(model)
+    own = kind.from_pretrained(folder, dtype=BF16)  # which decodes them on the CPU
+    found = kind.from_pretrained(
+        folder, dtype=BF16, quantization_config=HijackConfig()
+    )
+    experts = found.model.layers[1].mlp.experts
+    for parameter in (experts.gate_up_proj, experts.down_proj):
+        assert parameter.qdata.dtype == torch.uint8
+        assert parameter.shape[0] == 4
+    assert found.get_memory_footprint() < 0.8 * model.get_memory_footprint()
+    assert_same_weights(found, own)
+    assert torch.equal(models.output(found), models.output(own))
+    ids = models.tokens()
+    arguments = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    arguments["attention_mask"] = torch.ones_like(ids)
+    assert torch.equal(
+        found.generate(ids, **arguments), own.generate(ids, **arguments)
+    )
+    found.save_pretrained(tmp_path / "again")
+    source = load_file(folder / "model.safetensors")
+    again = load_file(tmp_path / "again" / "model.hijack.safetensors")
+    assert again.keys() == source.keys()
+    for key, tensor in source.items():
+        if key.endswith(("_blocks", "_scales")):
+            assert torch.equal(again[key], tensor), key
+    read = kind.from_pretrained(tmp_path / "again", dtype=BF16)
+    assert torch.equal(models.output(read), models.output(own))
+
+
+def test_experts_in_mxfp4_without_a_word(saved: Any) -> None:
+    """MXFP4 experts beside a config that does not say so are recognised."""
+    model, folder = saved("gpt-oss")
+    models.rewrite(folder, _as_mxfp4)
+    found = type(model).from_pretrained(folder, dtype=BF16)
+    assert isinstance(found.model.layers[0].mlp.experts.down_proj, QuantizedTensor)
+    assert torch.equal(models.output(found), models.output(models.dense_copy(found)))

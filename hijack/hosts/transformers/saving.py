@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hijack.errors import CheckpointError
+from hijack.formats.stacked_blocks import spell_stack
 from hijack.hosts.checkpoint import TravellingWeight, decoded, travelling
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
@@ -108,7 +109,11 @@ def spelled_state_dict(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, s
     weights: dict[str, QuantizedTensor] = {}
     for key, tensor in list(tensors.items()):
         layer, _, name = key.rpartition(".")
-        if isinstance(tensor, StackedWeight) or name != "weight":
+        if isinstance(tensor, StackedWeight):
+            stored = spell_stack(key, tensor) or {key: decoded(tensor, key)}
+            del tensors[key]
+            tensors |= stored
+        elif name != "weight":
             tensors[key] = decoded(tensor, key)
         elif isinstance(tensor, QuantizedTensor):
             weights[layer] = tensor
@@ -137,7 +142,7 @@ def _one_tensor_a_weight(model: nn.Module) -> dict[str, Tensor]:
             if id(module.weight) not in seen:
                 tensors[f"{prefix}weight"] = TravellingWeight.of(weight)
             seen.add(id(module.weight))
-    return {key: travelling(tensor.detach()) for key, tensor in tensors.items()}
+    return {key: travelling(tensor.detach(), key) for key, tensor in tensors.items()}
 
 
 def _original_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
