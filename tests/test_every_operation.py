@@ -6,6 +6,7 @@ place of every matrix among them: the result must be the same, or the operation 
 
 from __future__ import annotations
 
+import itertools
 import warnings
 
 import pytest
@@ -86,7 +87,7 @@ def plain(tensor):
 def samples(op):
     """Some of torch's samples that have a matrix."""
     found = op.sample_inputs("cpu", torch.float32, requires_grad=False)
-    for sample in found:
+    for sample in itertools.islice(found, 24):  # some operations have thousands
         flat = tree_flatten((sample.input, sample.args, sample.kwargs))[0]
         if any(isinstance(t, torch.Tensor) and is_matrix(t) for t in flat):
             yield sample
