@@ -37,6 +37,22 @@ def save(
             unknown to a scheme or cannot spell a layer, or if a weight is sharded over
             processes.
     """
+    tensors, metadata = contents(model, dialect)
+    write_checkpoint(path, tensors, metadata, overwrite=overwrite)
+
+
+def contents(
+    model: nn.Module, dialect: str | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a file that holds a model.
+
+    Args:
+        model: as for `save`.
+        dialect: as for `save`.
+
+    Raises:
+        CheckpointError: as `save` does.
+    """
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise CheckpointError(
@@ -53,7 +69,7 @@ def save(
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
     spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
-    write_checkpoint(path, tensors | spelled, metadata, overwrite=overwrite)
+    return tensors | spelled, metadata
 
 
 def spell(

@@ -119,8 +119,47 @@ def read_weights(
     Raises:
         HijackError: where `hijack.load` would refuse the file.
     """
+    return _weights(*open_source(source), assume, dtype, current_registry(registry))
+
+
+def read_quantized(
+    source: Source,
+    *,
+    assume: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    registry: Registry | None = None,
+) -> dict[str, Tensor] | None:
+    """`read_weights`, or None where nothing is quantized: the host reads that itself.
+
+    Of a file with nothing but dense tensors, only the header is read.
+    """
     registry = current_registry(registry)
     header, tensors = open_source(source)
+    if not assume and _is_dense(header):
+        return None
+    weights = _weights(header, tensors, assume, dtype, registry)
+    quantized = any(isinstance(w, TravellingWeight) for w in weights.values())
+    return weights if quantized else None
+
+
+def _is_dense(header: Header) -> bool:
+    """Whether no tensor is, and nothing says of any, that it is quantized."""
+    return set(header.metadata) <= {"format"} and all(
+        info.dtype in _PLAIN for info in header.tensors.values()
+    )
+
+
+#: Dtypes that no tensor of a quantized layer is in alone.
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+
+
+def _weights(
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    assume: Sequence[str],
+    dtype: torch.dtype,
+    registry: Registry,
+) -> dict[str, Tensor]:
     identified = identify(header, registry, assume=assume)
     identified.check()
     claims = identified.claims()
