@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hijack.claim import Claim
+from hijack.decoded import DecodedView
 from hijack.formats import matching
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.hosts.rows import Joiner, Run
@@ -93,7 +95,9 @@ class TravellingWeight(QuantizedTensor):
             result = moved(*args, **(kwargs or {}))
             if result is not None:
                 return result
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        # a part that was decoded is a tensor of the host's, which may write to it
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        return tree_map_only(DecodedView, _plain, result)
 
 
 def read_weights(
@@ -178,8 +182,35 @@ def _weights(
     return result
 
 
+def _plain(part: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return part.as_subclass(Tensor)
+
+
 def _readable(tensor: Tensor, dtype: str) -> Tensor:
     return tensor.to(torch.bfloat16) if dtype in PLAIN_CASTS else tensor
+
+
+def cropped(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights in the shapes of a model's, where a file pads them and says so.
+
+    Args:
+        weights: of `read_weights`, under the model's names.
+        model: dense, or on the meta device.
+    """
+    result = dict(weights)
+    for key, parameter in model.named_parameters():
+        weight, shape = weights.get(key), tuple(parameter.shape)
+        if not isinstance(weight, TravellingWeight) or tuple(weight.shape) == shape:
+            continue
+        found = weight.found
+        if found is None or found.claim.cropped(shape).shape != shape:
+            continue  # the host says that it does not fit
+        again = matching.read_weight(
+            weight.scheme, found.claim, found.tensors, shape, weight.dtype
+        )
+        result[key] = TravellingWeight.of(again, found)
+    return result
 
 
 def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]:

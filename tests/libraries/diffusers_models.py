@@ -185,3 +185,114 @@ def same_weights(model, dense):
 def quantized_layers(model):
     """Names of the layers whose weight is quantized."""
     return [n for n, p in model.named_parameters() if hasattr(p, "qdata")]
+
+
+# -- original names --------------------------------------------------------------------
+
+
+def original(name, state):
+    """A state dict under the names, and in the tensors, of the model's authors."""
+    return _ORIGINALS[name](dict(state))
+
+
+def _fuse(state, old, new):
+    """Put q, k and v into one, in the place of the three."""
+    for suffix in ("weight", "bias"):
+        parts = [f"{name}.{suffix}" for name in old]
+        if parts[0] in state:
+            state[f"{new}.{suffix}"] = torch.cat([state.pop(part) for part in parts])
+
+
+def _rename(state, *pairs):
+    for key in list(state):
+        new = key
+        for old, other in pairs:
+            new = new.replace(old, other)
+        state[new] = state.pop(key)
+
+
+def _original_sd3(state):
+    blocks = {key.split(".")[1] for key in state if key.startswith("transformer_bl")}
+    for i in blocks:
+        old, new = f"transformer_blocks.{i}", f"joint_blocks.{i}"
+        for attn in ("attn", "attn2"):
+            mine = [f"{old}.{attn}.to_{x}" for x in "qkv"]
+            _fuse(state, mine, f"{new}.x_block.{attn}.qkv")
+        added = [f"{old}.attn.add_{x}_proj" for x in "qkv"]
+        _fuse(state, added, f"{new}.context_block.attn.qkv")
+    for key in ["norm_out.linear", f"transformer_blocks.{max(blocks)}.norm1_context"]:
+        for name in [n for n in state if n.startswith(key)]:
+            scale, shift = state[name].chunk(2)
+            state[name] = torch.cat([shift, scale])
+    x, context = "x_block.", "context_block."
+    _rename(
+        state,
+        ("transformer_blocks", "joint_blocks"),
+        (".attn.norm_added_", f".{context}attn.ln_"),
+        (".attn.norm_", f".{x}attn.ln_"),
+        (".attn2.norm_", f".{x}attn2.ln_"),
+        (".attn.to_out.0", f".{x}attn.proj"),
+        (".attn2.to_out.0", f".{x}attn2.proj"),
+        (".attn.to_add_out", f".{context}attn.proj"),
+        (".norm1.linear", f".{x}adaLN_modulation.1"),
+        (".norm1_context.linear", f".{context}adaLN_modulation.1"),
+        (".ff.net.0.proj", f".{x}mlp.fc1"),
+        (".ff.net.2", f".{x}mlp.fc2"),
+        (".ff_context.net.0.proj", f".{context}mlp.fc1"),
+        (".ff_context.net.2", f".{context}mlp.fc2"),
+        ("pos_embed.pos_embed", "pos_embed"),
+        ("pos_embed.proj", "x_embedder.proj"),
+        ("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+        ("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+        ("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+        ("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+        ("proj_out", "final_layer.linear"),
+        ("norm_out.linear", "final_layer.adaLN_modulation.1"),
+    )
+    return state
+
+
+def _original_wan(state):
+    table = state.pop("scale_shift_table")
+    _rename(
+        state,
+        ("norm2", "norm__"),
+        ("norm3", "norm2"),
+        ("norm__", "norm3"),
+        ("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+        ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+        ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+        ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("attn2", "cross_attn"),
+        ("attn1", "self_attn"),
+        (".to_out.0.", ".o."),
+        *((f".to_{x}.", f".{x}.") for x in "qkv"),
+        ("proj_out", "head.head"),
+        ("scale_shift_table", "modulation"),
+        ("ffn.net.0.proj", "ffn.0"),
+        ("ffn.net.2", "ffn.2"),
+    )
+    return {**state, "head.modulation": table}
+
+
+def _original_z_image(state):
+    for name in [key.removesuffix(".to_q.weight") for key in state if "to_q" in key]:
+        _fuse(state, [f"{name}.to_{x}" for x in "qkv"], f"{name}.qkv")
+    _rename(
+        state,
+        ("all_final_layer.2-1.", "final_layer."),
+        ("all_x_embedder.2-1.", "x_embedder."),
+        (".attention.to_out.0.", ".attention.out."),
+        (".attention.norm_k.", ".attention.k_norm."),
+        (".attention.norm_q.", ".attention.q_norm."),
+    )
+    return state
+
+
+_ORIGINALS = {
+    "SD3Transformer2DModel": _original_sd3,
+    "QwenImageTransformer2DModel": lambda state: state,
+    "WanTransformer3DModel": _original_wan,
+    "ZImageTransformer2DModel": _original_z_image,
+}

@@ -86,6 +86,7 @@ def patches() -> list[Patch | Entry]:
             single.FromOriginalModelMixin,
             "from_single_file",
             loading.make_from_single_file,
+            copied=True,  # what the host decorates it with is another's
         ),
         Patch(model, "save_pretrained", saving.make_save_pretrained),
         Patch(model, "get_memory_footprint", saving.make_get_memory_footprint),

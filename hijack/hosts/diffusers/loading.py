@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hijack.formats.native_marker import marked_layers
-from hijack.hosts.checkpoint import TravellingWeight, adopt, read_quantized
+from hijack.hosts.checkpoint import TravellingWeight, adopt, cropped, read_quantized
 from hijack.hosts.diffusers.quantizer import Quantizer
 from hijack.modules import quantized_weight
 
@@ -110,9 +110,7 @@ def make_from_single_file(original: Function) -> Function:
     def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
         name = "pretrained_model_link_or_path_or_dict"
         source = args[0] if args else kwargs.get(name)
-        if not isinstance(source, dict) or any(
-            isinstance(tensor, TravellingWeight) for tensor in source.values()
-        ):
+        if not isinstance(source, dict) or _any_travels(source):
             return original(cls, *args, **kwargs)
         tensors = {k: t for k, t in source.items() if isinstance(t, Tensor)}
         weights = read_quantized(tensors) if tensors else None
@@ -132,8 +130,13 @@ def make_placing(original: Function) -> Function:
     signature = inspect.signature(original)
 
     def load_model_dict_into_meta(*args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        _arrive(signature.bind(*args, **kwargs).arguments["model"])
+        call = signature.bind(*args, **kwargs)
+        given = call.arguments
+        if not _any_travels(given["state_dict"]):
+            return original(*args, **kwargs)
+        given["state_dict"] = cropped(given["state_dict"], given["model"])
+        result = original(*call.args, **call.kwargs)
+        _arrive(given["model"])
         return result
 
     return load_model_dict_into_meta
@@ -145,6 +148,9 @@ def make_copying(original: Function) -> Function:
     def _load_state_dict_into_model(
         model_to_load: nn.Module, state_dict: Mapping[str, Tensor], *args: Any
     ) -> Any:
+        if not _any_travels(state_dict):
+            return original(model_to_load, state_dict, *args)
+        state_dict = cropped(state_dict, model_to_load)
         errors = original(model_to_load, state_dict, *args)
         if not errors:
             _replace(model_to_load, state_dict)
@@ -162,6 +168,10 @@ def _replace(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
             if old is not None and isinstance(weight, TravellingWeight):
                 there: Any = weight.to(old.device, old.dtype)
                 module._parameters[key] = nn.Parameter(there)
+
+
+def _any_travels(tensors: Mapping[str, Any]) -> bool:
+    return any(isinstance(tensor, TravellingWeight) for tensor in tensors.values())
 
 
 def _arrive(model: nn.Module) -> None:
