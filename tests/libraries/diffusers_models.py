@@ -7,6 +7,7 @@ import inspect
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 import hijack
@@ -74,6 +75,41 @@ CONFIGS = {
 }
 
 
+def models(*names):
+    """Parametrize a test by the models that the installed release has."""
+    return pytest.mark.parametrize("name", names or list(CONFIGS))
+
+
+def model_class(name):
+    """A class of diffusers; the test is skipped where the release lacks it."""
+    import diffusers
+
+    if not hasattr(diffusers, name):
+        pytest.skip(f"diffusers {diffusers.__version__} has no {name}")
+    return getattr(diffusers, name)
+
+
+@pytest.fixture(autouse=True)
+def patched():
+    """hijack knows diffusers, which says nothing of what it warns of."""
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()
+    assert diffusers.ModelMixin  # whose import has the rest be patched
+    arm()
+    status = hijack.status()["diffusers"]
+    assert status.patched, status
+
+
+def arm():
+    """Have hijack patch diffusers, which no entry point does yet."""
+    from hijack.hosts import diffusers, manager
+
+    if diffusers.NAME not in manager.status():
+        manager.add_host(diffusers)
+    hijack.patch("diffusers")
+
+
 def noise(*shape, dtype=torch.float32):
     """The same numbers for the same shape, in every process."""
     generator = torch.Generator().manual_seed(sum(shape))
@@ -82,10 +118,8 @@ def noise(*shape, dtype=torch.float32):
 
 def build(name, dtype=torch.float32, seed=0):
     """A model with weights that are not zero anywhere."""
-    import diffusers
-
     torch.manual_seed(seed)
-    model = getattr(diffusers, name)(**CONFIGS[name]).eval()
+    model = model_class(name)(**CONFIGS[name]).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1)
