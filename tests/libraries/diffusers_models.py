@@ -96,18 +96,8 @@ def patched():
 
     diffusers.logging.set_verbosity_error()
     assert diffusers.ModelMixin  # whose import has the rest be patched
-    arm()
-    status = hijack.status()["diffusers"]
+    status = hijack.patch("diffusers")  # again, after a test that took it out
     assert status.patched, status
-
-
-def arm():
-    """Have hijack patch diffusers, which no entry point does yet."""
-    from hijack.hosts import diffusers, manager
-
-    if diffusers.NAME not in manager.status():
-        manager.add_host(diffusers)
-    hijack.patch("diffusers")
 
 
 def noise(*shape, dtype=torch.float32):

@@ -303,8 +303,7 @@ assert "hijack" not in sys.modules
 BESIDE = """
 import sys
 {imports}
-from tests.libraries.diffusers_models import arm, quantized_layers
-arm()
+from tests.libraries.diffusers_models import quantized_layers
 model = diffusers.{name}.from_pretrained(sys.argv[1])
 print("layers:", len(quantized_layers(model)))
 """

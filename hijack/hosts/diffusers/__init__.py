@@ -17,6 +17,9 @@ import wrapt
 from hijack.hosts.adapter import Probe
 from hijack.patching import Entry, Patch
 from hijack.safetensors_io.header import QUANT_METHOD
+from hijack.text import logger
+
+log = logger(__name__)
 
 NAME = "diffusers"
 #: The host can be patched once this module is imported completely.
@@ -52,8 +55,12 @@ PROBES = (
 
 def _import_rest(_: ModuleType) -> None:
     """Import what there is to patch; some models need only a part of it."""
-    if MODULE not in sys.modules:
-        importlib.import_module(MODULE)
+    try:
+        if MODULE not in sys.modules:
+            importlib.import_module(MODULE)
+    except Exception as error:  # the host's own import must go on
+        kind = type(error).__name__
+        log.warning("hijack: %s cannot be imported: %s: %s", MODULE, kind, error)
 
 
 wrapt.register_post_import_hook(_import_rest, _MODELS)
