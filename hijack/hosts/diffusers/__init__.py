@@ -97,7 +97,17 @@ def patches() -> list[Patch | Entry]:
         ),
         Patch(model, "save_pretrained", saving.make_save_pretrained),
         Patch(model, "get_memory_footprint", saving.make_get_memory_footprint),
+        *_offloading(),
     ]
+
+
+def _offloading() -> list[Patch]:
+    """What writes to the disk, as far as it is there."""
+    from hijack.hosts.diffusers.offloading import make_with_parts
+
+    group: Any = importlib.import_module("diffusers.hooks.group_offloading").ModuleGroup
+    names = ("_onload_from_disk", "_offload_to_disk")
+    return [Patch(group, n, make_with_parts) for n in names if n in vars(group)]
 
 
 def live() -> int:
