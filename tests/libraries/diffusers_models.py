@@ -320,3 +320,126 @@ _ORIGINALS = {
     "WanTransformer3DModel": _original_wan,
     "ZImageTransformer2DModel": _original_z_image,
 }
+
+
+# -- pipelines -------------------------------------------------------------------------
+
+
+def pipeline(transformer, **parts):
+    """The pipeline of a model, without what its latents do not need."""
+    import diffusers
+
+    flow = diffusers.FlowMatchEulerDiscreteScheduler()
+    kinds = {
+        "FluxTransformer2DModel": ("FluxPipeline", ("_2",)),
+        "SD3Transformer2DModel": ("StableDiffusion3Pipeline", ("_2", "_3")),
+        "QwenImageTransformer2DModel": ("QwenImagePipeline", ()),
+        "WanTransformer3DModel": ("WanPipeline", ()),
+        "ZImageTransformer2DModel": ("ZImagePipeline", ()),
+    }
+    name, others = kinds[type(transformer).__name__]
+    encoders = {
+        f"{part}{number}": None
+        for part in ("text_encoder", "tokenizer")
+        for number in ("", *others)
+    }
+    given = {"vae": None, "scheduler": flow, **encoders, **parts}
+    made = getattr(diffusers, name)(transformer=transformer, **given)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def generate(pipe, **more):
+    """The latents of two steps, in float32."""
+    dtype = pipe.transformer.dtype
+    text = {"prompt_embeds": noise(1, 3, 64, dtype=dtype)}
+    size = {"height": 32, "width": 32}
+    given = {
+        "FluxPipeline": {"pooled_prompt_embeds": noise(1, 64, dtype=dtype)},
+        "StableDiffusion3Pipeline": {
+            "pooled_prompt_embeds": noise(1, 64, dtype=dtype),
+            "guidance_scale": 1.0,
+        },
+        "QwenImagePipeline": {
+            "prompt_embeds_mask": torch.ones(1, 3, dtype=torch.int64),
+            "true_cfg_scale": 1.0,
+        },
+        "WanPipeline": {"num_frames": 1, "guidance_scale": 1.0},
+        "ZImagePipeline": {"guidance_scale": 0.0},
+    }[type(pipe).__name__]
+    if type(pipe).__name__ == "ZImagePipeline":
+        text = {"prompt_embeds": [noise(3, 64, dtype=dtype)]}
+    if "prompt" in more:
+        text = {}
+        given = {k: v for k, v in given.items() if "embeds" not in k}
+    call = {
+        "num_inference_steps": 2,
+        "output_type": "latent",
+        "generator": torch.Generator().manual_seed(0),
+        **size,
+        **text,
+        **given,
+        **more,
+    }
+    with torch.no_grad():
+        output = pipe(**call)
+    return (output.frames if hasattr(output, "frames") else output.images).float()
+
+
+def tokenizer(length=16):
+    """A tokenizer of a few words, for any text encoder."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "</s>", "<unk>", "a", "photo", "of", "cat", "system", "user"]
+    model = models.WordLevel({word: i for i, word in enumerate(words)}, "<unk>")
+    made = Tokenizer(model)
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, model_max_length=length, **special
+    )
+
+
+def text_encoder(kind):
+    """A tiny text encoder of transformers, with random weights."""
+    import transformers as t
+
+    sizes = {"vocab_size": 32, "d_model": 64, "d_kv": 32, "d_ff": 128}
+    t5 = {**sizes, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    clip = {
+        "vocab_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 16,
+        "projection_dim": 64,
+        "bos_token_id": 3,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    qwen = {
+        "vocab_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    }
+    torch.manual_seed(1)
+    if kind == "clip":
+        made = t.CLIPTextModel(t.CLIPTextConfig(**clip))
+    elif kind == "t5":
+        made = t.T5EncoderModel(t.T5Config(**t5))
+    elif kind == "umt5":
+        made = t.UMT5EncoderModel(t.UMT5Config(**t5))
+    else:
+        vision = {"depth": 1, "hidden_size": 32, "num_heads": 2, "out_hidden_size": 64}
+        config = t.Qwen2_5_VLConfig(text_config=qwen, vision_config=vision)
+        made = t.Qwen2_5_VLForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.1)
+    return made.eval()
