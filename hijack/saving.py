@@ -48,7 +48,7 @@ def save(
     writes = not sharded or torch.distributed.get_rank() == 0
     error = None
     try:
-        tensors, metadata = _gathered(model, dialect, keep=writes)
+        tensors, metadata = contents(model, dialect, keep=writes)
         if writes:
             write_checkpoint(path, tensors, metadata, overwrite=overwrite)
     except Exception as raised:
@@ -64,15 +64,18 @@ def save(
             raise CheckpointError(told[0])
 
 
-def _gathered(
-    model: nn.Module, dialect: str | None, keep: bool
+def contents(
+    model: nn.Module, dialect: str | None = None, *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a model's file.
+    """The tensors and the metadata of a file that holds a model.
 
     Args:
         model: sharded weights are gathered one after another, by all processes.
         dialect: as for `save`.
         keep: whether to keep what is gathered; nothing is returned otherwise.
+
+    Raises:
+        CheckpointError: as `save` does.
     """
     weights: dict[str, QuantizedTensor] = {}
     tensors = {key: t.detach() for key, t in model.state_dict().items()}

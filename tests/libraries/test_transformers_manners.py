@@ -167,11 +167,11 @@ def test_patches_are_reversible() -> None:
     host = sys.modules[adapter.MODULE]
     owners = [host, host.PreTrainedModel]
     tables = [auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING]
-    assert all(adapter.METHOD in table for table in tables)
+    assert all("hijack" in table for table in tables)
     patched = [dict(vars(owner)) for owner in owners]
     hijack.hosts.unpatch("transformers", force=True)
     try:
-        assert not any(adapter.METHOD in table for table in tables)
+        assert not any("hijack" in table for table in tables)
         changed = {
             name
             for owner, before in zip(owners, patched, strict=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import hijack
 from hijack.errors import CheckpointError
-from hijack.hosts.transformers import HijackConfig
+from hijack.hosts.config import HijackConfig
 from hijack.modules import Wrapped
 from tests.libraries import transformers_models as models
 

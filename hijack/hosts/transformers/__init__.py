@@ -13,8 +13,10 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from hijack.hosts.adapter import Probe
+from hijack.hosts.config import HijackConfig
 from hijack.modules import quantized_weight
 from hijack.patching import Entry, Patch
+from hijack.safetensors_io.header import QUANT_METHOD
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,8 +26,6 @@ NAME = "transformers"
 MODULE = "transformers.modeling_utils"
 #: First and last version this was tested with.
 SUPPORTED = ("4.57.6", "5.24.0")
-#: What ``quant_method`` says in a ``quantization_config``.
-METHOD = "hijack"
 
 _MODEL = f"{MODULE}.PreTrainedModel"
 PROBES = (
@@ -46,14 +46,6 @@ PROBES = (
 LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-def __getattr__(name: str) -> Any:
-    if name == "HijackConfig":  # a subclass of the host's, which is imported for it
-        from hijack.hosts.transformers.quantizer import HijackConfig
-
-        return HijackConfig
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 def get_version() -> str:
     """The imported transformers' version, or "unknown"."""
     return str(getattr(sys.modules.get("transformers"), "__version__", "unknown"))
@@ -62,14 +54,14 @@ def get_version() -> str:
 def patches() -> list[Patch | Entry]:
     """What to patch."""
     from hijack.hosts.transformers import loading, saving
-    from hijack.hosts.transformers.quantizer import HijackConfig, HijackQuantizer
+    from hijack.hosts.transformers.quantizer import HijackQuantizer
 
     host, auto = sys.modules[MODULE], sys.modules["transformers.quantizers.auto"]
     model: Any = host.PreTrainedModel
     files = "_get_resolved_checkpoint_files"
     found: list[Patch | Entry] = [
-        Entry(auto, "AUTO_QUANTIZER_MAPPING", METHOD, HijackQuantizer),
-        Entry(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", METHOD, HijackConfig),
+        Entry(auto, "AUTO_QUANTIZER_MAPPING", QUANT_METHOD, HijackQuantizer),
+        Entry(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", QUANT_METHOD, HijackConfig),
         Patch(host, "get_hf_quantizer", loading.make_get_hf_quantizer, copied=True),
         Patch(host, "get_state_dict_dtype", loading.make_get_state_dict_dtype),
         Patch(host, files, loading.make_get_resolved_checkpoint_files),

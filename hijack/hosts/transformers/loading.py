@@ -11,18 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hijack.dtypes import DENSE_DTYPES
-from hijack.hosts.checkpoint import read_weights
-from hijack.hosts.transformers import METHOD
-from hijack.hosts.transformers.quantizer import (
-    HijackConfig,
-    HijackQuantizer,
-    is_quantized,
-)
+from hijack.errors import CheckpointError
+from hijack.hosts.checkpoint import read_quantized
+from hijack.hosts.config import HijackConfig
+from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
 from hijack.hosts.transformers.saving import VARIANT
-from hijack.loading import Source
-from hijack.quantized import QuantizedTensor
-from hijack.safetensors_io.header import DENSE_NAMES, Header
-from hijack.safetensors_io.reader import read_header
+from hijack.safetensors_io.header import QUANT_METHOD
 from hijack.text import logger
 
 log = logger(__name__)
@@ -47,7 +41,7 @@ def make_get_hf_quantizer(original: Function) -> Function:
             return original(config, quantization_config, *args, **kwargs)
         except Exception as error:
             method = _forget(config)
-            if quantization_config is not None or method in (None, METHOD):
+            if quantization_config is not None or method in (None, QUANT_METHOD):
                 raise
             log.warning(
                 "hijack: transformers cannot use quant_method %s here; hijack reads "
@@ -64,7 +58,7 @@ def make_get_hf_quantizer(original: Function) -> Function:
 
 def _as_hijack(given: Any) -> HijackConfig | None:
     """The config if it is one of hijack's, which may be given as a table."""
-    if isinstance(given, Mapping) and given.get("quant_method") == METHOD:
+    if isinstance(given, Mapping) and given.get("quant_method") == QUANT_METHOD:
         return HijackConfig(**given)
     return given if isinstance(given, HijackConfig) else None
 
@@ -187,19 +181,20 @@ def _read(
     quantizer: HijackQuantizer | None,
 ) -> dict[str, Tensor] | None:
     """The weights as the host wants them; None if nothing in them is quantized."""
-    source: Source
+    assume = () if quantizer is None else quantizer.quantization_config.assume
     if state_dict is not None:
-        source, header = state_dict, Header.from_state_dict(state_dict)
+        weights = read_quantized(state_dict, assume=assume)
     elif files and all(str(file).endswith(".safetensors") for file in files):
-        source, header = files, read_header(files)
+        weights = read_quantized(files, assume=assume)
     else:
         return None
-    if all(info.dtype in DENSE_NAMES for info in header.tensors.values()):
-        return None
-    assume = () if quantizer is None else quantizer.quantization_config.assume
-    weights = read_weights(source, assume=assume)
-    quantized = any(isinstance(t, QuantizedTensor) for t in weights.values())
-    return weights if quantized else None
+    scheme = None if quantizer is None else quantizer.scheme
+    if weights is not None and scheme is not None:
+        raise CheckpointError(
+            f"quantization_config: got scheme={scheme.name!r} for a checkpoint that is "
+            "quantized already, expected a dense one; leave out the scheme"
+        )
+    return weights
 
 
 def _finish(model: nn.Module, quantizer: Any) -> None:

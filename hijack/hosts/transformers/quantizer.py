@@ -1,76 +1,25 @@
-"""What transformers finds under ``quant_method: hijack``: a quantizer, its config."""
+"""The quantizer that transformers finds under ``quant_method: hijack``."""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hijack.errors import CheckpointError
+from hijack.errors import CheckpointError, ShapeError
 from hijack.hosts.checkpoint import adopt
-from hijack.hosts.transformers import LIVE, METHOD
+from hijack.hosts.config import HijackConfig
+from hijack.hosts.transformers import LIVE
 from hijack.modules import Wrapped, quantized_weight, restore
 from hijack.quantized import QuantizedTensor
 from hijack.registry import current_registry
 from hijack.safetensors_io.header import Header
-from hijack.selection import Patterns, choose
-from hijack.wrap import unwrap, wrap_model
-
-
-class HijackConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """How transformers is to load a model with hijack.
-
-    Args:
-        scheme: name of the scheme to quantize a dense model with; None for files that
-            are quantized already, in any format that hijack reads.
-        include: patterns on the names of layers to quantize, as for
-            `hijack.quantize_file`; None is what is usual for the model.
-        exclude: patterns on the names of layers to leave dense, likewise.
-        rules: as for `hijack.quantize_file`.
-        assume: how to read what a file does not tell, as for `hijack.identify`.
-        options: of the scheme; they may also be given by name, as in ``block_size=64``.
-        **more: options of the scheme.
-    """
-
-    def __init__(
-        self,
-        scheme: str | None = None,
-        *,
-        include: Patterns = None,
-        exclude: Patterns = None,
-        rules: str | Iterable[str] = (),
-        assume: Sequence[str] = (),
-        options: Mapping[str, Any] | None = None,
-        quant_method: str = METHOD,
-        **more: Any,
-    ) -> None:
-        self.quant_method = METHOD
-        self.scheme = scheme
-        self.include, self.exclude, self.rules = include, exclude, rules
-        self.assume = assume
-        self.options = {**(options or {}), **more}
-
-    def to_dict(self) -> dict[str, Any]:
-        """What ``config.json`` says of it: what was asked for."""
-        fields = {name: value for name, value in vars(self).items() if value}
-        return {name: _plain(value) for name, value in fields.items()}
-
-    def described(self) -> HijackConfig:
-        """The config of a model that is loaded, for whoever reads what it saves."""
-        fields = {name: value for name, value in vars(self).items() if name != "assume"}
-        return HijackConfig(**fields)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(part) for part in value]
-    return value if isinstance(value, str | int | float | None) else str(value)
+from hijack.scheme import Scheme
+from hijack.selection import choose
+from hijack.wrap import unwrap, wrap_layer
 
 
 class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -79,6 +28,7 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
     Attributes:
         refused: why the host's own quantizer for the file does not work here, if that
             is why this one is asked.
+        layers: those to quantize, with the options of each.
     """
 
     requires_calibration = False
@@ -87,17 +37,61 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: HijackConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.refused: Exception | None = None
+        self.layers: Mapping[str, Mapping[str, Any]] = {}
         self._finished = False
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The scheme to quantize with; that of a config.json says what was done."""
+        name = None if self.pre_quantized else self.quantization_config.scheme
+        return None if name is None else current_registry().get(name)
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a scheme or an option that does not exist before anything is read."""
-        config = self.quantization_config
-        if config.scheme is not None:
-            current_registry().get(config.scheme).check_options(config.options)
+        if self.scheme is not None:
+            self.scheme.check_options(self.quantization_config.options)
 
     # -- loading -----------------------------------------------------------------------
 
-    def finish(self, model: nn.Module) -> None:
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Choose the layers to quantize, in a model without weights."""
+        config, scheme = self.quantization_config, self.scheme
+        if scheme is None:
+            return model
+        choice = choose(
+            Header.from_state_dict(model.state_dict()),
+            scheme.targets,
+            config.include,
+            config.exclude,
+            config.rules,
+            lambda shape, own: scheme.declines(shape, **{**config.options, **own}),
+        )
+        modules = dict(model.named_modules())
+        self.layers = {
+            layer: {**config.options, **options}
+            for layer, options in choice.layers.items()
+            if isinstance(modules[layer], scheme.targets)  # routers may not be
+        }
+        return model
+
+    def param_needs_quantization(
+        self, model: nn.Module, param_name: str, **kwargs: Any
+    ) -> bool:
+        """Whether a weight is quantized when it arrives, as transformers 5 can do."""
+        layer, _, attribute = param_name.rpartition(".")
+        arrives = hasattr(HfQuantizer, "get_quantize_ops")
+        return arrives and attribute == "weight" and layer in self.layers
+
+    def get_quantize_ops(self) -> _Quantize:
+        """What quantizes a weight when it arrives."""
+        return _Quantize(self)
+
+    def quantize(self, model: nn.Module, layer: str) -> None:
+        """Quantize a layer that has its weight."""
+        module = model.get_submodule(layer)
+        wrap_layer(module, layer, self.scheme or "", **self.layers[layer])
+
+    def finish(self, model: Any) -> None:
         """Make a model quantized that has its weights.
 
         Args:
@@ -110,16 +104,16 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         adopt(model)
         if self._finished:  # an adapter was loaded into it
             return
-        quantized = is_quantized(model)
-        scheme = None if self.pre_quantized else self.quantization_config.scheme
-        if scheme is not None and quantized:
-            raise CheckpointError(
-                f"quantization_config: got scheme={scheme!r} for a checkpoint that is "
-                "quantized already, expected a dense one; leave out the scheme"
-            )
-        if scheme is not None:
-            self._quantize(model)
-        elif not quantized:
+        for layer in self.layers:
+            if quantized_weight(model.get_submodule(layer)) is None:
+                self.quantize(model, layer)
+        if self.layers:
+            model.tie_weights()  # layers go by the one whose weight they share
+            adopt(model)
+            for module in model.modules():
+                if isinstance(module, Wrapped) and quantized_weight(module) is None:
+                    restore(module, module.weight)
+        elif not is_quantized(model):
             raise CheckpointError(
                 "quantization_config: got a checkpoint without any quantized layer, "
                 "expected one that hijack reads, or a scheme to quantize it with, "
@@ -128,41 +122,14 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         self._finished = True
         self.attach(model)
 
-    def _quantize(self, model: Any) -> None:
-        config = self.quantization_config
-        scheme = current_registry().get(config.scheme)  # type: ignore[arg-type]
-        choice = choose(
-            Header.from_state_dict(model.state_dict()),
-            scheme.targets,
-            config.include,
-            config.exclude,
-            config.rules,
-            lambda shape, options: scheme.declines(
-                shape, **{**config.options, **options}
-            ),
-        )
-        modules = dict(model.named_modules())
-        for layer, options in choice.layers.items():
-            if isinstance(modules[layer], scheme.targets):  # routers may not be
-                # one after another, so that at most one is there dense and quantized
-                exactly = glob.escape(layer)
-                wrap_model(model, scheme, exactly, **{**config.options, **options})
-        model.tie_weights()  # layers go by the one whose weight they share
-        adopt(model)
-        for module in model.modules():
-            if isinstance(module, Wrapped) and quantized_weight(module) is None:
-                restore(module, module.weight)
-
     def attach(self, model: Any) -> None:
         """Have the host know that a model is quantized."""
-        model.hf_quantizer = self
-        model.is_quantized = True
-        model.quantization_method = METHOD
-        model.config.quantization_config = self.quantization_config.described()
+        config = copy.copy(self.quantization_config)
+        config.assume = []  # what is saved says itself what it is
+        model.hf_quantizer, model.is_quantized = self, True
+        model.quantization_method = config.quant_method
+        model.config.quantization_config = config
         LIVE.add(model)
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.attach(model)
@@ -199,6 +166,44 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
         return spelled_state_dict(model)
+
+
+class _Quantize:
+    """What the host calls with the weights it has renamed, merged and split."""
+
+    def __init__(self, quantizer: HijackQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Quantize those that are chosen.
+
+        Args:
+            input_dict: full name to a tensor, or to a list with one.
+            model: whose layers they are for.
+            **kwargs: what the host says besides, such as ``missing_keys``.
+
+        Returns:
+            The others.
+        """
+        for name, value in list(input_dict.items()):
+            if not self.quantizer.param_needs_quantization(model, name):
+                continue
+            weight = value[0] if isinstance(value, list) else value
+            layer = name.rpartition(".")[0]
+            module = model.get_submodule(layer)
+            if weight.shape != module.weight.shape:
+                raise ShapeError(
+                    f"{name}: got shape {tuple(weight.shape)}, expected "
+                    f"{tuple(module.weight.shape)}; is this the right model?"
+                )
+            module.weight = nn.Parameter(weight, requires_grad=False)
+            self.quantizer.quantize(model, layer)
+            module.weight._is_hf_initialized = True
+            kwargs["missing_keys"].discard(name)
+            del input_dict[name]
+        return input_dict
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hijack.errors import CheckpointError
 from hijack.formats.stacked_blocks import spell_stack
 from hijack.hosts.checkpoint import TravellingWeight, decoded, travelling
+from hijack.hosts.config import HijackConfig
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import join
@@ -77,11 +78,7 @@ def _synchronised(model: Any) -> bool:
     Returns:
         Whether it is.
     """
-    from hijack.hosts.transformers.quantizer import (
-        HijackConfig,
-        HijackQuantizer,
-        is_quantized,
-    )
+    from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
 
     quantizer = getattr(model, "hf_quantizer", None)
     if not is_quantized(model):
