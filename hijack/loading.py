@@ -28,6 +28,7 @@ from hijack.kernels import describe
 from hijack.modules import Change, Wrapped, apply_all, prepare, quantized_weight
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry, strict
+from hijack.resharding import is_distributed, like
 from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.safetensors_io.reader import prefetch as read_ahead
@@ -182,6 +183,7 @@ class _Plan:
         self.dense = dict.fromkeys(key for key in header.tensors if key not in used)
         self.changes: dict[str, Change] = {}
         self.places: dict[str, tuple[torch.device, torch.dtype | None]] = {}
+        self.distributed: dict[str, Tensor] = {}
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
 
@@ -284,6 +286,8 @@ class _Plan:
         for key in given & set(current):
             dtype = _check_dense(key, self.header, current[key], self.modules)
             self.places[key] = current[key].device, dtype
+            if is_distributed(current[key]):
+                self.distributed[key] = current[key]
         self._check_unknown_scales()
 
     def _check_unknown_scales(self) -> None:
@@ -310,7 +314,10 @@ class _Plan:
         placed = (_placed(change, moved) for change in self.changes.values())
         apply_all(placed, keep=strict())
         dense = {
-            key: _place(self.tensors[key], *self.places.get(key, (None, None)))
+            key: like(
+                _place(self.tensors[key], *self.places.get(key, (None, None))),
+                self.distributed.get(key),
+            )
             for key in self.dense
         }
         self.model.load_state_dict(dense, strict=False, assign=True)

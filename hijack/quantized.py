@@ -513,6 +513,10 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
         dense = source.value(target.dtype, target.device)  # type: ignore[attr-defined]
         return target.copy_(dense, non_blocking=non_blocking)
     if not isinstance(source, QuantizedTensor):
+        # processes are sent the weight that they have: that changes nothing
+        same = source.dtype == target.dtype and source.shape == target.shape
+        if same and torch.equal(target.value(device=source.device), source):
+            return target
         raise _no_write(target, "copy_ of a dense tensor")
     mine, theirs = target.plain_tensors(), source.plain_tensors()
     alike = mine.keys() == theirs.keys() and all(
@@ -525,6 +529,13 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     for name, tensor in mine.items():
         tensor.copy_(theirs[name], non_blocking=non_blocking)
     return target
+
+
+def _view(weight: QuantizedTensor, size: Any) -> Tensor:
+    """The weight itself where it is seen in its own shape, as ``view_as`` sees it."""
+    if tuple(size) == tuple(weight.shape):
+        return weight.replace()
+    return as_part(weight.value().view(tuple(size)))
 
 
 def _pin_memory(weight: QuantizedTensor, *_: Any, **__: Any) -> QuantizedTensor:
@@ -545,6 +556,7 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.alias.default: _same,
     aten.contiguous.default: _same,
     aten.lift_fresh.default: _same,
+    aten.view.default: _view,
     aten.clone.default: _clone,
     aten._to_copy.default: to_copy,
     aten._pin_memory.default: _pin_memory,

@@ -29,6 +29,7 @@ from hijack.modules import (
 )
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
 from hijack.registry import Registry, current_registry
+from hijack.resharding import is_gathered, whole
 from hijack.scheme import Scheme
 from hijack.selection import Patterns, Selection
 from hijack.sharding import shard_of
@@ -553,7 +554,7 @@ def _quantized(
     device: torch.device | None = None,
 ) -> QuantizedTensor:
     """A module's weight, quantized, or zeroed on a device if it is on meta."""
-    weight = _weight(module)
+    weight = whole(_weight(module))
     answer = registry.create_params(module, scheme, prefix)
     if answer is None and weight.is_meta and device is not None:
         scheme.check_options(options)
@@ -588,6 +589,10 @@ def _why_not(
     weight = module._parameters.get("weight")
     if weight is None:
         return "it has no parameter named weight"
+    if is_gathered(module):
+        return (
+            "FSDP has gathered its weight; call reshard() on the sharded module first"
+        )
     return _declined(scheme, tuple(weight.shape), options)
 
 
