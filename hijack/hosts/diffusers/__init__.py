@@ -15,9 +15,12 @@ from typing import Any
 import wrapt
 
 from hijack.hosts.adapter import Probe
+from hijack.hosts.config import HijackConfig
 from hijack.patching import Entry, Patch
 from hijack.safetensors_io.header import QUANT_METHOD
 from hijack.text import logger
+
+__all__ = ["HijackConfig"]  # what users take from here
 
 log = logger(__name__)
 
@@ -73,7 +76,6 @@ def get_version() -> str:
 
 def patches() -> list[Patch | Entry]:
     """What to patch."""
-    from hijack.hosts.config import HijackConfig
     from hijack.hosts.diffusers import loading, quantizer, saving
 
     auto, parts, files = (sys.modules[name] for name in (_AUTO, _PARTS, _FILES))
