@@ -312,6 +312,38 @@ def test_quantizing_twice_is_refused(saved: Any, tmp_path: Path) -> None:
         )
 
 
+def test_quantized_files_are_not_quantized_by_others(
+    saved: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A quantizer of the host's is not let loose on weights that are codes."""
+    from transformers.quantizers import auto, base
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):
+        quant_method = "somebody"
+
+    class Quantizer(base.HfQuantizer):
+        is_trainable = True
+
+        def is_serializable(self, *args: Any) -> bool:
+            return True
+
+        def _process_model_before_weight_loading(self, model: Any, **_: Any) -> Any:
+            return model
+
+        _process_model_after_weight_loading = _process_model_before_weight_loading
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "somebody", Quantizer)
+    model, folder = saved("llama")
+    found = type(model).from_pretrained(folder, quantization_config=Config("somebody"))
+    assert isinstance(found.hf_quantizer, Quantizer)
+    quantize_folder(folder, tmp_path / "q", "blockwise_fp8", None, block_size=32)
+    with pytest.raises(CheckpointError, match="quantized already"):
+        type(model).from_pretrained(
+            tmp_path / "q", quantization_config=Config("somebody")
+        )
+
+
 # -- where weights go ------------------------------------------------------------------
 
 
@@ -347,6 +379,27 @@ def test_device_maps(place: str, dense: bool, saved: Any, tmp_path: Path) -> Non
         found.save_pretrained(tmp_path / "again")
     again = kind.from_pretrained(tmp_path / "again", dtype=BF16)
     assert torch.equal(models.output(again), models.output(expected))
+
+
+def test_experts_on_the_disk(saved: Any, tmp_path: Path, caplog: Any) -> None:
+    """Stacked experts that are to be on the disk are decoded, and the log says so."""
+    accelerate = pytest.importorskip("accelerate")
+    if accelerate.__version__.startswith("1.6."):
+        pytest.skip("accelerate 1.6 writes no FP8 tensor to the disk")
+    model, folder = saved("qwen3-moe")
+    quantize_folder(folder, tmp_path / "q", "blockwise_fp8", None, block_size=32)
+    expected = type(model).from_pretrained(tmp_path / "q", dtype=BF16)
+    device_map = {"": "cpu", "model.layers.1": "disk"}
+    with caplog.at_level("INFO", "hijack"):
+        found = type(model).from_pretrained(
+            tmp_path / "q",
+            dtype=BF16,
+            device_map=device_map,
+            offload_folder=tmp_path / "offload",
+        )
+    assert "model.layers.1.mlp.experts.down_proj is decoded" in caplog.text
+    assert "layers.0" not in caplog.text
+    assert torch.equal(models.output(found), models.output(expected))
 
 
 def _nothing() -> Any:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError
-from hijack.hosts.checkpoint import read_quantized
+from hijack.hosts.checkpoint import decoded, read_quantized
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
 from hijack.hosts.transformers.saving import VARIANT
-from hijack.safetensors_io.header import QUANT_METHOD
+from hijack.safetensors_io.header import QUANT_METHOD, join
+from hijack.stacked import StackedWeight
 from hijack.text import logger
 
 log = logger(__name__)
@@ -138,17 +139,21 @@ def make_load_pretrained_model(original: Function) -> Function:
         new = "load_config" in given  # since transformers 5
         settings = vars(given["load_config"]) if new else given
         quantizer = settings["hf_quantizer"]
-        if quantizer is not None and not isinstance(quantizer, HijackQuantizer):
+        others = quantizer is not None and not isinstance(quantizer, HijackQuantizer)
+        if others and quantizer.pre_quantized:
             return original(*args, **kwargs)
         weights = _read(given["state_dict"], given["checkpoint_files"], quantizer)
-        changes: dict[str, Any] = {}
+        if others:
+            return original(*args, **kwargs)
+        changes, device_map = dict[str, Any](), settings["device_map"]
         if weights is not None:
             given["state_dict"], changes["sharded_metadata"] = weights, None
-        if settings["device_map"] and (weights is not None or quantizer is not None):
+        if device_map and (weights is not None or quantizer is not None):
             # what is to be on the disk is written there when it is quantized
-            places = settings["device_map"].items()
-            in_memory = {k: "cpu" if place == "disk" else place for k, place in places}
-            changes["device_map"] = in_memory
+            changes["device_map"] = {
+                name: "cpu" if place == "disk" else place
+                for name, place in device_map.items()
+            }
         if new:
             config = dataclasses.replace(given["load_config"], **changes)
             changes = {"load_config": config}
@@ -156,7 +161,7 @@ def make_load_pretrained_model(original: Function) -> Function:
         result = original(*call.args, **call.kwargs)
         if not new:
             given["model"].tie_weights()
-            _finish(given["model"], quantizer)
+            _finish(given["model"], quantizer, device_map)
         return result
 
     return load_pretrained_model
@@ -169,7 +174,7 @@ def make_finalize_model_loading(original: Function) -> Function:
         model: nn.Module, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
         result = original(model, load_config, *args, **kwargs)
-        _finish(model, load_config.hf_quantizer)
+        _finish(model, load_config.hf_quantizer, load_config.device_map)
         return result
 
     return finalize_model_loading
@@ -178,27 +183,47 @@ def make_finalize_model_loading(original: Function) -> Function:
 def _read(
     state_dict: Mapping[str, Tensor] | None,
     files: list[str] | None,
-    quantizer: HijackQuantizer | None,
+    quantizer: Any,
 ) -> dict[str, Tensor] | None:
-    """The weights as the host wants them; None if nothing in them is quantized."""
-    assume = () if quantizer is None else quantizer.quantization_config.assume
+    """The weights as the host wants them; None if nothing in them is quantized.
+
+    Raises:
+        CheckpointError: if they are quantized, and a quantizer is to quantize them.
+    """
+    ours = isinstance(quantizer, HijackQuantizer)
+    assume = quantizer.quantization_config.assume if ours else ()
     if state_dict is not None:
         weights = read_quantized(state_dict, assume=assume)
     elif files and all(str(file).endswith(".safetensors") for file in files):
         weights = read_quantized(files, assume=assume)
     else:
         return None
-    scheme = None if quantizer is None else quantizer.scheme
-    if weights is not None and scheme is not None:
+    quantizes = quantizer is not None and (not ours or quantizer.scheme is not None)
+    if weights is not None and quantizes:
         raise CheckpointError(
-            f"quantization_config: got scheme={scheme.name!r} for a checkpoint that is "
-            "quantized already, expected a dense one; leave out the scheme"
+            "quantization_config: got one that quantizes a dense checkpoint, and this "
+            "is quantized already, expected none; use HijackConfig() to read it"
         )
     return weights
 
 
-def _finish(model: nn.Module, quantizer: Any) -> None:
+def _finish(
+    model: nn.Module, quantizer: Any, device_map: Mapping[str, Any] | None
+) -> None:
     if quantizer is None and is_quantized(model):
         quantizer = HijackQuantizer(HijackConfig())
     if isinstance(quantizer, HijackQuantizer):
         quantizer.finish(model)
+        for name, module in model.named_modules():
+            for attribute, stack in list[Any](module._parameters.items()):
+                key = join(name, attribute)
+                if isinstance(stack, StackedWeight) and _on_disk(key, device_map):
+                    # accelerate writes no stacks to the disk
+                    dense = nn.Parameter(decoded(stack, key), requires_grad=False)
+                    module._parameters[attribute] = dense
+
+
+def _on_disk(key: str, device_map: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter's place is the disk: that of the longest name it is in."""
+    names = [n for n in device_map or () if not n or f"{key}.".startswith(f"{n}.")]
+    return bool(names) and (device_map or {})[max(names, key=len)] == "disk"
