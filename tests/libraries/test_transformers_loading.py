@@ -17,7 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hijack
-from hijack.errors import CheckpointError, HijackError, UnconsumedScaleError
+from hijack.errors import (
+    CheckpointError,
+    HijackError,
+    NonFiniteError,
+    UnconsumedScaleError,
+)
 from hijack.hosts.config import HijackConfig
 from hijack.modules import Wrapped, quantized_weight
 from hijack.quantized import QuantizedTensor
@@ -300,6 +305,21 @@ def test_what_cannot_be_is_refused(
     model, folder = saved("llama")
     with pytest.raises(HijackError, match=words):
         type(model).from_pretrained(folder, quantization_config=config)
+
+
+def test_a_layer_that_cannot_be_quantized_is_named(saved: Any) -> None:
+    """The error is hijack's, whatever the host makes of it."""
+    model, folder = saved("llama")
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        return tensors
+
+    models.rewrite(folder, spoil)
+    with pytest.raises(NonFiniteError, match=r"model\.layers\.1\.mlp\.up_proj"):
+        type(model).from_pretrained(
+            folder, dtype=BF16, quantization_config=HijackConfig("int8")
+        )
 
 
 def test_quantizing_twice_is_refused(saved: Any, tmp_path: Path) -> None:

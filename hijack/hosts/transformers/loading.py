@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hijack.dtypes import DENSE_DTYPES
-from hijack.errors import CheckpointError
+from hijack.errors import CheckpointError, HijackError
 from hijack.hosts.checkpoint import decoded, read_quantized
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
@@ -173,8 +173,15 @@ def make_finalize_model_loading(original: Function) -> Function:
     def finalize_model_loading(
         model: nn.Module, load_config: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        result = original(model, load_config, *args, **kwargs)
-        _finish(model, load_config.hf_quantizer, load_config.device_map)
+        quantizer = load_config.hf_quantizer
+        try:
+            result = original(model, load_config, *args, **kwargs)
+        except RuntimeError as error:  # which says "some issues"
+            reason = getattr(quantizer, "error", None)
+            if not isinstance(reason, HijackError):
+                raise
+            raise reason from error
+        _finish(model, quantizer, load_config.device_map)
         return result
 
     return finalize_model_loading

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from hijack.errors import CheckpointError, ShapeError
+from hijack.errors import CheckpointError, HijackError, ShapeError
 from hijack.hosts.checkpoint import adopt
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.transformers import LIVE
@@ -28,6 +28,8 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
     Attributes:
         refused: why the host's own quantizer for the file does not work here, if that
             is why this one is asked.
+        error: why a layer could not be quantized; the host reports such errors of all
+            layers and raises one of its own.
         layers: those to quantize, with the options of each.
     """
 
@@ -37,6 +39,7 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: HijackConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.refused: Exception | None = None
+        self.error: HijackError | None = None
         self.layers: Mapping[str, Mapping[str, Any]] = {}
         self._finished = False
 
@@ -89,7 +92,11 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
     def quantize(self, model: nn.Module, layer: str) -> None:
         """Quantize a layer that has its weight."""
         module = model.get_submodule(layer)
-        wrap_layer(module, layer, self.scheme or "", **self.layers[layer])
+        try:
+            wrap_layer(module, layer, self.scheme or "", **self.layers[layer])
+        except HijackError as error:
+            self.error = error
+            raise
 
     def finish(self, model: Any) -> None:
         """Make a model quantized that has its weights.
