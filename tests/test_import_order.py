@@ -25,6 +25,7 @@ ROOMS = (
     "kernels",
     "decoded",
     "quantized",
+    "stacked",
     "stored",
     "offloading",
     "sharding",
