@@ -48,7 +48,7 @@ def save(
     writes = not sharded or torch.distributed.get_rank() == 0
     error = None
     try:
-        tensors, metadata = _gathered(model, dialect, keep=writes)
+        tensors, metadata = contents(model, dialect, keep=writes)
         if writes:
             write_checkpoint(path, tensors, metadata, overwrite=overwrite)
     except Exception as raised:
@@ -64,8 +64,8 @@ def save(
             raise CheckpointError(told[0])
 
 
-def _gathered(
-    model: nn.Module, dialect: str | None, keep: bool
+def contents(
+    model: nn.Module, dialect: str | None = None, *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors and the metadata of a model's file.
 

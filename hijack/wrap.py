@@ -88,16 +88,36 @@ def wrap_module(
         NonFiniteError: if the weight holds inf or NaN.
         HijackError: whatever else the scheme refuses. The module is then unchanged.
     """
+    return wrap_layer(module, "", scheme, registry=registry, **options)
+
+
+def wrap_layer(
+    module: M,
+    layer: str,
+    scheme: str | Scheme,
+    *,
+    registry: Registry | None = None,
+    **options: Any,
+) -> M:
+    """`wrap_module`, of a module with a name.
+
+    Args:
+        module: as for `wrap_module`.
+        layer: its name in its model, for plugins and messages; "" is the root.
+        scheme: as for `wrap_module`, as are the others.
+        registry: whose schemes and plugins are asked; None for the one in force.
+        **options: passed to ``scheme.quantize``.
+    """
     registry = current_registry(registry)
-    where = type(module).__name__
+    where, prefix = layer or type(module).__name__, f"{layer}." if layer else ""
     asked = registry.get(scheme)
     asked.check_options(options)
-    chosen = _select(registry, module, "", asked)
+    chosen = _select(registry, module, prefix, asked)
     options = _options_for(chosen, asked, options)
     reason = _why_not(module, chosen, options)
     if reason is not None:
         raise ModuleError(f"{where}: cannot be wrapped with {chosen.name}; {reason}")
-    weight = _quantized(registry, module, chosen, options, "", where)
+    weight = _quantized(registry, module, chosen, options, prefix, where)
     apply_all([prepare(module, weight, registry)])
     return module
 
