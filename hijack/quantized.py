@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from hijack.decoded import as_part
-from hijack.dtypes import DENSE_DTYPES
+from hijack.dtypes import DENSE_DTYPES, autocast_dtype
 from hijack.errors import (
     DTypeError,
     HijackError,
@@ -31,6 +31,7 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from hijack.recompute import decoded, tagged
 from hijack.registry import current_registry
 from hijack.scheme import Quantized, Scheme, checked
 
@@ -134,7 +135,15 @@ class WeightView:
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight; ``dtype`` None is that of the dense weight."""
         dtype = self.dtype if dtype is None else dtype
-        return self.scheme.dequantize_weight(self, dtype)
+        return _dequantized(self, dtype)
+
+
+def _dequantized(weight: QuantizedTensor | WeightView, dtype: torch.dtype) -> Tensor:
+    """What a scheme decodes, whatever autocast casts around it."""
+    if autocast_dtype(weight.device) is None:
+        return weight.config.scheme.dequantize_weight(weight, dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight.config.scheme.dequantize_weight(weight, dtype)
 
 
 #: torch's own descriptor behind ``tensor.data``.
@@ -236,7 +245,10 @@ class QuantizedTensor(Tensor):
                 f"dense: got {dtype}, expected one of "
                 f"{', '.join(str(d) for d in DENSE_DTYPES)}; cast the input first"
             )
-        return self.config.scheme.dequantize_weight(self, dtype)
+        with tagged():
+            dense = _dequantized(self, dtype)
+        decoded(self, dense)
+        return dense
 
     def value(
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
