@@ -22,7 +22,6 @@ from torch import Tensor
 
 from hijack.errors import ReadOnlyError
 
-
 #: What torch's stubs do not have in full.
 _AUTOGRAD: Any = torch._C._autograd
 
