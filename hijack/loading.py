@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hijack import kernels
 from hijack.claim import Claim
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import (
@@ -25,6 +24,7 @@ from hijack.formats.comfyui_markers import needless_markers
 from hijack.formats.dialect import Dialect
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
+from hijack.kernels import describe
 from hijack.modules import Change, Wrapped, apply_all, prepare, quantized_weight
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry, strict
@@ -74,7 +74,7 @@ class LoadReport:
         modules = {} if model is None else dict(model.named_modules())
         weights = {n: quantized_weight(modules[n]) for n in self.layers if n in modules}
         return {
-            name: kernels.describe(modules[name], weight)
+            name: describe(modules[name], weight)
             for name, weight in weights.items()
             if weight is not None
         }
@@ -124,7 +124,7 @@ def load(
         CheckpointError: if keys are missing or unexpected, and ``strict``.
     """
     registry = current_registry(registry)
-    header, tensors = _open(source)
+    header, tensors = open_source(source)
     if prefetch:
         read_ahead(header)
     found = identify(header, registry, assume=assume)
@@ -142,16 +142,17 @@ def load(
     )
 
 
-# -- details ---------------------------------------------------------------------------
-
-
-def _open(source: Source) -> tuple[Header, Mapping[str, Tensor]]:
+def open_source(source: Source) -> tuple[Header, Mapping[str, Tensor]]:
+    """The header and the tensors of what `load` accepts."""
     if isinstance(source, Mapping):
         refuse_raw(source)
         tensors = {key: plain(tensor) for key, tensor in source.items()}
         return Header.from_state_dict(tensors, _state_dict_metadata(source)), tensors
     header = read_header(source)
     return header, open_tensors(header)
+
+
+# -- details ---------------------------------------------------------------------------
 
 
 def _state_dict_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
@@ -177,7 +178,7 @@ class _Plan:
         self.modules = dict(model.named_modules())
         self.claims = {name: self._select(name, c) for name, c in claims.items()}
         used = {key for c in self.claims.values() for key in c.keys.values()}
-        used |= _marker_keys(header, self.claims, registry)
+        used |= marker_keys(header, self.claims, registry)
         self.dense = dict.fromkeys(key for key in header.tensors if key not in used)
         self.changes: dict[str, Change] = {}
         self.places: dict[str, tuple[torch.device, torch.dtype | None]] = {}
@@ -316,7 +317,7 @@ class _Plan:
         _tie(tied, self.dense, self.changes)
 
 
-def _marker_keys(
+def marker_keys(
     header: Header, claims: Mapping[str, Claim], registry: Registry
 ) -> set[str]:
     """Tensors that say something of the whole file, and are none of the model's."""

@@ -268,13 +268,15 @@ def prepare(
     """
     registry = current_registry(registry)
     old: Any = module._parameters["weight"]
-    origin = Origin(type(module), old.requires_grad)
+    is_quantized = isinstance(old, QuantizedTensor)
+    # a host has put a quantized weight where the dense one would have been trainable
+    origin = Origin(type(module), is_quantized or old.requires_grad)
     if isinstance(module, Wrapped):
         origin = module._hijack
     _check_names(module, origin.base, weight)
     if not isinstance(weight, nn.Parameter):
         weight = weight.as_parameter()
-    if isinstance(old, QuantizedTensor) and old.scheme is weight.scheme:
+    if isinstance(module, Wrapped) and is_quantized and old.scheme is weight.scheme:
         kind = _wrapped_class(origin.base, _bound(module), tuple(weight.params))
         return Change(module, origin, weight, kind, None)
     kind = _class_for(module, origin.base, weight, registry)
@@ -661,6 +663,8 @@ def _take_weight(
     if not isinstance(old, QuantizedTensor):  # somebody made it dense
         return _take_dense(module, state_dict, prefix, assign)
     scheme, where = old.scheme, prefix[:-1] or "weight"
+    if isinstance(state_dict.get(f"{prefix}weight"), QuantizedTensor):
+        return _take_quantized(module, state_dict, prefix, assign)
     refuse_raw({f"{prefix}weight": state_dict.get(f"{prefix}weight")})
     state_dict = {key: plain(tensor) for key, tensor in state_dict.items()}
     claim = _claim_to(old, state_dict, prefix, marker)
@@ -702,6 +706,32 @@ def _take_weight(
     else:
         _set_quantized(module, new)
     return {k: value for k, value in state_dict.items() if k not in used}, True
+
+
+def _take_quantized(
+    module: Wrapped, state_dict: Mapping[str, Tensor], prefix: str, assign: bool
+) -> tuple[dict[str, Tensor], bool]:
+    """Take a weight that is one tensor already; quantized anew it would be another."""
+    rest = dict(state_dict)
+    old: Any = module._parameters["weight"]
+    new: Any = rest.pop(f"{prefix}weight")
+    where = prefix[:-1] or "weight"
+    if not old.scheme.is_like(new.scheme):
+        raise CheckpointError(
+            f"{where}: got tensors of scheme {new.scheme.name}, expected "
+            f"{old.scheme.name}; use hijack.load, which changes the scheme"
+        )
+    if new.shape != old.shape:
+        raise CheckpointError(
+            f"{where}: got shape {tuple(new.shape)}, expected {tuple(old.shape)}; is "
+            "this the right model for the file?"
+        )
+    new = new.for_module().replace(dtype=old.dtype)
+    if assign:
+        module._parameters["weight"] = _parameter(new)
+    else:
+        _set_quantized(module, new)
+    return rest, True
 
 
 def _take_shard(

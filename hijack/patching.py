@@ -14,7 +14,7 @@ import inspect
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,6 +59,55 @@ class Patch:
         """Dotted name of what is patched."""
         return f"{_name_of(self.owner)}.{self.attribute}"
 
+    def place(self) -> _Gate:
+        """What puts it in place.
+
+        Raises:
+            PatchError: if it cannot be.
+        """
+        before = vars(self.owner).get(self.attribute, MISSING)
+        return _Gate(self, before, _original(self, before))
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One entry to add to a mapping, such as a host's table of plugins.
+
+    Attributes:
+        owner: the module that has the mapping.
+        attribute: the mapping's name there.
+        key: of the entry, which must be free.
+        value: of the entry.
+    """
+
+    owner: types.ModuleType
+    attribute: str
+    key: Any
+    value: Any
+    copied: bool = dataclasses.field(default=False, init=False)
+
+    @property
+    def where(self) -> str:
+        """Dotted name of what is patched."""
+        return f"{_name_of(self.owner)}.{self.attribute}[{self.key!r}]"
+
+    def place(self) -> _Added:
+        """What puts it in place.
+
+        Raises:
+            PatchError: if it cannot be.
+        """
+        mapping = getattr(self.owner, self.attribute, None)
+        if not isinstance(mapping, MutableMapping):
+            kind = type(mapping).__name__
+            raise PatchError(f"{self.where}: got a {kind}, expected a mapping")
+        if self.key in mapping:
+            raise PatchError(
+                f"{self.where}: is taken by {describe(mapping[self.key])}; expected it "
+                "to be free; remove that one first"
+            )
+        return _Added(self, mapping)
+
 
 @dataclasses.dataclass(frozen=True)
 class Foreign:
@@ -88,6 +137,14 @@ class _Gate:
     original: Function
     installed: object = MISSING
     on: bool = True
+
+    def foreign(self) -> Foreign | None:
+        """Who had patched the function before us, or None."""
+        if self.before is MISSING or self.patch.copied:
+            return None
+        if _belongs(self.original, self.patch.owner):
+            return None
+        return Foreign(self.patch.where, describe(self.original), over=False)
 
     def current(self) -> object:
         return vars(self.patch.owner).get(self.patch.attribute, MISSING)
@@ -135,6 +192,41 @@ class _Gate:
         return True
 
 
+@dataclasses.dataclass
+class _Added:
+    """An entry in place."""
+
+    patch: Entry
+    mapping: MutableMapping[Any, Any]
+    on: bool = True
+
+    def foreign(self) -> Foreign | None:
+        """Nobody: the key was free."""
+        return None
+
+    def current(self) -> object:
+        return self.mapping.get(self.patch.key, MISSING)
+
+    def in_place(self) -> bool:
+        return self.current() is self.patch.value
+
+    def is_gone(self) -> bool:
+        """Whether it was taken out, or another mapping is there now."""
+        owner = _owner_now(self.patch.owner)
+        replaced = getattr(owner, self.patch.attribute, None) is not self.mapping
+        return replaced or self.current() is MISSING
+
+    def install(self) -> None:
+        self.mapping[self.patch.key] = self.patch.value
+
+    def remove(self) -> bool:
+        """Take it out; what somebody else has put instead stays."""
+        self.on = False
+        if self.in_place():
+            del self.mapping[self.patch.key]
+        return True
+
+
 class PatchSet:
     """Patches that are applied together, in order, or not at all.
 
@@ -142,10 +234,12 @@ class PatchSet:
         patches: in the order they are applied; reverted in the opposite one.
     """
 
-    def __init__(self, patches: Iterable[Patch]) -> None:
+    def __init__(self, patches: Iterable[Patch | Entry]) -> None:
         self.patches = tuple(patches)
-        self._gates: list[_Gate] = []
-        self._buried: list[_Gate] = []  # off, but somebody's wrapper still calls them
+        self._gates: list[_Gate | _Added] = []
+        self._buried: list[
+            _Gate | _Added
+        ] = []  # off, but somebody's wrapper still calls them
         self._found: list[Foreign] = []
         self._lock = threading.RLock()
 
@@ -198,20 +292,17 @@ class PatchSet:
                     f"{where}: cannot be patched; {type(error).__name__}: {error}"
                 ) from error
 
-    def _put(self, patch: Patch) -> None:
+    def _put(self, patch: Patch | Entry) -> None:
         for gate in self._buried:  # nobody is over it any more: use it again
             if gate.patch == patch and gate.in_place():
                 self._buried.remove(gate)
                 self._gates.append(gate)
                 gate.on = True
                 return
-        before = vars(patch.owner).get(patch.attribute, MISSING)
-        gate = _Gate(patch, before, _original(patch, before))
-        patched = before is not MISSING and not patch.copied
-        if patched and not _belongs(gate.original, patch.owner):
-            self._found.append(
-                Foreign(patch.where, describe(gate.original), over=False)
-            )
+        gate = patch.place()
+        foreign = gate.foreign()
+        if foreign is not None:
+            self._found.append(foreign)
         self._gates.append(gate)  # first, so that an interruption finds it
         gate.install()
 

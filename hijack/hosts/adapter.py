@@ -6,9 +6,10 @@ import dataclasses
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any, Protocol
 
-from hijack.patching import Patch
+from hijack.patching import Entry, Patch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Adapter(Protocol):
     def get_version(self) -> str:
         """The imported host's version."""
 
-    def patches(self) -> list[Patch]:
+    def patches(self) -> Sequence[Patch | Entry]:
         """What to patch; the host is imported and the probes have passed."""
 
     def live(self) -> int:

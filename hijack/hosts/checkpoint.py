@@ -1,0 +1,270 @@
+"""Checkpoints as a host wants them: one tensor a weight.
+
+Hosts rename, split, join, cast and place the tensors of a file before a module has
+them, and know that a weight is one tensor. So they are given one: a `TravellingWeight`
+stands for the dense weight, and its scales go wherever it goes. Where the host has put
+them, `adopt` makes the modules quantized.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hijack.claim import Claim
+from hijack.formats import matching
+from hijack.formats.identification import PLAIN_CASTS, identify
+from hijack.hosts.rows import Joiner, Run
+from hijack.loading import Source, marker_keys, open_source
+from hijack.modules import Change, Wrapped, apply_all, prepare
+from hijack.quantized import QuantizedTensor
+from hijack.registry import Registry, current_registry
+from hijack.safetensors_io.header import Header, join
+from hijack.text import logger
+
+log = logger(__name__)
+
+aten = torch.ops.aten
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """Where a weight was found.
+
+    Attributes:
+        claim: to its layer.
+        header: of the file.
+        tensors: full key to tensor of the file.
+    """
+
+    claim: Claim
+    header: Header
+    tensors: Mapping[str, Tensor]
+
+    def __deepcopy__(self, memo: object) -> Found:
+        return self
+
+
+class TravellingWeight(QuantizedTensor):
+    """A quantized weight on its way from a file to a module.
+
+    Its rows can be cut out and joined, and stay quantized where the scheme's tensors
+    can be cut and joined like them; whatever else is computed with it is computed with
+    the decoded weight. A module gets a `QuantizedTensor` of it, by `adopt`.
+
+    Attributes:
+        found: where; None if it was cut out or joined since.
+    """
+
+    found: Found | None = None
+
+    @classmethod
+    def of(
+        cls, weight: QuantizedTensor, found: Found | None = None
+    ) -> TravellingWeight:
+        """A weight that is to travel."""
+        fields = (weight.config, tuple(weight.shape), weight.dtype, weight.additions)
+        travelling = cls(weight.qdata, weight.params, *fields)
+        travelling.found = found
+        return travelling
+
+    def replace(self, **changes: Any) -> QuantizedTensor:
+        """The same but for some fields; it travels on."""
+        return TravellingWeight.of(super().replace(**changes), self.found)
+
+    def for_module(self) -> QuantizedTensor:
+        """The weight as a module may have it."""
+        return QuantizedTensor.replace(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedTensor:
+        """Ignore it: hosts make Parameters with what their dense modules have."""
+        return self
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        moved = _ROWS.get(func)
+        if moved is not None:
+            result = moved(*args, **(kwargs or {}))
+            if result is not None:
+                return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def read_weights(
+    source: Source,
+    *,
+    assume: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    registry: Registry | None = None,
+) -> dict[str, Tensor]:
+    """Read a checkpoint with one tensor for each weight, quantized or not.
+
+    Args:
+        source: as for `hijack.load`.
+        assume: how to read what the file does not tell, as for `hijack.identify`.
+        dtype: that quantized weights stand for, until the host casts them.
+        registry: whose schemes and plugins are asked; None for the one in force.
+
+    Returns:
+        Key to tensor. A quantized layer is a `TravellingWeight` under the layer's
+        ``weight``; plain casts to FP8 are bfloat16, which has all their numbers; all
+        else is as it is in the file, without what only marks quantized layers.
+
+    Raises:
+        HijackError: where `hijack.load` would refuse the file.
+    """
+    registry = current_registry(registry)
+    header, tensors = open_source(source)
+    identified = identify(header, registry, assume=assume)
+    identified.check()
+    claims = identified.claims()
+    used = {key for claim in claims.values() for key in claim.keys.values()}
+    used |= marker_keys(header, claims, registry)
+    result = {
+        key: _readable(tensors[key], info.dtype)
+        for key, info in header.tensors.items()
+        if key not in used
+    }
+    for layer, claim in claims.items():
+        scheme = registry.get(claim.scheme)
+        weight = matching.read_weight(scheme, claim, tensors, dtype=dtype)
+        found = Found(claim, header, tensors)
+        result[join(layer, "weight")] = TravellingWeight.of(weight, found)
+    return result
+
+
+def _readable(tensor: Tensor, dtype: str) -> Tensor:
+    return tensor.to(torch.bfloat16) if dtype in PLAIN_CASTS else tensor
+
+
+def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]:
+    """Make modules quantized whose parameters have become quantized weights.
+
+    Where a module cannot be (it is no target of the scheme, or the parameter is another
+    than ``weight``), the parameter is decoded, and a line of the log says so.
+
+    Args:
+        model: a host has put tensors of `read_weights` into it.
+        registry: whose plugins are asked; None for the one in force.
+
+    Returns:
+        Names of the modules that are quantized now and were not before.
+
+    Raises:
+        HijackError: if a weight does not fit its module, or a plugin refuses; the model
+            is then as the host left it.
+    """
+    registry = current_registry(registry)
+    changes: dict[str, Change] = {}
+    decoded: list[tuple[nn.Module, str, nn.Parameter]] = []
+    arrived: dict[int, Any] = {}  # what modules share they go on sharing
+    for name, module in model.named_modules():
+        for attribute, parameter in list(module._parameters.items()):
+            if not isinstance(parameter, QuantizedTensor):
+                continue
+            target = attribute == "weight" and isinstance(
+                module, parameter.scheme.targets
+            )
+            if target and isinstance(module, Wrapped):
+                continue
+            key = id(parameter)
+            if target:
+                if key not in arrived:
+                    weight = _arrived(module, name, parameter, registry)
+                    arrived[key] = weight.as_parameter()
+                changes[name] = prepare(module, arrived[key], registry)
+                continue
+            if key not in arrived:
+                arrived[key] = nn.Parameter(parameter.value(), requires_grad=False)
+                log.info("hijack: %s is decoded", join(name, attribute))
+            decoded.append((module, attribute, arrived[key]))
+    apply_all(changes.values())
+    for module, attribute, parameter in decoded:
+        module._parameters[attribute] = parameter
+    return tuple(changes)
+
+
+def _arrived(
+    module: nn.Module, name: str, weight: QuantizedTensor, registry: Registry
+) -> QuantizedTensor:
+    """The weight a module is to have, after plugins were asked."""
+    found = getattr(weight, "found", None)
+    if found is None:
+        return weight.for_module()
+    prefix, claim = join(name, ""), found.claim
+    answer = registry.select_scheme(module, prefix, found.header)
+    scheme = weight.scheme
+    if isinstance(answer, Claim):
+        claim, scheme = answer, registry.get(answer.scheme)
+    given = registry.create_params(module, scheme, prefix, found.tensors)
+    if claim is found.claim and given is None:
+        return weight.for_module()
+    shape = tuple(weight.shape)
+    again = matching.read_weight(
+        scheme, claim, found.tensors, shape, weight.dtype, given
+    )
+    return again.to(weight.device)  # type: ignore[return-value]
+
+
+# -- rows ------------------------------------------------------------------------------
+
+_JOINER = Joiner()
+
+
+def _joined(runs: list[Run]) -> Tensor | None:
+    """Rows of weights as one that travels, or None if they must be decoded."""
+    joined = _JOINER.quantized(runs)
+    return None if joined is None else TravellingWeight.of(joined)
+
+
+def _slice(
+    weight: Any,
+    dim: int = 0,
+    start: int | None = None,
+    end: int | None = None,
+    step: int = 1,
+) -> Tensor | None:
+    first, last, step = slice(start, end, step).indices(weight.shape[dim])
+    if (first, last, step) == (0, weight.shape[dim], 1):
+        return weight.replace()  # type: ignore[no-any-return]
+    if dim % weight.dim() or step != 1 or last <= first:
+        return None
+    return _joined([Run(weight, first, last)])
+
+
+def _split(weight: Any, size: int, dim: int = 0) -> list[Tensor] | None:
+    count, rest = divmod(weight.shape[dim], size)
+    return _split_with_sizes(weight, [size] * count + [rest] * bool(rest), dim)
+
+
+def _split_with_sizes(
+    weight: Any, sizes: Sequence[int], dim: int = 0
+) -> list[Tensor] | None:
+    parts, start = list[Tensor](), 0
+    for size in sizes:
+        part = _slice(weight, dim, start, start + size)
+        if part is None:
+            return None
+        parts.append(part)
+        start += size
+    return parts
+
+
+def _cat(tensors: Sequence[Tensor], dim: int = 0) -> Tensor | None:
+    if dim % tensors[0].dim() or len({tensor.dtype for tensor in tensors}) > 1:
+        return None
+    return _joined([Run(tensor, 0, tensor.shape[0]) for tensor in tensors])
+
+
+_ROWS: dict[Any, Callable[..., Any]] = {
+    aten.slice.Tensor: _slice,
+    aten.split.Tensor: _split,
+    aten.split_with_sizes.default: _split_with_sizes,
+    aten.cat.default: _cat,
+}
