@@ -33,6 +33,7 @@ from hijack.errors import (
 )
 from hijack.recompute import decoded, tagged
 from hijack.registry import current_registry
+from hijack.requantizing import is_asked
 from hijack.scheme import Quantized, Scheme, checked
 
 aten = torch.ops.aten
@@ -322,6 +323,31 @@ class QuantizedTensor(Tensor):
         qdata, params = self.scheme.requantize(weight, self, seed=seed)
         return self.replace(qdata=qdata, params=params, additions=())
 
+    def write(self, weight: Tensor, what: str) -> None:
+        """Take another dense weight's place in memory, quantized, if that is asked for.
+
+        Args:
+            weight: dense, of the same shape.
+            what: the operation, for the message.
+
+        Raises:
+            ReadOnlyError: outside `hijack.requantizing`, or if the quantized tensors
+                would be others than there are.
+            NonFiniteError: if it holds inf or NaN.
+        """
+        fits = weight.shape == self.shape and weight.dtype in DENSE_DTYPES
+        if not is_asked() or not fits or self.is_meta:
+            raise _no_write(self, what)
+        _check_finite(weight, what)
+        with torch.no_grad():
+            new = self.requantized(weight.detach().to(self.dtype))
+            if not _are_alike(self, new):
+                raise _no_write(self, what)
+            theirs = new.plain_tensors()
+            for name, tensor in self.plain_tensors().items():
+                tensor.copy_(theirs[name])
+        self.additions = ()
+
     def plain_tensors(self) -> dict[str, Tensor]:
         """What a state dict holds of it: ``weight`` and the scheme's other names."""
         return {"weight": self.qdata, **self.params}
@@ -343,7 +369,8 @@ class QuantizedTensor(Tensor):
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, QuantizedTensor):
-            raise _no_write(self, "an assignment to .data")
+            self.write(value, "an assignment to .data")
+            return
         _DATA.__set__(self, value)
         for name in ("qdata", "params", "config", "additions"):
             setattr(self, name, getattr(value, name))
@@ -429,7 +456,9 @@ class QuantizedTensor(Tensor):
             return func.decompose(*args, **kwargs)
         if func.overloadpacket in FACTORIES:
             return new_tensor(func, *args, **kwargs)
-        _refuse_writes(func, args, kwargs)
+        written = _written(func, args, kwargs)
+        if written:
+            return _write(func, args, kwargs, written)
         # a view of what is made in inference mode cannot be one of this tensor
         with torch.inference_mode(False):
             args, kwargs = tree_map_only(QuantizedTensor, _decoded, (args, kwargs))
@@ -443,8 +472,8 @@ def _decoded(weight: QuantizedTensor) -> Tensor:
     return weight.value()
 
 
-def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    """Refuse an operation that would write to a quantized tensor."""
+def _written(func: Any, args: Any, kwargs: Any) -> list[QuantizedTensor]:
+    """The quantized tensors that an operation would write to."""
     if func.namespace == "c10d":  # collectives, which do not say what they write to
         written = list(args[:1])
     elif func._schema.is_mutable:
@@ -453,16 +482,35 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
         given += [(a, kwargs[a.name]) for a in arguments if a.name in kwargs]
         written = [v for a, v in given if a.alias_info and a.alias_info.is_write]
     else:
-        return
-    for part in tree_flatten(written)[0]:
-        if isinstance(part, QuantizedTensor):
-            raise _no_write(part, str(func))
+        return []
+    return [t for t in tree_flatten(written)[0] if isinstance(t, QuantizedTensor)]
+
+
+def _write(func: Any, args: Any, kwargs: Any, targets: list[QuantizedTensor]) -> Any:
+    """Run an operation on decoded weights, and quantize what it wrote.
+
+    Raises:
+        ReadOnlyError: outside `hijack.requantizing`.
+    """
+    if not is_asked() or func.namespace == "c10d":
+        raise _no_write(targets[0], str(func))
+    dense = {id(target): target.value() for target in targets}
+    args, kwargs = tree_map_only(
+        QuantizedTensor, lambda t: dense.get(id(t), t), (args, kwargs)
+    )
+    result = func(*args, **kwargs)
+    back: dict[int, Tensor] = {}
+    for target in targets:
+        target.write(dense[id(target)], str(func))
+        back[id(dense[id(target)])] = target
+    return tree_map_only(Tensor, lambda t: back.get(id(t), t), result)
 
 
 def _no_write(weight: QuantizedTensor, what: str) -> ReadOnlyError:
     return ReadOnlyError(
         f"{what}: cannot write into a quantized weight; got {weight!r}, expected a "
-        "dense tensor; call hijack.unwrap first, or replace the whole weight"
+        "dense tensor; call hijack.unwrap first, replace the whole weight, or write "
+        "inside hijack.requantizing(), which rounds"
     )
 
 
@@ -525,18 +573,24 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
         dense = source.value(target.dtype, target.device)  # type: ignore[attr-defined]
         return target.copy_(dense, non_blocking=non_blocking)
     if not isinstance(source, QuantizedTensor):
-        raise _no_write(target, "copy_ of a dense tensor")
+        target.write(source, "copy_ of a dense tensor")
+        return target
     mine, theirs = target.plain_tensors(), source.plain_tensors()
-    alike = mine.keys() == theirs.keys() and all(
-        (mine[name].shape, mine[name].dtype) == (tensor.shape, tensor.dtype)
-        for name, tensor in theirs.items()
-    )
-    if not alike or not target.scheme.is_like(source.scheme):
+    if not _are_alike(target, source) or not target.scheme.is_like(source.scheme):
         raise _no_write(target, f"copy_ of {source!r}")
     target.additions, target.config = source.additions, source.config
     for name, tensor in mine.items():
         tensor.copy_(theirs[name], non_blocking=non_blocking)
     return target
+
+
+def _are_alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:
+    """Whether the tensors inside are of the same names, shapes and dtypes."""
+    mine, theirs = one.plain_tensors(), other.plain_tensors()
+    return mine.keys() == theirs.keys() and all(
+        (mine[name].shape, mine[name].dtype) == (tensor.shape, tensor.dtype)
+        for name, tensor in theirs.items()
+    )
 
 
 def _pin_memory(weight: QuantizedTensor, *_: Any, **__: Any) -> QuantizedTensor:
