@@ -11,7 +11,7 @@ from hijack.errors import CheckpointError, HijackError
 from hijack.formats import matching
 from hijack.formats.dialect import Dialect, EncodedLayer
 from hijack.quantized import QuantizedTensor
-from hijack.safetensors_io.header import TensorInfo, join, merge_metadata
+from hijack.safetensors_io.header import FRAMEWORK, TensorInfo, join, merge_metadata
 from hijack.safetensors_io.writer import write_checkpoint
 from hijack.scheme import Scheme
 
@@ -53,6 +53,7 @@ def save(
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
     spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
+    metadata = FRAMEWORK | metadata
     write_checkpoint(path, tensors | spelled, metadata, overwrite=overwrite)
 
 
