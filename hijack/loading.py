@@ -28,6 +28,7 @@ from hijack.formats.native_marker import METADATA_KEY, write_marker
 from hijack.kernels import describe
 from hijack.module_names import LayerNames
 from hijack.modules import Change, Wrapped, apply_all, prepare, quantized_weight
+from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry, strict
 from hijack.safetensors_io.header import Header, join
@@ -137,8 +138,11 @@ def load(
         ShapeError: if tensors do not fit the model or each other.
         CheckpointError: if keys are missing or unexpected, or tensors would stay on
             meta, and ``strict``.
+        ModuleError: if weights of the model are offloaded by hooks, or a layer of the
+            file is quantized that cannot be in the model.
     """
     registry = current_registry(registry)
+    refuse_offloaded(model, "load")
     devices = Devices(device_map, model)
     header, tensors = open_source(source)
     if prefetch:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hijack.errors import CheckpointError, HijackError
 from hijack.formats import matching
 from hijack.formats.dialect import Dialect, EncodedLayer
+from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizedTensor
 from hijack.safetensors_io.header import FRAMEWORK, TensorInfo, join, merge_metadata
 from hijack.safetensors_io.writer import write_checkpoint
@@ -36,7 +37,9 @@ def save(
         CheckpointError: if the file exists and must not be replaced, if the dialect is
             unknown to a scheme or cannot spell a layer, or if a weight is sharded over
             processes.
+        ModuleError: if weights are offloaded by hooks.
     """
+    refuse_offloaded(model, "save")
     for name, parameter in model.named_parameters():
         if hasattr(parameter, "device_mesh"):
             raise CheckpointError(

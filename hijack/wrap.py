@@ -28,6 +28,7 @@ from hijack.modules import (
     restore,
     wrap_init,
 )
+from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
 from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import join
@@ -93,6 +94,7 @@ def wrap_module(
     where = type(module).__name__
     asked = registry.get(scheme)
     asked.check_options(options)
+    refuse_offloaded(module, "wrap_module")
     chosen = _select(registry, module, "", asked)
     options = _options_for(chosen, asked, options)
     reason = _why_not(module, chosen, options)
@@ -138,6 +140,7 @@ def wrap_model(
     registry = current_registry(registry)
     chosen = registry.get(scheme)
     chosen.check_options(options)
+    refuse_offloaded(model, "wrap_model")
     selection = Selection(include, exclude)
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
     fused = _read_by_fast_path(model)
@@ -196,8 +199,9 @@ def unwrap(module: M) -> M:
         The same object.
 
     Raises:
-        ModuleError: if a weight is sharded over processes.
+        ModuleError: if a weight is sharded over processes, or offloaded by hooks.
     """
+    refuse_offloaded(module, "unwrap")
     dense: dict[int, nn.Parameter] = {}
     for name, part in module.named_modules():
         if isinstance(part, Wrapped) and shard_of(part.weight) is not None:
