@@ -57,7 +57,7 @@ class Patch:
     @property
     def where(self) -> str:
         """Dotted name of what is patched."""
-        return f"{_name_of(self.owner)}.{self.attribute}"
+        return f"{name_of(self.owner)}.{self.attribute}"
 
     def place(self) -> _Gate:
         """What puts it in place.
@@ -89,7 +89,7 @@ class Entry:
     @property
     def where(self) -> str:
         """Dotted name of what is patched."""
-        return f"{_name_of(self.owner)}.{self.attribute}[{self.key!r}]"
+        return f"{name_of(self.owner)}.{self.attribute}[{self.key!r}]"
 
     def place(self) -> _Added:
         """What puts it in place.
@@ -389,7 +389,7 @@ def _original(patch: Patch, before: object) -> Function:
             bases = owner.__mro__ if isinstance(owner, type) else ()
             definer = next((b for b in bases if attribute in vars(b)), owner)
             raise PatchError(
-                f"{patch.where}: is inherited; patch {_name_of(definer)}.{attribute}, "
+                f"{patch.where}: is inherited; patch {name_of(definer)}.{attribute}, "
                 "where it is defined, or say define=True"
             )
         before = found
@@ -429,7 +429,8 @@ def _belongs(function: object, owner: type | types.ModuleType) -> bool:
     return file == home or any(root in Path(file).parents for root in roots)
 
 
-def _name_of(owner: type | types.ModuleType) -> str:
+def name_of(owner: type | types.ModuleType) -> str:
+    """Dotted name of a module or class."""
     if isinstance(owner, types.ModuleType):
         return owner.__name__
     return f"{owner.__module__}.{owner.__qualname__}"

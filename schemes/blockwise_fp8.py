@@ -31,7 +31,6 @@ import torch
 from torch import Tensor, nn
 
 import hijack
-import hijack.hosts
 from hijack.errors import (
     CheckpointError,
     DTypeError,
@@ -421,4 +420,3 @@ def hijack_register_schemes(registry: hijack.Registry) -> None:
 
 
 hijack.default_registry().register(SCHEME)
-hijack.hosts.arm("comfyui")

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 import hijack
-import hijack.hosts
 from hijack.errors import CheckpointError, DTypeError, NonFiniteError, ShapeError
 from hijack.options import Option
 from schemes._convrot_w4a4_dialects import DIALECTS, LINEAR_DTYPES
@@ -206,4 +205,3 @@ def hijack_register_schemes(registry: hijack.Registry) -> None:
 
 
 hijack.default_registry().register(SCHEME)
-hijack.hosts.arm("comfyui")

@@ -43,7 +43,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hijack
-import hijack.hosts
 from hijack.errors import (
     CheckpointError,
     DTypeError,
@@ -485,4 +484,3 @@ def hijack_register_schemes(registry: hijack.Registry) -> None:
 
 
 hijack.default_registry().register(SCHEME)
-hijack.hosts.arm("comfyui")

@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hijack
-import hijack.hosts
 from hijack.errors import NonFiniteError
 from hijack.options import Option
 from schemes import _fp4
@@ -165,4 +164,3 @@ def hijack_register_schemes(registry: hijack.Registry) -> None:
 
 
 hijack.default_registry().register(SCHEME)
-hijack.hosts.arm("comfyui")

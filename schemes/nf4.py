@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hijack
-import hijack.hosts
 from hijack.errors import DTypeError, NonFiniteError
 from hijack.options import Option
 from schemes._blocks import matrix_shape
@@ -278,4 +277,3 @@ def hijack_register_schemes(registry: hijack.Registry) -> None:
 
 
 hijack.default_registry().register(SCHEME)
-hijack.hosts.arm("comfyui")

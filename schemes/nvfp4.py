@@ -31,7 +31,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hijack
-import hijack.hosts
 from hijack.errors import NonFiniteError
 from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.options import Option
@@ -276,4 +275,3 @@ def hijack_register_schemes(registry: hijack.Registry) -> None:
 
 
 hijack.default_registry().register(SCHEME)
-hijack.hosts.arm("comfyui")

@@ -34,7 +34,6 @@ import torch
 from torch import Tensor
 
 import hijack
-import hijack.hosts
 from hijack.errors import CheckpointError, DTypeError, NonFiniteError, ShapeError
 from hijack.formats.comfyui_markers import FULL_PRECISION
 from hijack.options import Option
@@ -433,4 +432,3 @@ def hijack_register_schemes(registry: hijack.Registry) -> None:
 
 
 hijack.default_registry().register(SCHEME)
-hijack.hosts.arm("comfyui")

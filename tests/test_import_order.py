@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: before it. "public" gathers the public names, "hijack" is the package itself.
 ROOMS = (
     "errors",
+    "imports",
     "dtypes",
     "text",
     "options",

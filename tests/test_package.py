@@ -205,18 +205,26 @@ def test_the_registry_gets_what_a_pack_needs():
     assert "hijack/hosts/comfyui/nodes/web/hijack.js" in kept
 
 
-def test_importing_the_scheme_is_what_waits_for_comfyui():
-    """One import in any node pack is enough; that of hijack alone patches nothing."""
-    code = "import hijack{}; print(hijack.status()['comfyui'].reason)"
-    said = [
-        subprocess.run(
-            [sys.executable, "-c", code.format(more)],
-            check=True,
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-        ).stdout
-        for more in ("", ", schemes.blockwise_fp8")
-    ]
-    assert "waiting for" not in said[0]
-    assert "waiting for" in said[1]
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "hijack",
+        "schemes.blockwise_fp8, hijack",
+        "torch, hijack",
+        "hijack, torch",
+        "hijack.registry",
+        "hijack.hosts.checkpoint",
+    ],
+)
+def test_importing_hijack_is_what_waits_for_hosts(imports):
+    """One import is enough, whether torch was there before or comes with it."""
+    code = f"import {imports}; print(*hijack.hosts.status().values(), sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert not done.stderr
+    assert "comfyui: not patched (waiting for comfy.sd to be imported)" in done.stdout

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from hijack.hosts.manager import HostStatus, add_host, arm, patch, status, unpatch
+from hijack.hosts.manager import (
+    HostStatus,
+    add_host,
+    arm,
+    arm_all,
+    patch,
+    status,
+    unpatch,
+)
 
-__all__ = ["HostStatus", "add_host", "arm", "patch", "status", "unpatch"]
+__all__ = ["HostStatus", "add_host", "arm", "arm_all", "patch", "status", "unpatch"]

@@ -1,10 +1,15 @@
-"""One `Control` per host: when to patch it, whether it may be, and what came of it."""
+"""One `Control` per host: when to patch it, whether it may be, and what came of it.
+
+Hosts are plugins: every package in this folder is an adapter of one, and so is what
+the entry points of group ``hijack.hosts`` of any distribution name.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
-import importlib.machinery
+import importlib.metadata
+import pkgutil
 import sys
 import threading
 from collections.abc import Callable
@@ -15,6 +20,7 @@ import wrapt
 
 from hijack.errors import PatchError
 from hijack.hosts.adapter import Adapter, tested
+from hijack.imports import initializing, when_initialized
 from hijack.patching import PatchSet
 from hijack.registry import current_registry, disabled, strict
 from hijack.text import logger
@@ -67,12 +73,29 @@ class Control:
 
     @property
     def adapter(self) -> Adapter:
+        """The adapter.
+
+        Raises:
+            Exception: whatever its module raises when it is imported.
+        """
         if self._adapter is None:
             self._adapter = self._load()
         return self._adapter
 
+    def available(self) -> bool:
+        """Whether there is an adapter; what its module raised is kept and logged.
+
+        Raises:
+            PluginError: if it raised and ``HIJACK_STRICT`` is set.
+        """
+        guard = current_registry().guard
+        return guard(f"host {self.name}", "loading", lambda: self.adapter) is not None
+
     def status(self) -> HostStatus:
         """Where hijack stands with the host."""
+        if not self.available():
+            reason = "its adapter cannot be loaded; see `hijack doctor`"
+            return HostStatus(self.name, None, False, reason)
         imported = _imported(self.adapter.MODULE)
         patches, gone = self._patches, self.restored()
         reason = self._reason
@@ -111,16 +134,18 @@ class Control:
             if disabled(self.name):
                 self._reason = "disarmed by HIJACK_DISABLE"
                 return
+            if not self.available():
+                return
             self._armed = True
             module = sys.modules.get(self.adapter.MODULE)
             if module is None:
                 self._reason = f"waiting for {self.adapter.MODULE} to be imported"
                 self._watch()
-            elif _initializing(module):
+            elif initializing(module):
                 self._reason = f"waiting until {self.adapter.MODULE} is imported"
                 if self._awaited is not module:
                     self._awaited = module
-                    _when_initialized(module, self._imported)
+                    when_initialized(module, self._import_ended)
             else:
                 self._try_patch()
 
@@ -134,6 +159,15 @@ class Control:
             self._awaited = None
             if self._armed:
                 self._try_patch()
+
+    def _import_ended(self, succeeded: bool) -> None:
+        with self._lock:
+            module, self._awaited = self._awaited, None
+            if succeeded and module is not None:
+                self._imported(module)
+            elif self._armed:  # it may be imported again
+                self._reason = f"waiting for {self.adapter.MODULE} to be imported"
+                self._watch()
 
     def _try_patch(self) -> None:
         try:
@@ -212,11 +246,38 @@ class Control:
 # -- all hosts -------------------------------------------------------------------------
 
 
-def _module(name: str) -> Callable[[], Adapter]:
+#: The entry-point group of adapters.
+GROUP = "hijack.hosts"
+
+_CONTROLS: dict[str, Control] = {}
+_FINDING = threading.Lock()
+_found: list[str] = []  # names of all adapters, once they were looked for
+
+
+def _controls() -> dict[str, Control]:
+    """All hosts that hijack knows, by name."""
+    with _FINDING:
+        if not _found:
+            package = importlib.import_module(__package__ or "")
+            for module in pkgutil.iter_modules(package.__path__):
+                if module.ispkg:
+                    _find(module.name, _importing(f"{package.__name__}.{module.name}"))
+            for entry in importlib.metadata.entry_points(group=GROUP):
+                _find(entry.name, entry.load)
+    return _CONTROLS
+
+
+def _find(name: str, load: Callable[[], Any]) -> None:
+    if name in _CONTROLS:
+        known = f"host {name!r}: two adapters have this name; the first one is used"
+        log.warning("hijack: %s; rename the entry point of the other", known)
+        return
+    _CONTROLS[name] = Control(name, load)
+    _found.append(name)
+
+
+def _importing(name: str) -> Callable[[], Adapter]:
     return lambda: cast(Adapter, importlib.import_module(name))
-
-
-_CONTROLS = {"comfyui": Control("comfyui", _module("hijack.hosts.comfyui"))}
 
 
 def add_host(adapter: Adapter) -> None:
@@ -225,7 +286,7 @@ def add_host(adapter: Adapter) -> None:
     Raises:
         PatchError: if a host of that name is known already.
     """
-    if adapter.NAME in _CONTROLS:
+    if adapter.NAME in _controls():
         raise PatchError(f"host {adapter.NAME!r} is already known; choose another name")
     _CONTROLS[adapter.NAME] = Control(adapter.NAME, lambda: adapter)
 
@@ -259,8 +320,20 @@ def patch(host: str = "comfyui") -> HostStatus:
     return control.status()
 
 
-#: `patch`, under the name that says what a plugin's last line promises.
+#: `patch`, under the name that says what it promises of a host not imported yet.
 arm = patch
+
+
+def arm_all() -> None:
+    """Patch every host there is, now or as soon as it is imported."""
+    for control in _controls().values():
+        control.arm()
+
+
+def host_adapter(host: str) -> Adapter | None:
+    """The adapter of a host, or None if hijack knows no such host."""
+    control = _controls().get(host)
+    return None if control is None else control.adapter
 
 
 def unpatch(host: str = "comfyui", force: bool = False) -> HostStatus:
@@ -280,13 +353,15 @@ def unpatch(host: str = "comfyui", force: bool = False) -> HostStatus:
 
 def status() -> dict[str, HostStatus]:
     """Where hijack stands with each host it knows, by name."""
-    return {name: control.status() for name, control in _CONTROLS.items()}
+    return {name: control.status() for name, control in _controls().items()}
 
 
 def loaded_layers() -> dict[str, tuple[str, ...]]:
     """The quantized layers in each host's memory, one sentence for each model."""
     found = {}
-    for name, control in _CONTROLS.items():
+    for name, control in _controls().items():
+        if not control.available():
+            continue
         # adapters of others need not have it
         describe = getattr(control.adapter, "describe_layers", tuple)
         found[name] = tuple(describe())
@@ -317,7 +392,7 @@ def _names(patches: PatchSet) -> tuple[str, ...]:
 
 
 def _control(host: str) -> Control:
-    if host not in _CONTROLS:
+    if host not in _controls():
         known = ", ".join(sorted(_CONTROLS))
         raise PatchError(f"unknown host {host!r}; known are: {known}")
     return _CONTROLS[host]
@@ -326,36 +401,6 @@ def _control(host: str) -> Control:
 # -- imports ---------------------------------------------------------------------------
 
 
-def _initializing(module: ModuleType) -> bool:
-    """Whether a module's code is still running."""
-    return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
-
-
 def _imported(name: str) -> bool:
     module = sys.modules.get(name)
-    return module is not None and not _initializing(module)
-
-
-def _when_initialized(module: ModuleType, call: Callable[[ModuleType], None]) -> None:
-    """Call once, when a module whose code is running has run.
-
-    Python has no event for that, and an import hook comes too late. But the import
-    system switches a flag of the spec off at the end, so the flag becomes a property.
-    """
-    spec: Any = module.__spec__
-    kind: Any = type(spec)
-
-    class Watched(kind):  # type: ignore[misc]
-        @property
-        def _initializing(self) -> bool:
-            return bool(self.__dict__["_initializing"])
-
-        @_initializing.setter
-        def _initializing(self, value: bool) -> None:
-            self.__dict__["_initializing"] = value
-            if not value:
-                spec.__class__ = kind
-                if sys.modules.get(module.__name__) is module:  # it did not fail
-                    call(module)
-
-    spec.__class__ = Watched
+    return module is not None and not initializing(module)

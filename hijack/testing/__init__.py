@@ -1,5 +1,7 @@
 """The conformance kit: proof that a scheme works wherever hijack does.
 
+`HostConformance` proves the same of the adapter of a host.
+
 The author of a scheme says what is to be tested, the kit supplies every assertion::
 
     class TestInt8Rowwise(hijack.testing.SchemeConformance):
@@ -18,6 +20,7 @@ from hijack.metrics import sqnr_db
 from hijack.testing.checks import registered
 from hijack.testing.compiled import CompiledConformance
 from hijack.testing.files import FileConformance
+from hijack.testing.hosts import HostConformance
 from hijack.testing.subjects import (
     realistic_weight,
     weight_shapes,
@@ -27,6 +30,7 @@ from hijack.testing.surroundings import SurroundingsConformance
 from hijack.testing.tensors import TensorConformance
 
 __all__ = [
+    "HostConformance",
     "SchemeConformance",
     "realistic_weight",
     "registered",

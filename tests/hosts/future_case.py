@@ -25,7 +25,8 @@ REPOSITORY = HERE.parents[1]
 sys.path[:0] = [str(REPOSITORY), str(HERE.parent / "comfyui"), str(HERE)]
 
 import launch
-import orders
+
+from hijack.testing import host_process
 
 NAME = "model_config_from_unet"
 SIGNATURE = rf"def {NAME}\("
@@ -166,7 +167,7 @@ def meet_in_child(root):
 def warm_up(root):
     """Import what ComfyUI needs, and nothing that lies in its folder."""
     launch.prepare(root)
-    orders.warm_up("comfy.sd")
+    host_process.warm_up("comfy.sd")
     sys.path.remove(str(root))
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", "")).startswith(str(root)):

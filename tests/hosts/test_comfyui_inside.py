@@ -17,6 +17,8 @@ if str(COMFYUI_TESTS) not in sys.path:
 
 import comfy_harness  # noqa: E402 - found through the path set above
 
+from hijack.testing import HostConformance  # noqa: E402
+
 RELEASES = comfy_harness.releases()
 HAS_DEPENDENCIES = importlib.util.find_spec("aiohttp") is not None
 #: Of a diffusion model's keys in a whole checkpoint.
@@ -123,22 +125,26 @@ def test_unpatching_refuses_and_restores(found):
     assert found["works unpatched"] < ROUNDING
 
 
-def test_all_orders_of_import_patch_and_unpatch(release):
-    """Whatever the order, ``vars()`` of ComfyUI's modules and classes is restored."""
-    owners = [
-        "comfy.supported_models_base.BASE",
-        "comfy.ops",
-        "comfy.ops.disable_weight_init",
-        "comfy.ops.manual_cast.Linear",
-        "comfy.model_base.BaseModel",
-    ]
-    code = (
-        f"import sys\nsys.path[:0] = {[str(HERE.parents[1]), str(COMFYUI_TESTS)]}\n"
-        f"sys.path.insert(0, {str(HERE)!r})\n"
-        f"import launch, orders\nlaunch.prepare({str(release)!r})\n"
-        f"sys.exit(orders.main('comfyui', 'comfy.sd', *{owners},\n"
-        "                      orders=orders.ORDERS[:7]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "0 failed" in done.stdout
+class TestAdapter(HostConformance):
+    """ComfyUI passes what every host passes."""
+
+    adapter = "hijack.hosts.comfyui"
+    use = """
+import sys, torch
+detection = sys.modules["comfy.model_detection"]
+layer = sys.modules["comfy.ops"].manual_cast.Linear(8, 4)
+with torch.no_grad():
+    layer.weight.fill_(0.5)
+    layer.bias.fill_(0.25)
+config = detection.model_config_from_unet({"a.weight": torch.zeros(2, 2)}, "")
+result = [layer(torch.ones(2, 8)).detach(), config is None]
+"""
+
+    @pytest.fixture(autouse=True)
+    def prepared(self, release):
+        """Make the release importable."""
+        paths = [str(HERE.parents[1]), str(COMFYUI_TESTS)]
+        self.setup = (
+            f"import sys\nsys.path[:0] = {paths}\n"
+            f"import launch\nlaunch.prepare({str(release)!r})\n"
+        )
