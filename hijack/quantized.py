@@ -35,6 +35,7 @@ from hijack.recompute import decoded, tagged
 from hijack.registry import current_registry
 from hijack.requantizing import is_asked
 from hijack.scheme import Quantized, Scheme, checked
+from hijack.staging import copied, made_like, original
 
 aten = torch.ops.aten
 
@@ -362,15 +363,21 @@ class QuantizedTensor(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The same tensor, of which autograd knows nothing."""
-        detached: Tensor = _DATA.__get__(self)
-        return detached
+        """The same memory, of which autograd knows nothing."""
+        detached: Any = _DATA.__get__(self)
+        # writes through it do not count as changes of this one, as for any tensor
+        detached.qdata = self.qdata.data
+        detached.params = {name: tensor.data for name, tensor in self.params.items()}
+        return detached  # type: ignore[no-any-return]
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, QuantizedTensor):
-            self.write(value, "an assignment to .data")
-            return
+            staged = original(value)
+            if staged is None:
+                self.write(value, "an assignment to .data")
+                return
+            value = staged
         _DATA.__set__(self, value)
         for name in ("qdata", "params", "config", "additions"):
             setattr(self, name, getattr(value, name))
@@ -565,16 +572,25 @@ def new_tensor(func: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A dense tensor that only asks for shape, dtype and device; nothing is decoded."""
     standin = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     kwargs["device"] = kwargs.get("device") or weight.device
-    return func(standin, *args, **kwargs)
+    made = func(standin, *args, **kwargs)
+    if func is aten.empty_like.default and type(made) is Tensor:
+        made_like(made)
+    return made
 
 
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, QuantizedTensor):
-        dense = source.value(target.dtype, target.device)  # type: ignore[attr-defined]
-        return target.copy_(dense, non_blocking=non_blocking)
-    if not isinstance(source, QuantizedTensor):
-        target.write(source, "copy_ of a dense tensor")
+        weight: Any = source
+        dense = weight.value(target.dtype, target.device)
+        target.copy_(dense, non_blocking=non_blocking)
+        copied(target, weight)
         return target
+    if not isinstance(source, QuantizedTensor):
+        staged = original(source)
+        if staged is None:
+            target.write(source, "copy_ of a dense tensor")
+            return target
+        source = staged
     mine, theirs = target.plain_tensors(), source.plain_tensors()
     if not _are_alike(target, source) or not target.scheme.is_like(source.scheme):
         raise _no_write(target, f"copy_ of {source!r}")
