@@ -230,6 +230,24 @@ def test_shards_and_other_arguments(saved: Any, tmp_path: Path) -> None:
     assert torch.equal(models.output(base), models.output(quantized.model))
 
 
+def test_a_file_is_mapped_and_may_be_replaced(saved: Any, tmp_path: Path) -> None:
+    """Quantized data are not copied, and saving into their own folder is safe."""
+    model, folder = saved("llama")
+    config = HijackConfig(**FP8)
+    quantized = type(model).from_pretrained(
+        folder, dtype=BF16, quantization_config=config
+    )
+    quantized.save_pretrained(tmp_path / "q")
+    found = type(model).from_pretrained(tmp_path / "q", dtype=BF16)
+    file = (tmp_path / "q" / "model.hijack.safetensors").stat()
+    data = found.model.layers[0].mlp.up_proj.weight.qdata
+    assert data.untyped_storage().nbytes() == file.st_size
+    found.save_pretrained(tmp_path / "q")
+    assert torch.equal(models.output(found), models.output(quantized))
+    again = type(model).from_pretrained(tmp_path / "q", dtype=BF16)
+    assert torch.equal(models.output(again), models.output(quantized))
+
+
 def test_the_dtype_is_that_of_dense_tensors(saved: Any, tmp_path: Path) -> None:
     """Where no config says a dtype, it is not that of the codes or of the scales."""
     model, folder = saved("llama")
