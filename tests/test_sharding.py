@@ -41,9 +41,7 @@ def test_what_a_shard_cannot_do_is_refused(results):
     """With an error that says what to do."""
     refused = {k: v for k, v in results.items() if k.startswith("refused")}
     assert len(refused) == 4
-    assert all(isinstance(v, str) and "; " in v for v in refused.values()), (
-        refused
-    )
+    assert all(isinstance(v, str) and "; " in v for v in refused.values()), refused
 
 
 @pytest.mark.parametrize("block_size", [(1, 64), (128, 128), "row", "tensor", (24, 40)])
