@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 from hijack.errors import CheckpointError
 from hijack.quantized import OPERATIONS
 from hijack.sharding import SHARD_OPERATIONS, QuantizedShard, shard_of
+from hijack.stored import reduced
 
 aten = torch.ops.aten
 
@@ -62,7 +63,7 @@ class ShardedCodes(Tensor):
         return f"ShardedCodes({self.codes!r})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.codes.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return reduced(self.codes, protocol)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ShardedCodes:
         return ShardedCodes(self.codes.clone())

@@ -130,6 +130,17 @@ def checkpoint(mesh):
     return gap((sharded(x), dense(x)), (whole(x), dense(x)))
 
 
+def into_dense(mesh):
+    """A checkpoint of quantized data, read into a model that knows of none."""
+    folder = shared_folder()
+    dcp.save(shard(make()[0], mesh).state_dict(), checkpoint_id=folder)
+    state = shard(Model(), mesh).state_dict()
+    try:
+        dcp.load(state, checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        raise hijack.HijackError(str(error)) from error
+
+
 def tensor_parallel(mesh, how, dtype=torch.float32):
     """Against the dense model cut alike; by a scheme, or in blocks of FP8."""
     torch.manual_seed(0)
@@ -361,6 +372,7 @@ CASES = {
     "tensor parallel another scheme": other_scheme,
     "refused: compute": lambda mesh: shard(make()[0], mesh).a.weight + 1,
     "refused: unwrap": lambda mesh: hijack.unwrap(shard(make()[0], mesh)),
+    "refused: a checkpoint into a dense model": into_dense,
     "refused: a rotated group is cut": within_a_group,
     "refused: wrap what is gathered": wrap_gathered,
     "full tensor": full_tensor,
