@@ -46,7 +46,7 @@ from benchmarks.harness import (
 NAMES = (
     *("forward", "formats", "lora", "quantize", "load", "overhead"),
     *("comfyui", "comfyui_musubi", "identify", "streaming", "scale_search"),
-    *("schemes", "minilm", "alternatives"),
+    *("schemes", "minilm", "alternatives", "training"),
 )
 
 

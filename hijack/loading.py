@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hijack.claim import Claim
+from hijack.device_map import DeviceMap, Devices
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import (
     CheckpointError,
@@ -25,7 +26,9 @@ from hijack.formats.dialect import Dialect
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.native_marker import METADATA_KEY, write_marker
 from hijack.kernels import describe
+from hijack.module_names import LayerNames
 from hijack.modules import Change, Wrapped, apply_all, prepare, quantized_weight
+from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry, strict
 from hijack.resharding import is_distributed, like
@@ -34,6 +37,7 @@ from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.safetensors_io.reader import prefetch as read_ahead
 from hijack.scheme import Scheme
 from hijack.stored import plain, refuse_raw
+from hijack.unsaved_tensors import recompute_unsaved, unsaved_on_meta
 
 Source = (
     str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | Mapping[str, Tensor]
@@ -50,6 +54,8 @@ class LoadReport:
         missing: keys of the model the checkpoint lacks; empty if strict.
         unexpected: keys of the checkpoint the model lacks; empty if strict.
         cast: keys of plain FP8 tensors, which were cast to the model's dtype.
+        on_meta: tensors of the model that no checkpoint holds and that are on the meta
+            device still; empty if strict.
         model: what was loaded into, unless it is gone.
     """
 
@@ -58,6 +64,7 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     cast: tuple[str, ...] = ()
+    on_meta: tuple[str, ...] = ()
     model: Callable[[], nn.Module | None] = dataclasses.field(
         default=lambda: None, repr=False, compare=False
     )
@@ -83,10 +90,11 @@ class LoadReport:
     def __str__(self) -> str:
         schemes = sorted({claim.scheme for claim in self.layers.values()})
         cast = f" ({len(self.cast)} cast from FP8)" if self.cast else ""
+        on_meta = f", {len(self.on_meta)} on meta" if self.on_meta else ""
         return (
             f"{len(self.layers)} quantized layers ({', '.join(schemes) or 'none'}), "
             f"{self.dense} dense tensors{cast}, {len(self.missing)} missing, "
-            f"{len(self.unexpected)} unexpected"
+            f"{len(self.unexpected)} unexpected{on_meta}"
         )
 
 
@@ -97,6 +105,7 @@ def load(
     *,
     assume: Sequence[str] = (),
     prefetch: bool = False,
+    device_map: DeviceMap | None = None,
     registry: Registry | None = None,
 ) -> LoadReport:
     """Load a checkpoint, wrapping the layers that are quantized in it.
@@ -105,6 +114,10 @@ def load(
     and go to the device their module is on; a model on the meta device stays where the
     file is read. Everything is checked before the model is touched.
 
+    The file may hold the model under a prefix, such as ``model.diffusion_model.``, and
+    the model may have adapters around its layers: they stay as they are. Tensors that a
+    model built on meta computes itself, such as tables of positions, are computed.
+
     Args:
         model: any module, dense, wrapped or on the meta device.
         source: a safetensors file, an index file, a list of shards, or a state dict.
@@ -112,6 +125,8 @@ def load(
         assume: how to read what the file does not tell, as for `identify`.
         prefetch: whether to have the system read the files into its cache in the
             background, where it can. Otherwise tensors are read when they are used.
+        device_map: a device, or names of modules to devices, as accelerate has them
+            but for ``disk``; what is mapped to ``meta`` is not loaded.
         registry: whose schemes and plugins are asked; None for the one in force.
 
     Returns:
@@ -122,23 +137,29 @@ def load(
         AmbiguousError: if a layer may be read in several ways.
         UnconsumedScaleError: if a scale belongs to no claimed layer.
         ShapeError: if tensors do not fit the model or each other.
-        CheckpointError: if keys are missing or unexpected, and ``strict``.
+        CheckpointError: if keys are missing or unexpected, or tensors would stay on
+            meta, and ``strict``.
+        ModuleError: if weights of the model are offloaded by hooks, or a layer of the
+            file is quantized that cannot be in the model.
     """
     registry = current_registry(registry)
+    refuse_offloaded(model, "load")
+    devices = Devices(device_map, model)
     header, tensors = open_source(source)
     if prefetch:
         read_ahead(header)
     found = identify(header, registry, assume=assume)
     found.check()
-    plan = _Plan(model, header, found.claims(), tensors, registry)
+    plan = _Plan(model, header, found.claims(), tensors, registry, devices)
     plan.check(strict)
     plan.apply()
     return LoadReport(
-        plan.claims,
+        {plan.names.module(layer): claim for layer, claim in plan.claims.items()},
         len(plan.dense),
         plan.missing,
         plan.unexpected,
         plan.cast,
+        plan.on_meta,
         weakref.ref(model),
     )
 
@@ -164,7 +185,10 @@ def _state_dict_metadata(state_dict: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 class _Plan:
-    """All of a load that can be known before the model changes."""
+    """All of a load that can be known before the model changes.
+
+    Modules and their tensors are called here what the checkpoint calls them.
+    """
 
     def __init__(
         self,
@@ -173,19 +197,44 @@ class _Plan:
         claims: Mapping[str, Claim],
         tensors: Mapping[str, Tensor],
         registry: Registry,
+        devices: Devices,
     ) -> None:
         self.model, self.header, self.tensors = model, header, tensors
-        self.registry = registry
-        self.modules = dict(model.named_modules())
+        self.registry, self.devices = registry, devices
+        self.names = LayerNames(model, {*header.parts, *claims})
+        self.modules = {
+            self.names.layer(name): module for name, module in model.named_modules()
+        }
         self.claims = {name: self._select(name, c) for name, c in claims.items()}
         used = {key for c in self.claims.values() for key in c.keys.values()}
         used |= marker_keys(header, self.claims, registry)
         self.dense = dict.fromkeys(key for key in header.tensors if key not in used)
+        self._leave_on_meta()
         self.changes: dict[str, Change] = {}
         self.places: dict[str, tuple[torch.device, torch.dtype | None]] = {}
         self.distributed: dict[str, Tensor] = {}
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
+        self.on_meta: tuple[str, ...] = ()
+        self.computed: list[tuple[nn.Module, dict[str, Tensor]]] = []
+
+    def _device(self, key: str) -> torch.device | None:
+        """Where the device map has a tensor."""
+        return self.devices.of(self.names.name(key))
+
+    def _stays(self, key: str) -> bool:
+        """Whether the device map has a tensor stay on meta."""
+        device = self._device(key)
+        return device is not None and device.type == "meta"
+
+    def _leave_on_meta(self) -> None:
+        """Forget what is not to be loaded."""
+        self.dense = {key: None for key in self.dense if not self._stays(key)}
+        self.claims = {
+            name: claim
+            for name, claim in self.claims.items()
+            if not self._stays(join(name, "weight"))
+        }
 
     def _select(self, name: str, claim: Claim) -> Claim:
         """The claim to a layer, unless a plugin has another."""
@@ -202,6 +251,7 @@ class _Plan:
             HijackError: as `load` documents.
         """
         self._check_keys(strict)
+        self._check_unsaved(strict)
         for name, claim in self.claims.items():
             module = self.modules.get(name)
             if module is None:
@@ -215,7 +265,7 @@ class _Plan:
     def _share_changes(self) -> None:
         """Have modules share a quantized weight that shared the dense one."""
         changing = {id(change.module) for change in self.changes.values()}
-        for group in _tied_modules(self.model):
+        for group in _tied_modules(self.model, self.names):
             source = _first_loaded(group, self.dense, self.changes)
             if source is None or source.name not in self.changes:
                 continue
@@ -252,9 +302,15 @@ class _Plan:
             )
 
     def _check_keys(self, strict: bool) -> None:
-        current = self.model.state_dict()
-        expected = set(current)
-        tied = _tied_names(self.model)
+        names = self.names
+        state = self.model.state_dict()
+        current = {names.key(name): tensor for name, tensor in state.items()}
+        expected = {
+            names.key(name)
+            for name in state
+            if not names.is_adapter(name) and not self._stays(names.key(name))
+        }
+        tied = _tied_names(self.model, names)
         for name in self.claims:
             if name in self.modules:
                 expected.discard(join(name, "weight"))
@@ -285,10 +341,36 @@ class _Plan:
             )
         for key in given & set(current):
             dtype = _check_dense(key, self.header, current[key], self.modules)
-            self.places[key] = current[key].device, dtype
+            self.places[key] = self._device(key) or current[key].device, dtype
             if is_distributed(current[key]):
                 self.distributed[key] = current[key]
         self._check_unknown_scales()
+
+    def _check_unsaved(self, strict: bool) -> None:
+        """Compute what is on meta and in no checkpoint, or name it."""
+        on_meta: dict[int, list[str]] = {}
+        modules: dict[int, nn.Module] = {}
+        for name, module, _ in unsaved_on_meta(self.model):
+            if not self._stays(self.names.key(name)):
+                on_meta.setdefault(id(module), []).append(name)
+                modules[id(module)] = module
+        left: list[str] = []
+        for key, module in modules.items():
+            device = self.devices.of(on_meta[key][0].rpartition(".")[0])
+            tensors = recompute_unsaved(module, device)
+            if tensors is None:
+                left += on_meta[key]
+            else:
+                self.computed.append((module, tensors))
+        self.on_meta = tuple(left)
+        if strict and left:
+            raise CheckpointError(
+                f"{self.header.source}: got a model with {_some(left)} on the meta "
+                "device, which no checkpoint holds, expected what its constructor "
+                "computes; build the model so that only its parameters are on meta, "
+                "as accelerate.init_empty_weights does, or pass strict=False and set "
+                "them afterwards"
+            )
 
     def _check_unknown_scales(self) -> None:
         """Refuse what the model lacks and may be the scale of plain FP8 data."""
@@ -308,13 +390,16 @@ class _Plan:
 
     def apply(self) -> None:
         """Change the model; nothing here is expected to fail."""
-        tied = _tied_modules(self.model)
+        tied = _tied_modules(self.model, self.names)
         # undoing takes the memory of the old weights; only strict plugins may fail here
         moved: dict[int, QuantizedTensor] = {}
-        placed = (_placed(change, moved) for change in self.changes.values())
+        placed = (
+            _placed(change, moved, self._device(join(layer, "weight")))
+            for layer, change in self.changes.items()
+        )
         apply_all(placed, keep=strict())
         dense = {
-            key: like(
+            self.names.name(key): like(
                 _place(self.tensors[key], *self.places.get(key, (None, None))),
                 self.distributed.get(key),
             )
@@ -322,6 +407,11 @@ class _Plan:
         }
         self.model.load_state_dict(dense, strict=False, assign=True)
         _tie(tied, self.dense, self.changes)
+        for module, tensors in self.computed:
+            for name, tensor in tensors.items():
+                held = module._buffers if name in module._buffers else vars(module)
+                held[name] = tensor
+        self.devices.move(self.model)
 
 
 def marker_keys(
@@ -381,19 +471,24 @@ def _check_dense(
     return dtype  # identify found nothing that would scale it
 
 
-def _placed(change: Change, moved: dict[int, QuantizedTensor]) -> Change:
-    """The same change with the weight on the device its module is on.
+def _placed(
+    change: Change, moved: dict[int, QuantizedTensor], device: torch.device | None
+) -> Change:
+    """The same change with the weight on a device.
 
     Args:
         change: to a module.
         moved: weights that were moved already, which modules go on sharing.
+        device: where to; None is where the module is, or anywhere if that is on meta.
     """
     old: Tensor = change.module._parameters["weight"]  # type: ignore[assignment]
     weight: Any = change.weight
-    if old.is_meta or old.device == weight.device:
+    if device is None:
+        device = weight.device if old.is_meta else old.device
+    if device == weight.device:
         return change
     if id(weight) not in moved:
-        there: Any = weight.to(old.device).as_parameter()
+        there: Any = weight.to(device).as_parameter()
         moved[id(weight)] = there
     return dataclasses.replace(change, weight=moved[id(weight)])
 
@@ -416,21 +511,22 @@ class _Place:
     attribute: str
 
 
-def _tied_modules(model: nn.Module) -> list[list[_Place]]:
+def _tied_modules(model: nn.Module, names: LayerNames) -> list[list[_Place]]:
     """Places that share a parameter, for each parameter that has several."""
     groups: dict[int, list[_Place]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         for attribute, parameter in module._parameters.items():
             if parameter is not None:
-                place = _Place(join(name, attribute), name, module, attribute)
+                layer = names.layer(name)
+                place = _Place(join(layer, attribute), layer, module, attribute)
                 groups.setdefault(id(parameter), []).append(place)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def _tied_names(model: nn.Module) -> dict[str, set[str]]:
+def _tied_names(model: nn.Module, names: LayerNames) -> dict[str, set[str]]:
     """Key to the other keys of the same parameter."""
-    names = [{place.key for place in group} for group in _tied_modules(model)]
-    return {key: group - {key} for group in names for key in group}
+    groups = [{place.key for place in group} for group in _tied_modules(model, names)]
+    return {key: group - {key} for group in groups for key in group}
 
 
 def _first_loaded(

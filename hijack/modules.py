@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import hijack.offloading  # noqa: F401 - weights that move to meta remember themselves
 from hijack.claim import Claim
 from hijack.collectives import distributed_data, load_shard
-from hijack.dtypes import DENSE_DTYPES
+from hijack.dtypes import DENSE_DTYPES, autocast_dtype
 from hijack.errors import (
     CheckpointError,
     DTypeError,
@@ -41,6 +41,7 @@ from hijack.quantized import (
     check_shape,
     quantize_weight,
 )
+from hijack.recompute import is_wanted, recomputing
 from hijack.registry import current_registry
 from hijack.resharding import replace_weight
 from hijack.safetensors_io.header import Header
@@ -452,6 +453,9 @@ def _make_forward(base: type[nn.Module], bound: Forward | None) -> Forward:
         if not isinstance(weight, QuantizedTensor):
             weight = recalled(weight)
         if isinstance(weight, QuantizedTensor):
+            if is_wanted(*args, *kwargs.values()):
+                with recomputing():
+                    return _standin_forward(self, weight, *args, **kwargs)
             return _standin_forward(self, weight, *args, **kwargs)
         return own(_checked_dense(self, weight), *args, **kwargs)
 
@@ -464,6 +468,9 @@ def _make_forward(base: type[nn.Module], bound: Forward | None) -> Forward:
             bias = parameters.get("bias")
             if bias is None:
                 bias = getattr(self, "bias", None)
+            if is_wanted(input):
+                with recomputing():
+                    return chosen(self, input, weight, bias, *args, **kwargs)  # type: ignore[misc]
             return chosen(self, input, weight, bias, *args, **kwargs)  # type: ignore[misc]
         return own(_checked_dense(self, weight), input, *args, **kwargs)
 
@@ -494,6 +501,10 @@ def default_forward(base: type[nn.Module]) -> Forward | None:
 
 
 def _input_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype to decode a weight to, for a product with an input.
+
+    Under autocast it is the one that autocast would cast the decoded weight to.
+    """
     if not input.is_floating_point():
         return weight.dtype
     if input.dtype not in DENSE_DTYPES:
@@ -501,7 +512,8 @@ def _input_dtype(input: Tensor, weight: Tensor) -> torch.dtype:
             f"forward: got an input of {input.dtype}, expected a dense floating dtype; "
             "cast it first"
         )
-    return input.dtype
+    cast = None if input.dtype == torch.float64 else autocast_dtype(input.device)
+    return cast or input.dtype
 
 
 def _in_dtype(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:

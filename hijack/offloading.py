@@ -12,10 +12,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hijack.dtypes import DENSE_DTYPES
-from hijack.errors import DTypeError, ShapeError
+from hijack.errors import DTypeError, ModuleError, ShapeError
 from hijack.quantized import OPERATIONS, QuantizedTensor, to_copy
 
 
@@ -55,6 +55,31 @@ class OffloadedWeight(QuantizedTensor):
         """The same but for some fields; on meta it still knows how to decode."""
         changed = super().replace(**changes)
         return changed if not changed.is_meta else _of_type(type(self), changed)
+
+
+def refuse_offloaded(model: nn.Module, what: str) -> None:
+    """Refuse a model whose weights accelerate's hooks keep elsewhere.
+
+    What is done to the model would not be done to them, and they would take its place
+    in the next forward.
+
+    Args:
+        model: any module.
+        what: what was to be done, such as ``"save"``.
+
+    Raises:
+        ModuleError: naming the first of its modules with such a hook.
+    """
+    for name, module in model.named_modules():
+        hook: Any = getattr(module, "_hf_hook", None)
+        hooks = getattr(hook, "hooks", (hook,))
+        if any(getattr(one, "offload", False) for one in hooks):
+            raise ModuleError(
+                f"{what}: {name or type(module).__name__}: got a module whose weights "
+                "are offloaded by hooks of accelerate, expected one with its weights; "
+                "call accelerate.hooks.remove_hook_from_submodules(model) first, and "
+                "offload the model again afterwards"
+            )
 
 
 def offloaded(weight: QuantizedTensor) -> OffloadedWeight:

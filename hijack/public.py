@@ -22,6 +22,7 @@ from hijack.registry import (
     unregister,
     use_registry,
 )
+from hijack.requantizing import requantizing
 from hijack.safetensors_io.header import Header, TensorInfo
 from hijack.saving import save
 from hijack.scheme import Scheme
@@ -57,6 +58,7 @@ __all__ = [
     "patch",
     "quantize_file",
     "register",
+    "requantizing",
     "save",
     "schemes",
     "status",

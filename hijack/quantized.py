@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from hijack.decoded import as_part
-from hijack.dtypes import DENSE_DTYPES
+from hijack.dtypes import DENSE_DTYPES, autocast_dtype
 from hijack.errors import (
     DTypeError,
     HijackError,
@@ -31,8 +31,11 @@ from hijack.errors import (
     SchemeError,
     ShapeError,
 )
+from hijack.recompute import decoded, tagged
 from hijack.registry import current_registry
+from hijack.requantizing import is_asked
 from hijack.scheme import Quantized, Scheme, checked
+from hijack.staging import copied, made_like, original
 
 aten = torch.ops.aten
 
@@ -134,7 +137,15 @@ class WeightView:
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The decoded weight; ``dtype`` None is that of the dense weight."""
         dtype = self.dtype if dtype is None else dtype
-        return self.scheme.dequantize_weight(self, dtype)
+        return _dequantized(self, dtype)
+
+
+def _dequantized(weight: QuantizedTensor | WeightView, dtype: torch.dtype) -> Tensor:
+    """What a scheme decodes, whatever autocast casts around it."""
+    if autocast_dtype(weight.device) is None:
+        return weight.config.scheme.dequantize_weight(weight, dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        return weight.config.scheme.dequantize_weight(weight, dtype)
 
 
 #: torch's own descriptor behind ``tensor.data``.
@@ -236,7 +247,10 @@ class QuantizedTensor(Tensor):
                 f"dense: got {dtype}, expected one of "
                 f"{', '.join(str(d) for d in DENSE_DTYPES)}; cast the input first"
             )
-        return self.config.scheme.dequantize_weight(self, dtype)
+        with tagged():
+            dense = _dequantized(self, dtype)
+        decoded(self, dense)
+        return dense
 
     def value(
         self, dtype: torch.dtype | None = None, device: torch.device | None = None
@@ -310,6 +324,31 @@ class QuantizedTensor(Tensor):
         qdata, params = self.scheme.requantize(weight, self, seed=seed)
         return self.replace(qdata=qdata, params=params, additions=())
 
+    def write(self, weight: Tensor, what: str) -> None:
+        """Take another dense weight's place in memory, quantized, if that is asked for.
+
+        Args:
+            weight: dense, of the same shape.
+            what: the operation, for the message.
+
+        Raises:
+            ReadOnlyError: outside `hijack.requantizing`, or if the quantized tensors
+                would be others than there are.
+            NonFiniteError: if it holds inf or NaN.
+        """
+        fits = weight.shape == self.shape and weight.dtype in DENSE_DTYPES
+        if not is_asked() or not fits or self.is_meta:
+            raise _no_write(self, what)
+        _check_finite(weight, what)
+        with torch.no_grad():
+            new = self.requantized(weight.detach().to(self.dtype))
+            if not _are_alike(self, new):
+                raise _no_write(self, what)
+            theirs = new.plain_tensors()
+            for name, tensor in self.plain_tensors().items():
+                tensor.copy_(theirs[name])
+        self.additions = ()
+
     def plain_tensors(self) -> dict[str, Tensor]:
         """What a state dict holds of it: ``weight`` and the scheme's other names."""
         return {"weight": self.qdata, **self.params}
@@ -324,14 +363,21 @@ class QuantizedTensor(Tensor):
 
     @property
     def data(self) -> Tensor:
-        """The same tensor, of which autograd knows nothing."""
-        detached: Tensor = _DATA.__get__(self)
-        return detached
+        """The same memory, of which autograd knows nothing."""
+        detached: Any = _DATA.__get__(self)
+        # writes through it do not count as changes of this one, as for any tensor
+        detached.qdata = self.qdata.data
+        detached.params = {name: tensor.data for name, tensor in self.params.items()}
+        return detached  # type: ignore[no-any-return]
 
     @data.setter
     def data(self, value: Tensor) -> None:
         if not isinstance(value, QuantizedTensor):
-            raise _no_write(self, "an assignment to .data")
+            staged = original(value)
+            if staged is None:
+                self.write(value, "an assignment to .data")
+                return
+            value = staged
         _DATA.__set__(self, value)
         for name in ("qdata", "params", "config", "additions"):
             setattr(self, name, getattr(value, name))
@@ -417,7 +463,9 @@ class QuantizedTensor(Tensor):
             return func.decompose(*args, **kwargs)
         if func.overloadpacket in FACTORIES:
             return new_tensor(func, *args, **kwargs)
-        _refuse_writes(func, args, kwargs)
+        written = _written(func, args, kwargs)
+        if written:
+            return _write(func, args, kwargs, written)
         # a view of what is made in inference mode cannot be one of this tensor
         with torch.inference_mode(False):
             args, kwargs = tree_map_only(QuantizedTensor, _decoded, (args, kwargs))
@@ -431,8 +479,8 @@ def _decoded(weight: QuantizedTensor) -> Tensor:
     return weight.value()
 
 
-def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
-    """Refuse an operation that would write to a quantized tensor."""
+def _written(func: Any, args: Any, kwargs: Any) -> list[QuantizedTensor]:
+    """The quantized tensors that an operation would write to."""
     if func.namespace == "c10d":  # collectives, which do not say what they write to
         written = list(args[:1])
     elif func._schema.is_mutable:
@@ -441,16 +489,35 @@ def _refuse_writes(func: Any, args: Any, kwargs: Any) -> None:
         given += [(a, kwargs[a.name]) for a in arguments if a.name in kwargs]
         written = [v for a, v in given if a.alias_info and a.alias_info.is_write]
     else:
-        return
-    for part in tree_flatten(written)[0]:
-        if isinstance(part, QuantizedTensor):
-            raise _no_write(part, str(func))
+        return []
+    return [t for t in tree_flatten(written)[0] if isinstance(t, QuantizedTensor)]
+
+
+def _write(func: Any, args: Any, kwargs: Any, targets: list[QuantizedTensor]) -> Any:
+    """Run an operation on decoded weights, and quantize what it wrote.
+
+    Raises:
+        ReadOnlyError: outside `hijack.requantizing`.
+    """
+    if not is_asked() or func.namespace == "c10d":
+        raise _no_write(targets[0], str(func))
+    dense = {id(target): target.value() for target in targets}
+    args, kwargs = tree_map_only(
+        QuantizedTensor, lambda t: dense.get(id(t), t), (args, kwargs)
+    )
+    result = func(*args, **kwargs)
+    back: dict[int, Tensor] = {}
+    for target in targets:
+        target.write(dense[id(target)], str(func))
+        back[id(dense[id(target)])] = target
+    return tree_map_only(Tensor, lambda t: back.get(id(t), t), result)
 
 
 def _no_write(weight: QuantizedTensor, what: str) -> ReadOnlyError:
     return ReadOnlyError(
         f"{what}: cannot write into a quantized weight; got {weight!r}, expected a "
-        "dense tensor; call hijack.unwrap first, or replace the whole weight"
+        "dense tensor; call hijack.unwrap first, replace the whole weight, or write "
+        "inside hijack.requantizing(), which rounds"
     )
 
 
@@ -505,25 +572,30 @@ def new_tensor(func: Any, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A dense tensor that only asks for shape, dtype and device; nothing is decoded."""
     standin = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     kwargs["device"] = kwargs.get("device") or weight.device
-    return func(standin, *args, **kwargs)
+    made = func(standin, *args, **kwargs)
+    if func is aten.empty_like.default and type(made) is Tensor:
+        made_like(made)
+    return made
 
 
 def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     if not isinstance(target, QuantizedTensor):
-        dense = source.value(target.dtype, target.device)  # type: ignore[attr-defined]
-        return target.copy_(dense, non_blocking=non_blocking)
+        weight: Any = source
+        dense = weight.value(target.dtype, target.device)
+        target.copy_(dense, non_blocking=non_blocking)
+        copied(target, weight)
+        return target
     if not isinstance(source, QuantizedTensor):
-        # processes are sent the weight that they have: that changes nothing
-        same = source.dtype == target.dtype and source.shape == target.shape
-        if same and torch.equal(target.value(device=source.device), source):
+        staged = original(source)
+        if staged is None:
+            # processes are sent the weight that they have: that changes nothing
+            same = source.dtype == target.dtype and source.shape == target.shape
+            if not same or not torch.equal(target.value(device=source.device), source):
+                target.write(source, "copy_ of a dense tensor")
             return target
-        raise _no_write(target, "copy_ of a dense tensor")
+        source = staged
     mine, theirs = target.plain_tensors(), source.plain_tensors()
-    alike = mine.keys() == theirs.keys() and all(
-        (mine[name].shape, mine[name].dtype) == (tensor.shape, tensor.dtype)
-        for name, tensor in theirs.items()
-    )
-    if not alike or not target.scheme.is_like(source.scheme):
+    if not _are_alike(target, source) or not target.scheme.is_like(source.scheme):
         raise _no_write(target, f"copy_ of {source!r}")
     target.additions, target.config = source.additions, source.config
     for name, tensor in mine.items():
@@ -536,6 +608,15 @@ def _view(weight: QuantizedTensor, size: Any) -> Tensor:
     if tuple(size) == tuple(weight.shape):
         return weight.replace()
     return as_part(weight.value().view(tuple(size)))
+
+
+def _are_alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:
+    """Whether the tensors inside are of the same names, shapes and dtypes."""
+    mine, theirs = one.plain_tensors(), other.plain_tensors()
+    return mine.keys() == theirs.keys() and all(
+        (mine[name].shape, mine[name].dtype) == (tensor.shape, tensor.dtype)
+        for name, tensor in theirs.items()
+    )
 
 
 def _pin_memory(weight: QuantizedTensor, *_: Any, **__: Any) -> QuantizedTensor:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from hijack.errors import CheckpointError, HijackError
 from hijack.formats import matching
 from hijack.formats.dialect import Dialect, EncodedLayer
+from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizedTensor
 from hijack.resharding import is_distributed, whole
-from hijack.safetensors_io.header import TensorInfo, join, merge_metadata
+from hijack.safetensors_io.header import FRAMEWORK, TensorInfo, join, merge_metadata
 from hijack.safetensors_io.writer import write_checkpoint
 from hijack.scheme import Scheme
 from hijack.sharding import shard_of
@@ -43,7 +44,9 @@ def save(
     Raises:
         CheckpointError: if the file exists and must not be replaced, if the dialect is
             unknown to a scheme or cannot spell a layer.
+        ModuleError: if weights are offloaded by hooks.
     """
+    refuse_offloaded(model, "save")
     sharded = any(map(is_distributed, model.parameters()))
     writes = not sharded or torch.distributed.get_rank() == 0
     error = None
@@ -91,7 +94,7 @@ def contents(
     if not keep:
         return {}, {}
     spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
-    return tensors | spelled, metadata
+    return tensors | spelled, FRAMEWORK | metadata
 
 
 def spell(

@@ -137,13 +137,19 @@ class Selection:
             if usual and given and DEFAULT not in given and not set(usual) <= set(given)
         }
 
-    def reason(self, name: str) -> str | None:
-        """Why a layer stays dense, or None if it is chosen."""
-        if not self._matches(name, self._include):
+    def reason(self, name: str, *others: str) -> str | None:
+        """Why a layer stays dense, or None if it is chosen.
+
+        Args:
+            name: of the layer.
+            *others: names it has besides; a pattern that matches one matches the layer.
+        """
+        names = (name, *others)
+        if not any(self._matches(name, self._include) for name in names):
             given = self.named or not self._include
             return "not included" if given else f"not usual for {self._family}"
-        if self._matches(name, self._exclude):
-            given = matches(name, self._unwanted)
+        if any(self._matches(name, self._exclude) for name in names):
+            given = any(matches(name, self._unwanted) for name in names)
             return "excluded" if given else f"not usual for {self._family}"
         return None
 

@@ -18,6 +18,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils import parametrize
 
 from hijack.errors import HijackError, ModuleError, SchemeError
+from hijack.module_names import adapter_parts, base_name
 from hijack.modules import (
     Change,
     Wrapped,
@@ -27,9 +28,11 @@ from hijack.modules import (
     restore,
     wrap_init,
 )
+from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
 from hijack.registry import Registry, current_registry
 from hijack.resharding import is_gathered, whole
+from hijack.safetensors_io.header import join
 from hijack.scheme import Scheme
 from hijack.selection import Patterns, Selection
 from hijack.sharding import shard_of
@@ -112,6 +115,7 @@ def wrap_layer(
     where, prefix = layer or type(module).__name__, f"{layer}." if layer else ""
     asked = registry.get(scheme)
     asked.check_options(options)
+    refuse_offloaded(module, "wrap_module")
     chosen = _select(registry, module, prefix, asked)
     options = _options_for(chosen, asked, options)
     reason = _why_not(module, chosen, options)
@@ -135,7 +139,8 @@ def wrap_model(
 
     Everything is quantized and every forward is bound before anything is changed, so a
     refusal leaves the model as it was; the dense weights are freed at the end. Weights
-    shared by several modules stay shared.
+    shared by several modules stay shared. Adapters, such as those that PEFT puts around
+    layers, are skipped; patterns find the layers inside by the names they had before.
 
     Args:
         model: any module; it may itself be a target.
@@ -145,6 +150,9 @@ def wrap_model(
         registry: whose schemes and plugins are asked; None for the one in force.
         **options: passed to ``scheme.quantize``.
 
+    Returns:
+        Which layers were quantized, which were not and why.
+
     Raises:
         ModuleError: if a pattern of ``include`` matches no target module, or one of
             ``exclude`` no module.
@@ -153,20 +161,26 @@ def wrap_model(
     registry = current_registry(registry)
     chosen = registry.get(scheme)
     chosen.check_options(options)
+    refuse_offloaded(model, "wrap_model")
     selection = Selection(include, exclude)
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
     fused = _read_by_fast_path(model)
     where = f"those {chosen.name} can wrap"
     everything = [name for name, _ in model.named_modules()]
-    vain = selection.unmatched(targets, where, noun="module", others=everything)
+    everything += [base_name(name) for name in everything]
+    names = [*targets, *map(base_name, targets)]
+    vain = selection.unmatched(names, where, noun="module", others=everything)
     if vain is not None:
         raise ModuleError(vain)
     skipped: dict[str, str] = {}
     shared: dict[int, QuantizedTensor] = {}
     dense: dict[int, nn.Parameter] = {}
     changes: dict[str, Change] = {}
+    adapters = adapter_parts(model)
     for name, module in targets.items():
-        reason, prefix = selection.reason(name), f"{name}." if name else ""
+        reason, prefix = selection.reason(name, base_name(name)), join(name, "")
+        if name in adapters:
+            reason = f"it is a part of an adapter of {adapters[name]}"
         layer_scheme, given = chosen, options
         if reason is None:
             layer_scheme = _select(registry, module, prefix, chosen)
@@ -206,8 +220,9 @@ def unwrap(module: M) -> M:
         The same object.
 
     Raises:
-        ModuleError: if a weight is sharded over processes.
+        ModuleError: if a weight is sharded over processes, or offloaded by hooks.
     """
+    refuse_offloaded(module, "unwrap")
     dense: dict[int, nn.Parameter] = {}
     for name, part in module.named_modules():
         if isinstance(part, Wrapped) and shard_of(part.weight) is not None:

@@ -74,7 +74,7 @@ def test_everything_else_is_kept_byte_for_byte(source, tmp_path):
     for key in ("blocks.0.proj.bias", "blocks.0.norm.weight", "patch.weight", "table"):
         assert same(coded[key], dense[key])
     with safe_open(path, "pt") as file:
-        assert file.metadata() == {"modelspec.title": "toy"}
+        assert file.metadata() == {"format": "pt", "modelspec.title": "toy"}
     assert sorted(report.layers) == ["blocks.0.odd", "blocks.0.proj"]
     assert report.skipped == {"patch": "4 dimensions"}
     assert report.bytes_before > report.bytes_after
@@ -107,7 +107,7 @@ def test_markers_of_an_earlier_quantization_are_dropped(tmp_path):
     old = '{"layers": {"x": {"scheme": "blockwise_fp8", "params": ["weight_scale"]}}}'
     save_file({"x.weight": torch.randn(4, 64)}, source, {"hijack": old, "k": "v"})
     hijack.quantize_file(source, path)
-    assert read_header(path).metadata == {"k": "v"}
+    assert read_header(path).metadata == {"format": "pt", "k": "v"}
     assert hijack.identify(path).claims()["x"].dialect == "musubi"
 
 

@@ -222,7 +222,7 @@ def test_marks_that_are_no_longer_true_are_left_out(tmp_path):
     tensors = {"x.weight": torch.randn(4, 64), "scaled_fp8": torch.empty(0)}
     save_file(tensors, source, metadata)
     hijack.quantize_file(source, path)
-    assert read_header(path).metadata == {"k": "v"}
+    assert read_header(path).metadata == {"format": "pt", "k": "v"}
     assert load_file(path).keys() == {"x.weight", "x.scale_weight"}
     assert hijack.identify(path).claims()["x"].dialect == "musubi"
 
@@ -344,7 +344,7 @@ def test_shards_go_in_and_out(source, tmp_path):
     report = hijack.quantize_file(index, out, max_shard_size="10KB")
     written = out.parent / "q.safetensors.index.json"
     header = read_header(written)
-    assert header.metadata == {"k": "v"}
+    assert header.metadata == {"format": "pt", "k": "v"}
     assert equal(dict(open_tensors(header)), load_file(single))
     assert report.files == {
         path.name: path.stat().st_size for path in out.parent.glob("*-of-*")

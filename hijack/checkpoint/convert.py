@@ -30,7 +30,13 @@ from hijack.formats.identification import Identification, identify
 from hijack.metrics import QuantizationError
 from hijack.progress import Progress
 from hijack.registry import Registry, current_registry
-from hijack.safetensors_io.header import Header, TensorInfo, join, merge_metadata
+from hijack.safetensors_io.header import (
+    FRAMEWORK,
+    Header,
+    TensorInfo,
+    join,
+    merge_metadata,
+)
 from hijack.safetensors_io.reader import Paths, open_tensors, read_header
 from hijack.safetensors_io.shards import destination, parse_size
 from hijack.safetensors_io.writer import CheckpointWriter, open_writer
@@ -202,7 +208,7 @@ def convert_file(
     config = None
     if write_config:
         config = config_of(extra, written, header, Path(dst), overwrite)
-    metadata = merge_metadata(job.metadata, extra.metadata)
+    metadata = merge_metadata(FRAMEWORK | job.metadata, extra.metadata)
     with open_writer(
         dst, job.tensors, metadata, tuple(job.tensors), size, overwrite=overwrite
     ) as writer:

@@ -19,7 +19,7 @@ from hijack.formats.comfyui_markers import LAYER_MARKER, needless_markers
 from hijack.formats.dialect import Dialect, EncodedLayer
 from hijack.lora.files import Loras
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
-from hijack.safetensors_io.header import TensorInfo, join, merge_metadata
+from hijack.safetensors_io.header import FRAMEWORK, TensorInfo, join, merge_metadata
 from hijack.safetensors_io.reader import open_data
 from hijack.safetensors_io.writer import memory_of
 from hijack.scheme import Scheme
@@ -116,7 +116,9 @@ class QuantizePlan:
                 self._plan(key)
         others = {s.key: self.tensors[s.key] for s in self.steps if s.layer is None}
         self.format_metadata = dialect.finish(self.encoded, others)
-        self.metadata = merge_metadata(self.metadata, self.format_metadata.metadata)
+        self.metadata = merge_metadata(
+            FRAMEWORK | self.metadata, self.format_metadata.metadata
+        )
         for key, tensor in self.format_metadata.tensors.items():
             self._add(key, TensorInfo.of(tensor))
 

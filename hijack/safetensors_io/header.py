@@ -282,6 +282,10 @@ def layers_in(text: str) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in layers.items() if isinstance(entry, dict)}
 
 
+#: What transformers, diffusers and accelerate want a file's metadata to say.
+FRAMEWORK = {"format": "pt"}
+
+
 def merge_metadata(
     metadata: Mapping[str, str], more: Mapping[str, str]
 ) -> dict[str, str]:
