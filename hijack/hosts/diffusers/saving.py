@@ -18,7 +18,7 @@ from hijack.hosts.config import HijackConfig
 from hijack.hosts.diffusers.quantizer import Quantizer, create_class
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
-from hijack.safetensors_io.header import CONFIG_KEY
+from hijack.safetensors_io.header import CONFIG_KEY, FRAMEWORK
 from hijack.saving import contents
 
 Function = Callable[..., Any]
@@ -42,7 +42,8 @@ def make_save_pretrained(original: Function) -> Function:
                 return original(self, *args, **kwargs)
         _check(self, quantized)
         tensors, metadata = contents(self)
-        own = HijackConfig(metadata=metadata)
+        said = {k: v for k, v in metadata.items() if k not in FRAMEWORK}
+        own = HijackConfig(metadata=said)
         attributes = {
             "state_dict": lambda: _apart(tensors),
             "hf_quantizer": create_class()(own),
