@@ -41,7 +41,7 @@ def make_load_pretrained_model(original: Function) -> Function:
         call = signature.bind(cls, *args, **kwargs)
         given = call.arguments
         quantizer = given.get("hf_quantizer")
-        if quantizer is not None and not isinstance(quantizer, Quantizer):
+        if not isinstance(quantizer, Quantizer | None) or given.get("dduf_entries"):
             return original(cls, *args, **kwargs)  # another's files
         weights = _read_folder(given, quantizer)
         if weights is None:
