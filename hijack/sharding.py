@@ -409,6 +409,10 @@ def _slice(
 
 def _view(shard: QuantizedShard, size: Sequence[int]) -> Tensor:
     if tuple(size) == tuple(shard.shape):
+        # a DTensor is made a tensor; of one process alone it is all there is
+        complete = shard.shape == shard.weight.shape
+        if complete and _asked_by_torch() == "torch.distributed.tensor._api":
+            return shard.weight.replace(qdata=shard.qdata)
         return shard.replace()
     if list(size) != [-1] or not _asked_by_torch():
         return shard.quantized().value().view(tuple(size))

@@ -31,6 +31,10 @@ PACKAGES = (
     "comfy-kitchen",
     "llvmlite",
     "triton",
+    "accelerate",
+    "diffusers",
+    "peft",
+    "transformers",
 )
 #: Variables that hijack reads; others that begin like them are shown too.
 VARIABLES = (
