@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import inspect
 import os
+import sys
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,22 +13,22 @@ from typing import Any
 from torch import Tensor, nn
 
 from hijack.errors import CheckpointError
-from hijack.formats.native_marker import marked_layers
 from hijack.hosts.checkpoint import TravellingWeight, adopt, cropped, read_quantized
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.diffusers.quantizer import Quantizer
-from hijack.modules import quantized_weight
+from hijack.hosts.libraries import count_quantized, read_files
 
 Function = Callable[..., Any]
 
 #: Models with quantized weights that the host has loaded.
 _LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+_PARTS = "diffusers.models.model_loading_utils"
+
 
 def count_live() -> int:
     """How many layers of models that were loaded hold quantized weights."""
-    modules = (module for model in list(_LOADED) for module in model.modules())
-    return sum(quantized_weight(module) is not None for module in modules)
+    return count_quantized(list(_LOADED))
 
 
 # -- folders ---------------------------------------------------------------------------
@@ -43,7 +44,12 @@ def make_load_pretrained_model(original: Function) -> Function:
         quantizer = given.get("hf_quantizer")
         if not isinstance(quantizer, Quantizer | None) or given.get("dduf_entries"):
             return original(cls, *args, **kwargs)  # another's files
-        weights = _read_folder(given, quantizer)
+        weights = read_files(
+            given["resolved_model_file"] or [],
+            given["state_dict"],
+            sys.modules[_PARTS].load_state_dict,
+            None if quantizer is None else quantizer.quantization_config,
+        )
         if weights is None:
             return original(cls, *args, **kwargs)
         if given.get("tp_shard_specs") is not None:
@@ -63,37 +69,6 @@ def make_load_pretrained_model(original: Function) -> Function:
         return original(*call.args, **call.kwargs)
 
     return _load_pretrained_model
-
-
-def _read_folder(
-    given: Mapping[str, Any], quantizer: Quantizer | None
-) -> dict[str, Tensor] | None:
-    """The weights of a folder's files; None if none is quantized."""
-    files = given["resolved_model_file"] or []
-    assume = () if quantizer is None else quantizer.quantization_config.assume
-    if files and all(str(file).endswith(".safetensors") for file in files):
-        paths = [os.fspath(file) for file in files]
-        return read_quantized(paths, assume=assume)
-    state_dict = given["state_dict"]
-    if state_dict is None:
-        state_dict = _unpickle(files)
-    metadata = {} if quantizer is None else quantizer.quantization_config.metadata
-    return read_quantized(_Marked(state_dict, metadata), assume=assume)
-
-
-def _unpickle(files: list[Any]) -> dict[str, Tensor]:
-    from diffusers.models.model_loading_utils import load_state_dict
-
-    return {key: t for file in files for key, t in load_state_dict(file).items()}
-
-
-class _Marked(dict[str, Tensor]):
-    """A state dict that says which layers are quantized, as that of a module does."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
-        super().__init__(tensors)
-        marked = marked_layers(metadata)
-        self._metadata = {name: {"hijack": entry} for name, entry in marked.items()}
 
 
 # -- single files ----------------------------------------------------------------------
