@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
 import hijack
-from hijack.hosts.checkpoint import TravellingWeight, adopt, read_weights
+from hijack.hosts.checkpoint import (
+    TravellingWeight,
+    adopt,
+    cropped,
+    read_quantized,
+    read_weights,
+)
 from hijack.quantized import QuantizedTensor
+from hijack.wrap import wrap_layer
 
 
 def checkpoint(tmp_path, dialect=None, scheme="blockwise_fp8", **options):
@@ -62,6 +71,92 @@ def test_blocks_that_are_cut_through_are_decoded(tmp_path):
     part = read_weights(path)["0.weight"][:32]
     assert not isinstance(part, QuantizedTensor)
     assert torch.equal(part, dense["0.weight"][:32])
+
+
+SPLIT = [("blockwise_fp8", "tensor"), ("nvfp4", None), ("nf4", None), ("w4a8", None)]
+
+
+@pytest.mark.parametrize(("scheme", "block_size"), SPLIT)
+def test_rows_share_what_is_the_whole_weights(tmp_path, scheme, block_size):
+    """One scale, a codebook or a group size goes with any rows, as it is."""
+    torch.manual_seed(0)
+    options = {} if block_size is None else {"block_size": block_size}
+    layers = {name: nn.Linear(256, 192, bias=False) for name in "ab"}
+    model = nn.ModuleDict(layers)
+    hijack.wrap_model(model, scheme, **options)
+    hijack.save(model, tmp_path / "a.safetensors")
+    tensors = read_weights(tmp_path / "a.safetensors")
+    dense = {key: weight.dense() for key, weight in tensors.items()}
+    first, second = tensors["a.weight"], tensors["b.weight"]
+    parts = first.chunk(3)
+    assert all(isinstance(part, TravellingWeight) for part in parts)
+    for part, expected in zip(parts, dense["a.weight"].chunk(3), strict=True):
+        assert torch.equal(part + 0, expected)
+    swapped = torch.cat(parts[::-1])
+    assert isinstance(swapped, TravellingWeight)
+    assert torch.equal(swapped + 0, torch.cat(dense["a.weight"].chunk(3)[::-1]))
+    both = torch.cat([first, second])  # which have scales of their own
+    assert torch.equal(both + 0, torch.cat([*dense.values()]))
+
+
+def test_a_part_that_was_decoded_is_the_hosts(tmp_path):
+    """It may be written to, and is a plain Parameter in a module."""
+    path, _ = checkpoint(tmp_path)
+    part = read_weights(path)["0.weight"].T[:, :3]
+    assert type(part) is torch.Tensor
+    part.add_(1)
+    assert type(nn.Parameter(part)) is nn.Parameter
+
+
+def test_what_is_not_quantized_is_left_to_the_host(tmp_path):
+    """A dense file, and plain casts to FP8, which hosts cast themselves."""
+    path, dense = checkpoint(tmp_path)
+    assert read_quantized(path).keys() == dense.keys()
+    assert read_quantized(dense) is None
+    hijack.save(nn.Linear(4, 4), tmp_path / "dense.safetensors")
+    assert read_quantized(tmp_path / "dense.safetensors") is None
+    casts = {key: t.to(torch.float8_e4m3fn) for key, t in dense.items()}
+    assert read_quantized(casts) is None
+
+
+def test_padded_weights_take_the_shape_of_the_model(tmp_path):
+    """MXFP4 stores 32 columns of 16, and hijack's marker does not say so."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"a": nn.Linear(16, 64)})
+    hijack.wrap_model(model, "mxfp4")
+    hijack.save(model, tmp_path / "a.safetensors")
+    tensors = read_weights(tmp_path / "a.safetensors")
+    assert tensors["a.weight"].shape == (64, 32)
+    fitting = cropped(tensors, hijack.unwrap(model))
+    assert torch.equal(fitting["a.weight"] + 0, model["a"].weight)
+    other = nn.ModuleDict({"a": nn.Linear(20, 64)})
+    assert cropped(tensors, other)["a.weight"] is tensors["a.weight"]
+
+
+def test_metadata_may_be_in_the_config_beside_a_file(tmp_path):
+    """Where a library wrote the file, which has a header of its own."""
+    from safetensors.torch import save_file
+
+    from hijack.saving import contents
+
+    model = nn.ModuleDict({"a": nn.Linear(256, 192)})
+    hijack.wrap_model(model, "w4a8")
+    tensors, metadata = contents(model, "hijack")
+    save_file(tensors, tmp_path / "a.safetensors", {"format": "pt"})
+    config = {"quant_method": "other", "metadata": metadata}
+    for method in ("other", "hijack"):
+        config["quant_method"] = method
+        text = json.dumps({"quantization_config": config})
+        (tmp_path / "config.json").write_text(text)
+        found = hijack.identify(tmp_path / "a.safetensors").layers
+        marked = found and found["a"].certainty is hijack.Certainty.MARKED
+        assert bool(marked) == (method == "hijack")
+
+
+def test_a_layer_that_is_wrapped_by_its_name_is_named():
+    """In errors, and to plugins."""
+    with pytest.raises(hijack.HijackError, match=r"^blocks\.0\.a: "):
+        wrap_layer(nn.ReLU(), "blocks.0.a", "int8")
 
 
 def test_what_a_host_assigns_becomes_quantized(tmp_path):

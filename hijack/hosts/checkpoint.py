@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from hijack.claim import Claim
 from hijack.decoded import DecodedView
+from hijack.errors import ShapeError
 from hijack.formats import matching
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.stacked_blocks import find_stacks, keys_of, read_stack
@@ -284,7 +285,7 @@ def _readable(tensor: Tensor, dtype: str) -> Tensor:
 
 
 def cropped(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Weights in the shapes of a model's, where a file pads them and says so.
+    """Weights in the shapes of a model's, where a file pads them.
 
     Args:
         weights: of `read_weights`, under the model's names.
@@ -296,11 +297,14 @@ def cropped(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor
         if not isinstance(weight, TravellingWeight) or tuple(weight.shape) == shape:
             continue
         found = weight.found
-        if found is None or found.claim.cropped(shape).shape != shape:
+        if found is None:
+            continue
+        try:
+            again = matching.read_weight(
+                weight.scheme, found.claim, found.tensors, shape, weight.dtype
+            )
+        except ShapeError:
             continue  # the host says that it does not fit
-        again = matching.read_weight(
-            weight.scheme, found.claim, found.tensors, shape, weight.dtype
-        )
         result[key] = TravellingWeight.of(again, found)
     return result
 

@@ -225,6 +225,83 @@ def test_a_scale_that_nobody_reads_is_refused(tmp_path):
         model_class(QWEN).from_pretrained(folder_of(model, tmp_path, state))
 
 
+OTHERS = {
+    "UNet2DConditionModel": {
+        "sample_size": 8,
+        "block_out_channels": (16, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 32,
+        "norm_num_groups": 8,
+    },
+    "AutoencoderKL": {"block_out_channels": (32,), "norm_num_groups": 8},
+    "AutoencoderKLWan": {"base_dim": 8, "z_dim": 4, "num_res_blocks": 1},
+    "PixArtTransformer2DModel": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "num_layers": 1,
+        "cross_attention_dim": 64,
+        "sample_size": 8,
+        "caption_channels": 64,
+        "norm_num_groups": 8,
+        "use_additional_conditions": False,
+    },
+    "LTXVideoTransformer3DModel": {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "cross_attention_dim": 64,
+        "num_layers": 1,
+        "caption_channels": 64,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_are_saved_and_loaded(tmp_path, name):
+    """No model is known by its name: convolutions and VAEs, too."""
+    import diffusers
+
+    model, dense = quantized(getattr(diffusers, name)(**OTHERS[name]).eval())
+    assert quantized_layers(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert quantized_layers(loaded) == quantized_layers(model)
+    same_weights(loaded, dense)
+
+
+def test_padded_layers_are_cropped(tmp_path):
+    """MXFP4 has groups of 32 columns, of which the model has 16."""
+    model, dense = quantized(build(QWEN), "mxfp4", include=["img_in", LAYERS])
+    kind = model_class(QWEN)
+    for how in ({}, {"low_cpu_mem_usage": False}, {"ignore_mismatched_sizes": True}):
+        loaded = kind.from_pretrained(folder(model, tmp_path), **how)
+        (tmp_path / FILE).unlink()
+        assert "img_in.weight" in quantized_layers(loaded)
+        same_weights(loaded, dense)
+
+
+def test_shards_are_read_in_parallel(tmp_path, monkeypatch):
+    """With the host's own threads."""
+    from diffusers.models import modeling_utils
+
+    model, dense = quantized(build(QWEN))
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    monkeypatch.setattr(modeling_utils, "HF_ENABLE_PARALLEL_LOADING", True)
+    same_weights(model_class(QWEN).from_pretrained(tmp_path), dense)
+
+
+@pytest.mark.parametrize("scheme", ["blockwise_fp8", "int8", "nvfp4", "nf4"])
+def test_what_was_saved_is_a_file_of_hijack_too(tmp_path, scheme):
+    """`hijack.load` reads it as it stands in the folder, with its config."""
+    model, dense = quantized(build(QWEN), scheme, include=[LAYERS])
+    model.save_pretrained(tmp_path)
+    hijack.load(empty := build(QWEN, seed=1), tmp_path / FILE)
+    same_weights(empty, dense)
+    same_bytes(empty, model)
+
+
 def test_pickled_weights_are_read(tmp_path):
     """``safe_serialization=False``, whose files have no header."""
     model, dense = quantized(build(QWEN), include=[LAYERS])

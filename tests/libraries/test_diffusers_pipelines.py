@@ -140,6 +140,30 @@ def test_a_pipeline_is_quantized_while_it_is_loaded(tmp_path):
     close(generate(pipeline(loaded.transformer)), generate(dense))
 
 
+def test_one_config_is_for_models_of_both_libraries(tmp_path):
+    """By its name, where hijack knows transformers too."""
+    import diffusers
+    from transformers.quantizers import auto
+
+    if "hijack" not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        pytest.skip("hijack has no adapter of transformers here")
+    encoders = {"text_encoder": text_encoder("clip"), "tokenizer": None}
+    pipe = pipeline(build(FLUX), **encoders)
+    pipe.save_pretrained(tmp_path)
+    how = diffusers.PipelineQuantizationConfig(
+        quant_backend="hijack",
+        quant_kwargs={"scheme": "blockwise_fp8"},
+        components_to_quantize=["transformer", "text_encoder"],
+    )
+    given = {**NO_ENCODERS, "vae": None}
+    del given["text_encoder"]
+    loaded = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path, quantization_config=how, **given
+    )
+    assert quantized_layers(loaded.transformer)
+    assert quantized_layers(loaded.text_encoder)
+
+
 def test_a_model_that_was_unwrapped_is_saved_dense(tmp_path):
     """Its config says nothing of hijack any more; one that is elsewhere is refused."""
     from accelerate import cpu_offload
@@ -231,6 +255,24 @@ def test_loras_have_the_effect_they_have_on_dense_models(name, dtype):
     assert now.keys() == data.keys()
     for key, tensor in data.items():
         assert torch.equal(tensor.view(torch.uint8), now[key].view(torch.uint8))
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "nf4", "int8"])
+def test_loras_fit_loaded_models_of_any_format(tmp_path, scheme):
+    """Also where the data have another shape than the weight."""
+    model, dense = quantized(build(FLUX), scheme)
+    model.save_pretrained(tmp_path)
+    model = type(model).from_pretrained(tmp_path)
+    before, latents = generate(pipeline(model)), []
+    for each in (model, dense):
+        pipe = pipeline(each)
+        pipe.load_lora_weights(lora(dense, 1))
+        latents.append(generate(pipe))
+        pipe.unload_lora_weights()
+    if scheme != "int8":  # which quantizes what it multiplies with
+        close(*latents)
+    assert not torch.equal(latents[0], before)
+    assert torch.equal(generate(pipeline(model)), before)
 
 
 def test_the_numbers_of_a_lora_are_kept():

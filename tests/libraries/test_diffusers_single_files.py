@@ -19,6 +19,7 @@ from tests.libraries.diffusers_models import (
     quantized_layers,
     run,
     same_weights,
+    text_encoder,
 )
 
 SD3, WAN = "SD3Transformer2DModel", "WanTransformer3DModel"
@@ -148,6 +149,49 @@ def test_a_dense_file_is_quantized_while_it_is_converted(tmp_path):
     same_weights(hijack.unwrap(loaded), hijack.unwrap(model))
 
 
+def test_what_a_file_does_not_tell_is_asked_for(tmp_path):
+    """Two scales for 384 rows are for 192 or 256; the config says which."""
+    model = build(QWEN)
+    state = dict(model.state_dict())
+    layer = "transformer_blocks.0.img_mod.1"
+    state[f"{layer}.weight"] = state[f"{layer}.weight"].to(torch.float8_e4m3fn)
+    state[f"{layer}.weight_scale_inv"] = torch.tensor([[1.0], [2.0]])
+    kind, folder = model_class(QWEN), folder_of(model, tmp_path / "model", state)
+    path, config = save(state, tmp_path / "q.safetensors"), str(folder)
+    for load in (
+        lambda **how: kind.from_pretrained(folder, **how),
+        lambda **how: kind.from_single_file(str(path), config=config, **how),
+        lambda **how: kind.from_single_file(dict(state), config=config, **how),
+    ):
+        with pytest.raises(HijackError, match="256x64"):
+            load()
+        how = HijackConfig(assume=["256x64"])
+        weight = load(quantization_config=how).get_submodule(layer).weight
+        codes = state[f"{layer}.weight"].float()
+        assert torch.equal(weight.dense()[:256], codes[:256])
+        assert torch.equal(weight.dense()[256:], codes[256:] * 2)
+
+
+def test_another_quantizer_reads_its_own_files(tmp_path):
+    """hijack leaves a file alone that is loaded with a config which is not its own."""
+    from hijack.hosts.diffusers import loading
+
+    model, other, read = build(SD3), object(), []
+    state = original(SD3, model.state_dict())
+    path, _, _ = quantized_file(state, tmp_path / "q.safetensors", "scaled_fp8")
+    load = loading.make_load_state_dict(load_file)
+    kind = model_class(SD3)
+    from_single_file = loading.make_from_single_file(
+        lambda cls, path, **how: read.append(load(path))
+    )
+    for config in (other, HijackConfig()):
+        from_single_file(kind, str(path), quantization_config=config)
+    travels = [any(isinstance(t, TravellingWeight) for t in r.values()) for r in read]
+    assert travels == [False, True]
+    with pytest.raises(HijackError, match="HIJACK_DISABLE"):
+        kind.from_single_file(read[1], quantization_config=other)
+
+
 def test_a_scale_that_nobody_reads_is_refused(tmp_path):
     """The converter would leave it out, and take data for weights."""
     model = build(SD3)
@@ -261,3 +305,43 @@ def test_an_operation_is_done_with_the_weight(tmp_path, scheme, operation):
         assert kept or type(mine) is torch.Tensor
         if operation in KEEPING:
             assert kept
+
+
+# -- text encoders of other libraries --------------------------------------------------
+
+
+def test_text_encoders_in_a_file_are_quantized(tmp_path):
+    """CLIP and T5 beside a model, which the host converts for transformers."""
+    import transformers
+    from diffusers.loaders import single_file_utils as host
+
+    prefixes = {"clip": "text_encoders.clip_l.transformer.", "t5": "text_encoders."}
+    prefixes["t5"] += "t5xxl.transformer."
+    kinds = {"clip": transformers.CLIPTextModel, "t5": transformers.T5EncoderModel}
+    dense, configs = {}, {}
+    for kind, prefix in prefixes.items():
+        encoder = text_encoder(kind)
+        names = encoder.state_dict()
+        wrapper = (
+            "" if kind == "t5" or hasattr(encoder, "text_model") else "text_model."
+        )
+        dense |= {f"{prefix}{wrapper}{key}": t for key, t in names.items()}
+        configs[kind] = str(tmp_path / kind)
+        encoder.config.save_pretrained(configs[kind])
+    path, exact, weights = quantized_file(
+        dense, tmp_path / "q.safetensors", "scaled_fp8", exclude=()
+    )
+    assert any(isinstance(t, TravellingWeight) for t in weights.values())
+    make = {
+        "clip": host.create_diffusers_clip_model_from_ldm,
+        "t5": host.create_diffusers_t5_model_from_checkpoint,
+    }
+    for kind, create in make.items():
+        loaded, control = (
+            create(
+                kinds[kind], host.load_single_file_checkpoint(str(p)), "", configs[kind]
+            )
+            for p in (path, exact)
+        )
+        assert quantized_layers(loaded)
+        same_weights(loaded, control)

@@ -77,6 +77,7 @@ def get_version() -> str:
 def patches() -> list[Patch | Entry]:
     """What to patch."""
     from hijack.hosts.diffusers import loading, quantizer, saving
+    from hijack.hosts.libraries import make_get_memory_footprint
 
     auto, parts, files = (sys.modules[name] for name in (_AUTO, _PARTS, _FILES))
     model: Any = sys.modules[_MODELS].ModelMixin
@@ -98,7 +99,7 @@ def patches() -> list[Patch | Entry]:
             copied=True,  # what the host decorates it with is another's
         ),
         Patch(model, "save_pretrained", saving.make_save_pretrained),
-        Patch(model, "get_memory_footprint", saving.make_get_memory_footprint),
+        Patch(model, "get_memory_footprint", make_get_memory_footprint),
         *_offloading(),
     ]
 

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import contextvars
 import inspect
 import os
+import sys
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from hijack.formats.native_marker import marked_layers
+from hijack.errors import CheckpointError
 from hijack.hosts.checkpoint import TravellingWeight, adopt, cropped, read_quantized
+from hijack.hosts.config import HijackConfig
 from hijack.hosts.diffusers.quantizer import Quantizer
-from hijack.modules import quantized_weight
+from hijack.hosts.libraries import count_quantized, read_files
 
 Function = Callable[..., Any]
 
 #: Models with quantized weights that the host has loaded.
 _LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+_PARTS = "diffusers.models.model_loading_utils"
+
 
 def count_live() -> int:
     """How many layers of models that were loaded hold quantized weights."""
-    modules = (module for model in list(_LOADED) for module in model.modules())
-    return sum(quantized_weight(module) is not None for module in modules)
+    return count_quantized(list(_LOADED))
 
 
 # -- folders ---------------------------------------------------------------------------
@@ -38,12 +42,24 @@ def make_load_pretrained_model(original: Function) -> Function:
         call = signature.bind(cls, *args, **kwargs)
         given = call.arguments
         quantizer = given.get("hf_quantizer")
-        if quantizer is not None and not isinstance(quantizer, Quantizer):
+        if not isinstance(quantizer, Quantizer | None) or given.get("dduf_entries"):
             return original(cls, *args, **kwargs)  # another's files
-        weights = _read_folder(given, quantizer)
+        weights = read_files(
+            given["resolved_model_file"] or [],
+            given["state_dict"],
+            sys.modules[_PARTS].load_state_dict,
+            None if quantizer is None else quantizer.quantization_config,
+        )
         if weights is None:
             return original(cls, *args, **kwargs)
+        if given.get("tp_shard_specs") is not None:
+            raise CheckpointError(
+                f"{given['pretrained_model_name_or_path']}: got quantized layers to "
+                "load in slices, expected dense ones; load the model whole, then call "
+                "torch's parallelize_module"
+            )
         given["model"]._fix_state_dict_keys_on_load(weights)
+        weights = cropped(weights, given["model"])
         given |= {"state_dict": weights, "loaded_keys": list(weights)}
         if given.get("device_map"):
             # what goes to the disk is read from the file, and accelerate writes it
@@ -55,48 +71,23 @@ def make_load_pretrained_model(original: Function) -> Function:
     return _load_pretrained_model
 
 
-def _read_folder(
-    given: Mapping[str, Any], quantizer: Quantizer | None
-) -> dict[str, Tensor] | None:
-    """The weights of a folder's files; None if none is quantized."""
-    files = given["resolved_model_file"] or []
-    assume = () if quantizer is None else quantizer.quantization_config.assume
-    if files and all(str(file).endswith(".safetensors") for file in files):
-        paths = [os.fspath(file) for file in files]
-        return read_quantized(paths, assume=assume)
-    state_dict = given["state_dict"]
-    if state_dict is None:
-        state_dict = _unpickle(files)
-    metadata = {} if quantizer is None else quantizer.quantization_config.metadata
-    return read_quantized(_Marked(state_dict, metadata), assume=assume)
-
-
-def _unpickle(files: list[Any]) -> dict[str, Tensor]:
-    from diffusers.models.model_loading_utils import load_state_dict
-
-    return {key: t for file in files for key, t in load_state_dict(file).items()}
-
-
-class _Marked(dict[str, Tensor]):
-    """A state dict that says which layers are quantized, as that of a module does."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]):
-        super().__init__(tensors)
-        marked = marked_layers(metadata)
-        self._metadata = {name: {"hijack": entry} for name, entry in marked.items()}
-
-
 # -- single files ----------------------------------------------------------------------
+
+#: How a file is read that a model is loaded from; None leaves it to the host.
+_ASSUME: contextvars.ContextVar[Sequence[str] | None] = contextvars.ContextVar(
+    "hijack_assume", default=()
+)
 
 
 def make_load_state_dict(original: Function) -> Function:
     """Read a file before its tensors are renamed and split."""
 
     def load_state_dict(checkpoint_file: Any, *args: Any, **kwargs: Any) -> Any:
-        weights = None
-        if isinstance(checkpoint_file, str | os.PathLike):
+        weights, assume = None, _ASSUME.get()
+        if assume is not None and isinstance(checkpoint_file, str | os.PathLike):
             path = os.fspath(checkpoint_file)
-            weights = read_quantized(path) if path.endswith(".safetensors") else None
+            if path.endswith(".safetensors"):
+                weights = read_quantized(path, assume=assume)
         if weights is None:
             return original(checkpoint_file, *args, **kwargs)
         return weights
@@ -105,21 +96,44 @@ def make_load_state_dict(original: Function) -> Function:
 
 
 def make_from_single_file(original: Function) -> Function:
-    """Read a state dict that a user gives."""
+    """Read a state dict that a user gives, and files as a config says."""
+    name = "pretrained_model_link_or_path_or_dict"
 
     def from_single_file(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        name = "pretrained_model_link_or_path_or_dict"
+        config = kwargs.get("quantization_config")
+        ours = config is None or isinstance(config, HijackConfig)
+        assume = getattr(config, "assume", ()) if ours else None
         source = args[0] if args else kwargs.get(name)
-        if not isinstance(source, dict) or _any_travels(source):
+        if isinstance(source, dict):
+            source = _readable(source, assume)
+            args, kwargs = args[1:], {**kwargs, name: source}
+        token = _ASSUME.set(assume)
+        try:
             return original(cls, *args, **kwargs)
-        tensors = {k: t for k, t in source.items() if isinstance(t, Tensor)}
-        weights = read_quantized(tensors) if tensors else None
-        if weights is None:
-            return original(cls, *args, **kwargs)
-        kwargs[name] = weights
-        return original(cls, *args[1:], **kwargs)
+        finally:
+            _ASSUME.reset(token)
 
     return from_single_file
+
+
+def _readable(source: dict[str, Any], assume: Sequence[str] | None) -> dict[str, Any]:
+    """A state dict as the host wants it; that of a file was read before.
+
+    Raises:
+        CheckpointError: if it was, and another than hijack is to read it.
+    """
+    if _any_travels(source):
+        if assume is None:
+            raise CheckpointError(
+                "from_single_file: got a file with layers that hijack has read, and a "
+                "quantization_config that is not hijack's, expected one of them; leave "
+                "the config out, or set HIJACK_DISABLE=diffusers"
+            )
+        return source
+    if assume is None or not all(isinstance(t, Tensor) for t in source.values()):
+        return source
+    weights = read_quantized(source, assume=assume)
+    return source if weights is None else weights
 
 
 # -- arriving --------------------------------------------------------------------------
@@ -146,12 +160,15 @@ def make_copying(original: Function) -> Function:
     """The same where the host copies tensors into a model that has some."""
 
     def _load_state_dict_into_model(
-        model_to_load: nn.Module, state_dict: Mapping[str, Tensor], *args: Any
+        model_to_load: nn.Module,
+        state_dict: Mapping[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if not _any_travels(state_dict):
-            return original(model_to_load, state_dict, *args)
+            return original(model_to_load, state_dict, *args, **kwargs)
         state_dict = cropped(state_dict, model_to_load)
-        errors = original(model_to_load, state_dict, *args)
+        errors = original(model_to_load, state_dict, *args, **kwargs)
         if not errors:
             _replace(model_to_load, state_dict)
             _arrive(model_to_load)

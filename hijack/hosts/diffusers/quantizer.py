@@ -10,10 +10,7 @@ from torch import Tensor, nn
 from hijack.errors import CheckpointError
 from hijack.hosts.checkpoint import TravellingWeight
 from hijack.hosts.config import HijackConfig
-from hijack.registry import current_registry
-from hijack.safetensors_io.header import Header
-from hijack.scheme import Scheme
-from hijack.selection import choose
+from hijack.hosts.libraries import check_config, choose_layers
 from hijack.wrap import unwrap, wrap_layer
 
 
@@ -39,14 +36,7 @@ class Quantizer:
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse a scheme or options that nobody knows, before anything is read."""
-        scheme = self._scheme
-        if scheme is not None:
-            scheme.check_options(self.quantization_config.options)
-
-    @property
-    def _scheme(self) -> Scheme | None:
-        name = self.quantization_config.scheme
-        return None if name is None else current_registry().get(name)
+        check_config(self.quantization_config)
 
     def preprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
         """Choose the layers to quantize, in a model without weights.
@@ -58,18 +48,7 @@ class Quantizer:
     def _process_model_before_weight_loading(
         self, model: nn.Module, **kwargs: Any
     ) -> None:
-        config, scheme = self.quantization_config, self._scheme
-        if scheme is None:
-            return
-        choice = choose(
-            Header.from_state_dict(model.state_dict()),
-            scheme.targets,
-            config.include,
-            config.exclude,
-            config.rules,
-            lambda shape, own: scheme.declines(shape, **{**config.options, **own}),
-        )
-        self.layers = choice.layers
+        self.layers = choose_layers(model, self.quantization_config)
 
     def _process_model_after_weight_loading(
         self, model: nn.Module, **kwargs: Any
@@ -114,8 +93,7 @@ class Quantizer:
         module, config = model.get_submodule(layer), self.quantization_config
         dense = param_value.to(target_device)
         module.weight = nn.Parameter(dense)
-        options = {**config.options, **self.layers[layer]}
-        wrap_layer(module, layer, config.scheme or "", **options)
+        wrap_layer(module, layer, config.scheme or "", **self.layers[layer])
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], **kwargs: Any

@@ -7,18 +7,15 @@ know: without hijack nobody takes the quantized data for weights.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from hijack.errors import CheckpointError
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.diffusers.quantizer import Quantizer, create_class
+from hijack.hosts.libraries import with_own_memory
 from hijack.modules import quantized_weight
-from hijack.quantized import QuantizedTensor
-from hijack.safetensors_io.header import CONFIG_KEY
+from hijack.safetensors_io.header import CONFIG_KEY, FRAMEWORK
 from hijack.saving import contents
 
 Function = Callable[..., Any]
@@ -42,9 +39,10 @@ def make_save_pretrained(original: Function) -> Function:
                 return original(self, *args, **kwargs)
         _check(self, quantized)
         tensors, metadata = contents(self)
-        own = HijackConfig(metadata=metadata)
+        said = {k: v for k, v in metadata.items() if k not in FRAMEWORK}
+        own = HijackConfig(metadata=said)
         attributes = {
-            "state_dict": lambda: _apart(tensors),
+            "state_dict": lambda: with_own_memory(tensors),
             "hf_quantizer": create_class()(own),
         }
         with _instead(self, {**config, CONFIG_KEY: own}, **attributes):
@@ -86,42 +84,3 @@ def _instead(model: Any, config: dict[str, Any], **attributes: Any) -> Iterator[
         for key in changes:
             del vars(model)[key]
         vars(model).update(before)
-
-
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as such that share memory only if they are the same.
-
-    Those of a file are parts of it, and the host takes parts of one memory for tied,
-    which it does not split into shards.
-    """
-    known: dict[tuple[int, int], Tensor] = {}
-    result = {}
-    for key, tensor in tensors.items():
-        place = tensor.data_ptr(), tensor.nbytes
-        if place not in known:
-            known[place] = _own_storage(tensor)
-        result[key] = known[place]
-    return result
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The same memory, as all that a storage has."""
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    if whole or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return tensor
-    data = tensor.reshape(-1).view(torch.uint8).numpy()
-    return torch.from_numpy(data).view(tensor.dtype).reshape(tensor.shape)
-
-
-def make_get_memory_footprint(original: Function) -> Function:
-    """Count quantized weights as large as their data are."""
-
-    def get_memory_footprint(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        size = original(self, *args, **kwargs)
-        for weight in self.parameters():
-            if isinstance(weight, QuantizedTensor):
-                size -= weight.numel() * weight.element_size()
-                size += sum(part.nbytes for part in weight.plain_tensors().values())
-        return size
-
-    return get_memory_footprint
