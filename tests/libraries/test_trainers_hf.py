@@ -38,6 +38,8 @@ def trained(model, folder, **options):
     torch.manual_seed(1)
     config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
+    if "gradient_checkpointing" in options:  # what checkpoints need that are reentrant
+        adapted.enable_input_require_grads()
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -60,7 +62,10 @@ def trained(model, folder, **options):
     "options",
     [
         {},
-        {"gradient_checkpointing": True},
+        {
+            "gradient_checkpointing": True,
+            "gradient_checkpointing_kwargs": {"use_reentrant": True},
+        },
         {
             "gradient_checkpointing": True,
             "gradient_checkpointing_kwargs": {"use_reentrant": False},
