@@ -31,6 +31,7 @@ from hijack.modules import Change, Wrapped, apply_all, prepare, quantized_weight
 from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizedTensor
 from hijack.registry import Registry, current_registry, strict
+from hijack.resharding import is_distributed, like
 from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import open_tensors, read_header
 from hijack.safetensors_io.reader import prefetch as read_ahead
@@ -211,6 +212,7 @@ class _Plan:
         self._leave_on_meta()
         self.changes: dict[str, Change] = {}
         self.places: dict[str, tuple[torch.device, torch.dtype | None]] = {}
+        self.distributed: dict[str, Tensor] = {}
         self.missing: tuple[str, ...] = ()
         self.unexpected: tuple[str, ...] = ()
         self.on_meta: tuple[str, ...] = ()
@@ -340,6 +342,8 @@ class _Plan:
         for key in given & set(current):
             dtype = _check_dense(key, self.header, current[key], self.modules)
             self.places[key] = self._device(key) or current[key].device, dtype
+            if is_distributed(current[key]):
+                self.distributed[key] = current[key]
         self._check_unknown_scales()
 
     def _check_unsaved(self, strict: bool) -> None:
@@ -395,8 +399,9 @@ class _Plan:
         )
         apply_all(placed, keep=strict())
         dense = {
-            self.names.name(key): _place(
-                self.tensors[key], *self.places.get(key, (None, None))
+            self.names.name(key): like(
+                _place(self.tensors[key], *self.places.get(key, (None, None))),
+                self.distributed.get(key),
             )
             for key in self.dense
         }

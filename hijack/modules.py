@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import hijack.offloading  # noqa: F401 - weights that move to meta remember themselves
 from hijack.claim import Claim
+from hijack.collectives import distributed_data, load_shard
 from hijack.dtypes import DENSE_DTYPES, autocast_dtype
 from hijack.errors import (
     CheckpointError,
@@ -42,9 +43,10 @@ from hijack.quantized import (
 )
 from hijack.recompute import is_wanted, recomputing
 from hijack.registry import current_registry
+from hijack.resharding import replace_weight
 from hijack.safetensors_io.header import Header
 from hijack.scheme import Scheme
-from hijack.sharding import QuantizedShard, distributed_data, load_shard, shard_of
+from hijack.sharding import QuantizedShard, shard_of
 from hijack.stored import StoredWeight, plain, recalled, refuse_raw
 
 if TYPE_CHECKING:
@@ -196,12 +198,28 @@ class Change:
     kind: type[nn.Module]
     registry: Registry | None
 
-    def apply(self) -> None:
-        """Make the module quantized; nothing here is expected to fail."""
+    def apply(self) -> Callable[[], None]:
+        """Make the module quantized; nothing here is expected to fail.
+
+        Returns:
+            What makes the module again what it was.
+        """
         module = self.module
-        module._parameters["weight"] = self.weight  # type: ignore[assignment]
+        kind, origin = type(module), module.__dict__.get("_hijack")
+        parameter: Any = self.weight
+        old_weight = replace_weight(module, parameter)
         module.__dict__["_hijack"] = self.origin
         module.__class__ = self.kind
+
+        def undo() -> None:
+            old_weight()
+            module.__class__ = kind
+            if origin is None:
+                module.__dict__.pop("_hijack", None)
+            else:
+                module.__dict__["_hijack"] = origin
+
+        return undo
 
     def notify(self) -> None:
         """Tell plugins of the module.
@@ -224,32 +242,16 @@ def apply_all(changes: Iterable[Change], *, keep: bool = True) -> None:
     undo: list[Callable[[], None]] = []
     try:
         for change in changes:
-            if keep:
-                undo.append(_undoing(change.module))
-            change.apply()
+            restore = change.apply()
             done.append(change)
+            if keep:
+                undo.append(restore)
         for change in done:
             change.notify()
     except BaseException:
         for restore_one in reversed(undo):
             restore_one()
         raise
-
-
-def _undoing(module: nn.Module) -> Callable[[], None]:
-    """What makes a module again what it is now."""
-    weight, kind = module._parameters["weight"], type(module)
-    origin = module.__dict__.get("_hijack")
-
-    def undo() -> None:
-        module._parameters["weight"] = weight
-        module.__class__ = kind
-        if origin is None:
-            module.__dict__.pop("_hijack", None)
-        else:
-            module.__dict__["_hijack"] = origin
-
-    return undo
 
 
 def prepare(

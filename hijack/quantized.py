@@ -588,7 +588,10 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     if not isinstance(source, QuantizedTensor):
         staged = original(source)
         if staged is None:
-            target.write(source, "copy_ of a dense tensor")
+            # processes are sent the weight that they have: that changes nothing
+            same = source.dtype == target.dtype and source.shape == target.shape
+            if not same or not torch.equal(target.value(device=source.device), source):
+                target.write(source, "copy_ of a dense tensor")
             return target
         source = staged
     mine, theirs = target.plain_tensors(), source.plain_tensors()
@@ -598,6 +601,13 @@ def _copy_(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor
     for name, tensor in mine.items():
         tensor.copy_(theirs[name], non_blocking=non_blocking)
     return target
+
+
+def _view(weight: QuantizedTensor, size: Any) -> Tensor:
+    """The weight itself where it is seen in its own shape, as ``view_as`` sees it."""
+    if tuple(size) == tuple(weight.shape):
+        return weight.replace()
+    return as_part(weight.value().view(tuple(size)))
 
 
 def _are_alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:
@@ -627,6 +637,7 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.alias.default: _same,
     aten.contiguous.default: _same,
     aten.lift_fresh.default: _same,
+    aten.view.default: _view,
     aten.clone.default: _clone,
     aten._to_copy.default: to_copy,
     aten._pin_memory.default: _pin_memory,

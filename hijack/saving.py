@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
+import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from hijack.errors import CheckpointError, HijackError
@@ -12,9 +15,11 @@ from hijack.formats import matching
 from hijack.formats.dialect import Dialect, EncodedLayer
 from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizedTensor
+from hijack.resharding import is_distributed, whole
 from hijack.safetensors_io.header import FRAMEWORK, TensorInfo, join, merge_metadata
 from hijack.safetensors_io.writer import write_checkpoint
 from hijack.scheme import Scheme
+from hijack.sharding import shard_of
 
 
 def save(
@@ -26,6 +31,9 @@ def save(
 ) -> None:
     """Write a model with its quantized layers to a safetensors file.
 
+    A model that is sharded over processes is gathered, one weight after another, by all
+    of them; the first one writes it. `torch.distributed.checkpoint` gathers nothing.
+
     Args:
         model: any module; its quantized layers are written as quantized data.
         path: the file; written whole or not at all.
@@ -35,29 +43,58 @@ def save(
 
     Raises:
         CheckpointError: if the file exists and must not be replaced, if the dialect is
-            unknown to a scheme or cannot spell a layer, or if a weight is sharded over
-            processes.
+            unknown to a scheme or cannot spell a layer.
         ModuleError: if weights are offloaded by hooks.
     """
     refuse_offloaded(model, "save")
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "device_mesh"):
-            raise CheckpointError(
-                f"{name}: got a parameter that is sharded over processes, expected a "
-                "whole one; save a state dict with torch.distributed.checkpoint"
-            )
-    weights = {
-        name: weight
-        for name, module in model.named_modules()
-        if isinstance(weight := module._parameters.get("weight"), QuantizedTensor)
-    }
+    sharded = any(map(is_distributed, model.parameters()))
+    writes = not sharded or torch.distributed.get_rank() == 0
+    error = None
+    try:
+        tensors, metadata = contents(model, dialect, keep=writes)
+        if writes:
+            write_checkpoint(path, tensors, metadata, overwrite=overwrite)
+    except Exception as raised:
+        if not writes or not sharded:
+            raise
+        error = raised
+    if sharded:  # the others hear of it, and wait until the file is there
+        told = [None if error is None else str(error)]
+        torch.distributed.broadcast_object_list(told, 0)
+        if error is not None:
+            raise error
+        if told[0] is not None:
+            raise CheckpointError(told[0])
+
+
+def contents(
+    model: nn.Module, dialect: str | None = None, *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a model's file.
+
+    Args:
+        model: sharded weights are gathered one after another, by all processes.
+        dialect: as for `save`.
+        keep: whether to keep what is gathered; nothing is returned otherwise.
+    """
+    weights: dict[str, QuantizedTensor] = {}
     tensors = {key: t.detach() for key, t in model.state_dict().items()}
-    for name, weight in weights.items():
+    for name, module in model.named_modules():
+        parameter = module._parameters.get("weight")
+        if not isinstance(parameter, QuantizedTensor) and shard_of(parameter) is None:
+            continue
+        weight: Any = whole(parameter)
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
+        if keep:
+            weights[name] = weight
+    for key, tensor in tensors.items():
+        gathered = whole(tensor)
+        tensors[key] = gathered if keep else gathered.to("meta")
+    if not keep:
+        return {}, {}
     spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
-    metadata = FRAMEWORK | metadata
-    write_checkpoint(path, tensors | spelled, metadata, overwrite=overwrite)
+    return tensors | spelled, FRAMEWORK | metadata
 
 
 def spell(

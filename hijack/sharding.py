@@ -13,16 +13,25 @@ weight of it again. A shard of tensor parallelism decodes by itself if its schem
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hijack.errors import CheckpointError, ReadOnlyError, SchemeError
-from hijack.quantized import FACTORIES, OPERATIONS, QuantizedTensor, new_tensor
+from hijack.errors import HijackError, ReadOnlyError, SchemeError
+from hijack.quantized import (
+    FACTORIES,
+    OPERATIONS,
+    QuantizationConfig,
+    QuantizedTensor,
+    new_tensor,
+)
 
 aten = torch.ops.aten
 
@@ -77,6 +86,10 @@ class QuantizedShard(Tensor):
         }
         return QuantizedShard(**{**fields, **changes})
 
+    def whole(self) -> Tensor:
+        """The weight, if this was gathered and is all of it; else the shard."""
+        return self
+
     def map(self, function: Callable[[Tensor], Tensor]) -> QuantizedShard:
         """Apply a function that moves or copies to every tensor inside."""
         params = {name: function(t) for name, t in self.weight.params.items()}
@@ -89,12 +102,7 @@ class QuantizedShard(Tensor):
         Raises:
             SchemeError: if it cannot be decoded without the other parts.
         """
-        params = None
-        if self.part is not None and self.qdata.shape == self.shape:
-            whole = self.weight
-            params = whole.scheme.params_of_part(
-                whole.params, tuple(whole.shape), self.part
-            )
+        params = None if self.part is None else params_of_part(self.weight, self.part)
         if params is None:
             raise SchemeError(
                 f"{self!r}: cannot be decoded without the other parts; got a part of a "
@@ -131,10 +139,17 @@ class QuantizedShard(Tensor):
         data = self.qdata
         if data.element_size() == 1:
             data = data.view(torch.uint8)
-        missing = -(-size[0] // mesh.size()) - len(data)
+        rows = -(-size[0] // mesh.size())
+        missing = rows * _each(self.weight) - len(data)
         if missing:
             data = torch.cat([data, data.new_zeros((missing, *data.shape[1:]))])
-        return (data,), (size, stride)
+        sent = data.numel()
+        if size[0] % mesh.size() and data.shape != (rows, *size[1:]):
+            # of uneven rows FSDP gathers what is of the dense shape, or nothing
+            filled = data.new_zeros(rows * math.prod(size[1:]))
+            filled[:sent] = data.reshape(-1)
+            data = filled.view(rows, *size[1:])
+        return (data,), (size, sent, mesh.size())
 
     def fsdp_post_all_gather(
         self,
@@ -145,14 +160,23 @@ class QuantizedShard(Tensor):
         out: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
         """The weight of what was gathered; it shares the memory of it."""
-        if out is not None:  # which has been gathered into
-            return None
-        (data,), (size, _) = outputs, metadata
-        qdata = data.view(self.weight.qdata.dtype)[: size[0]]
+        (data,), (size, sent, processes) = outputs, metadata
+        count, rest = size[0] * _each(self.weight), self.qdata.shape[1:]
+        parts = data.view(processes, -1)
+        filled = parts.shape[1] != sent
+        if out is not None:
+            if filled:
+                held: Any = out
+                gathered = parts[:, :sent].reshape(-1, *rest)[:count]
+                held.qdata.view(gathered.dtype).copy_(gathered)
+            return None  # else it has been gathered into
+        data = parts[:, :sent].reshape(-1, *rest)[:count]
+        qdata = data.view(self.weight.qdata.dtype)
+        inner = (data,) if filled else ()
         weight = self.weight.replace(dtype=param_dtype)
         if self.gathered is not None:
-            return QuantizedShard(qdata, weight, size, self.gathered), ()
-        return weight.replace(qdata=qdata), ()
+            return QuantizedShard(qdata, weight, size, self.gathered), inner
+        return weight.replace(qdata=qdata), inner
 
     # -- operations --------------------------------------------------------------------
 
@@ -161,7 +185,7 @@ class QuantizedShard(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        special = _OPERATIONS.get(func)
+        special = SHARD_OPERATIONS.get(func)
         if special is not None:
             return special(*args, **kwargs)
         if func.overloadpacket in FACTORIES:
@@ -169,8 +193,7 @@ class QuantizedShard(Tensor):
         if func._schema.is_mutable or func.namespace == "c10d":
             raise ReadOnlyError(
                 f"{func}: cannot write to a part of a quantized weight; got a write, "
-                "expected one to a dense weight; call hijack.unwrap before sharding, "
-                "or pass src_data_rank=None so that no process sends its weight"
+                "expected one to a dense weight; call hijack.unwrap before sharding"
             )
         args, kwargs = tree_map_only(
             QuantizedShard, lambda shard: shard.quantized().value(), (args, kwargs)
@@ -178,64 +201,127 @@ class QuantizedShard(Tensor):
         return func(*args, **kwargs)
 
 
-# -- state dicts -----------------------------------------------------------------------
+# -- cutting ---------------------------------------------------------------------------
+
+
+def params_of_part(weight: QuantizedTensor, part: Part) -> dict[str, Tensor] | None:
+    """The parameters that decode a part of a weight by itself.
+
+    Where the scheme does not say, each is cut as the weight is, or the same for every
+    part. Which of them, their shapes do not tell, so it is tried, on a random weight.
+
+    Args:
+        weight: the whole weight; its data may be on meta.
+        part: first and last element in each dimension.
+
+    Returns:
+        Parameters of the part; None if parts cannot be decoded alone.
+    """
+    shape = tuple(weight.shape)
+    params = weight.scheme.params_of_part(weight.params, shape, part)
+    if params is not None:
+        return params
+    kinds = tuple((name, t.shape, t.dtype) for name, t in weight.params.items())
+    bounds = tuple((span.start, span.stop) for span in part)
+    kept = _kept_whole(weight.config, shape, bounds, kinds)
+    return None if kept is None else _cut_params(weight.params, shape, part, kept)
+
+
+@functools.lru_cache(maxsize=4096)
+def _kept_whole(
+    config: QuantizationConfig,
+    shape: tuple[int, ...],
+    bounds: tuple[tuple[int, int], ...],
+    kinds: tuple[Any, ...],
+) -> frozenset[str] | None:
+    """The parameters that are the same for a part as for the whole.
+
+    Returns:
+        Their names; None if a part does not decode, whatever is done with them.
+    """
+    part = tuple(slice(*each) for each in bounds)
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(shape, generator=generator, device="cpu")
+    try:
+        with torch.no_grad():
+            qdata, params = config.scheme.quantize(dense, **dict(config.options))
+    except HijackError:
+        return None
+    cut = _cut(qdata, shape, part)
+    if cut is None or kinds != tuple((n, t.shape, t.dtype) for n, t in params.items()):
+        return None
+    expected = QuantizedTensor(qdata, params, config, shape).dense()[part]
+    names = [name for name, tensor in params.items() if tensor.dim()]
+    for count in range(len(names) + 1):
+        for kept in map(frozenset, itertools.combinations(names, count)):
+            if _decodes(config, cut, _cut_params(params, shape, part, kept), expected):
+                return kept
+    return None
+
+
+def _decodes(
+    config: QuantizationConfig,
+    qdata: Tensor,
+    params: dict[str, Tensor] | None,
+    expected: Tensor,
+) -> bool:
+    if params is None:
+        return False
+    try:
+        weight = QuantizedTensor(qdata, params, config, tuple(expected.shape))
+        return torch.equal(weight.dense(), expected)
+    except Exception:  # a scheme that cannot decode it says so in its own way
+        return False
+
+
+def _cut_params(
+    params: Mapping[str, Tensor],
+    shape: tuple[int, ...],
+    part: Part,
+    kept: frozenset[str],
+) -> dict[str, Tensor] | None:
+    cut = {n: t if n in kept else _cut(t, shape, part) for n, t in params.items()}
+    return None if None in cut.values() else cut  # type: ignore[return-value]
+
+
+def _cut(tensor: Tensor, shape: Sequence[int], part: Part) -> Tensor | None:
+    """The entries of a tensor for a part of the weight; None if no border is there."""
+    for dim, span in enumerate(part):
+        length = span.stop - span.start
+        if length == shape[dim]:
+            continue
+        narrowed = _narrowed(tensor, shape, dim, span.start, length)
+        if narrowed is None:
+            return None
+        tensor = narrowed
+    return tensor.contiguous()
+
+
+def _narrowed(
+    tensor: Tensor, shape: Sequence[int], dim: int, start: int, length: int
+) -> Tensor | None:
+    """The entries for a range of a weight's dimension, of which each may have several.
+
+    Several elements of the weight may share an entry too. A tensor that is the same for
+    the whole dimension stays as it is.
+    """
+    if dim >= tensor.dim() or tensor.shape[dim] == 1 != shape[dim]:
+        return tensor
+    entries, elements = tensor.shape[dim], shape[dim]
+    if not elements or (start * entries) % elements or (length * entries) % elements:
+        return None if length else tensor.narrow(dim, 0, 0)
+    return tensor.narrow(dim, start * entries // elements, length * entries // elements)
+
+
+def _each(weight: QuantizedTensor) -> int:
+    """How many entries of the quantized data a row of the weight has."""
+    return len(weight.qdata) // len(weight)
 
 
 def shard_of(weight: Any) -> QuantizedShard | None:
     """The shard that a distributed parameter holds here, or None."""
     local = getattr(weight, "_local_tensor", None)
     return local if isinstance(local, QuantizedShard) else None
-
-
-def distributed_data(weight: Any) -> Tensor:
-    """The quantized data of a sharded weight, distributed as the weight is.
-
-    Args:
-        weight: a DTensor of shards.
-    """
-    from torch.distributed.tensor import DTensor
-
-    shard: Any = shard_of(weight)
-    whole = shard.weight.qdata
-    data: Tensor = DTensor.from_local(
-        shard.qdata,
-        weight.device_mesh,
-        weight.placements,
-        run_check=False,
-        shape=whole.shape,
-        stride=whole.stride(),
-    )
-    return data
-
-
-def load_shard(shard: QuantizedShard, tensors: dict[str, Tensor], where: str) -> None:
-    """Write the tensors of a distributed state dict into a shard.
-
-    Args:
-        shard: of this process.
-        tensors: name to tensor; ``weight`` is distributed, the others are whole.
-        where: the layer, for messages.
-
-    Raises:
-        CheckpointError: if they are of another kind.
-    """
-    data = getattr(tensors["weight"], "_local_tensor", None)
-    fits = data is not None and (data.shape, data.dtype) == (
-        shard.qdata.shape,
-        shard.qdata.dtype,
-    )
-    if not fits or not tensors.keys() >= shard.weight.params.keys():
-        raise CheckpointError(
-            f"{where}: got tensors that do not fit a sharded quantized weight, "
-            f"expected a DTensor of {shard.qdata.dtype} under weight and whole "
-            f"{', '.join(shard.weight.params)}; load before sharding, or take "
-            "a state dict of the sharded model"
-        )
-    with torch.no_grad():
-        shard.qdata.copy_(data)  # type: ignore[arg-type]
-        for name, param in shard.weight.params.items():
-            given = tensors[name]
-            param.copy_(getattr(given, "_local_tensor", given))
 
 
 # -- details ---------------------------------------------------------------------------
@@ -262,34 +348,24 @@ def _split(weight: Any, size: int, dim: int = 0) -> Any:
                 f"{weight!r}: got a weight with additions, expected one without; "
                 "remove them before sharding"
             )
-        part: Part | None = tuple(slice(0, length) for length in weight.shape)
-        params = weight.params
-        shape = weight.shape
-        whole = weight.replace(qdata=weight.qdata.to("meta"), params=params)
-    else:
-        part, shape, whole = weight.part, weight.shape, weight.weight
-    qdata = weight.qdata
-    dim = dim % len(shape)
-    even = shape[dim] % size == 0
-    if (
-        qdata.shape[: dim + 1] != shape[: dim + 1] if dim == 0 else qdata.shape != shape
-    ) or (qdata.shape != shape and not even):
-        raise SchemeError(
-            f"{weight!r}: cannot be cut along dimension {dim}; got quantized data of "
-            f"shape {tuple(qdata.shape)}, expected one of the dense weight's; leave "
-            "the layer dense"
-        )
+        part = tuple(slice(0, length) for length in weight.shape)
+        whole = weight.replace(qdata=weight.qdata.to("meta"))
+        weight = QuantizedShard(weight.qdata, whole, weight.shape, part)
+    shape, dim = weight.shape, dim % weight.dim()
     shards = []
     for start in range(0, shape[dim], size):
         length = min(size, shape[dim] - start)
-        shards.append(
-            QuantizedShard(
-                qdata.narrow(dim, start, length),
-                whole,
-                (*shape[:dim], length, *shape[dim + 1 :]),
-                _within(part, dim, start, length),
+        qdata = _narrowed(weight.qdata, shape, dim, start, length)
+        if qdata is None:
+            raise SchemeError(
+                f"{weight!r}: cannot be cut along dimension {dim} at {start} and "
+                f"{start + length}; got quantized data of shape "
+                f"{tuple(weight.qdata.shape)}, expected a border there; leave the "
+                "layer dense"
             )
-        )
+        size_here = (*shape[:dim], length, *shape[dim + 1 :])
+        here = _within(weight.part, dim, start, length)
+        shards.append(weight.replace(qdata=qdata, shape=size_here, part=here))
     return shards
 
 
@@ -305,7 +381,8 @@ def _new_zeros(weight: Any, size: Sequence[int], **kwargs: Any) -> Tensor:
     fsdp = _asked_by_torch().startswith("torch.distributed.fsdp")
     if not fsdp or tuple(size[1:]) != tuple(weight.shape[1:]):
         return new_tensor(aten.new_zeros.default, weight, size, **kwargs)  # type: ignore[no-any-return]
-    qdata = weight.qdata.new_zeros((size[0], *weight.qdata.shape[1:]))
+    each = len(weight.qdata) // max(len(weight), 1)
+    qdata = weight.qdata.new_zeros((size[0] * each, *weight.qdata.shape[1:]))
     if isinstance(weight, QuantizedTensor):
         whole = weight.replace(qdata=weight.qdata.to("meta"))
         return QuantizedShard(qdata, whole, size)
@@ -322,14 +399,12 @@ def _slice(
 ) -> Tensor:
     first, last, _ = slice(start, end).indices(shard.shape[dim])
     length = max(last - first, 0)
-    if step != 1 or shard.qdata.shape[dim] != shard.shape[dim]:
+    qdata = _narrowed(shard.qdata, shard.shape, dim, first, length)
+    if step != 1 or qdata is None:
         return aten.slice.Tensor(shard.quantized().value(), dim, start, end, step)  # type: ignore[no-any-return]
     shape = (*shard.shape[:dim], length, *shard.shape[dim + 1 :])
-    return shard.replace(
-        qdata=shard.qdata.narrow(dim, first, length),
-        shape=shape,
-        part=_within(shard.part, dim, first, length),
-    )
+    part = _within(shard.part, dim, first, length)
+    return shard.replace(qdata=qdata, shape=shape, part=part).whole()
 
 
 def _view(shard: QuantizedShard, size: Sequence[int]) -> Tensor:
@@ -382,7 +457,8 @@ def _same(shard: QuantizedShard, *_: Any, **__: Any) -> QuantizedShard:
     return shard.replace()
 
 
-_OPERATIONS: dict[Any, Callable[..., Any]] = {
+#: What shards do else than compute; collectives are added to it.
+SHARD_OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.detach.default: _same,
     aten.alias.default: _same,
     aten.clone.default: lambda shard, **_: shard.map(

@@ -15,6 +15,7 @@ the tensor under ``weight`` moves, copies, compares and saves as the plain data,
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -68,7 +69,7 @@ class StoredWeight(Tensor):
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain(self).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+        return reduced(plain(self), protocol)
 
 
 # processes hand tensors to each other by their type
@@ -76,6 +77,60 @@ ForkingPickler.register(
     StoredWeight,
     lambda stored: reduce_tensor(plain(stored)),  # type: ignore[no-untyped-call]
 )
+
+
+class SavedCodes(Tensor):
+    """Quantized data out of a distributed checkpoint.
+
+    torch.distributed.checkpoint copies what it reads into the tensors of any state
+    dict, in whatever dtype these are. These copy themselves into quantized data alone.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        for tensor in written(func, args, kwargs):
+            if not _may_write(func, tensor, args):
+                raise _refusal(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **kwargs)
+        return tree_map_only(Tensor, _still_codes(args[0]), result)
+
+
+def _still_codes(codes: Tensor) -> Any:
+    """Marks parts of quantized data, and what is computed with them."""
+
+    def mark(tensor: Tensor) -> Tensor:
+        if type(tensor) is Tensor and tensor.dtype == codes.dtype:
+            return saved_codes(tensor)
+        return as_raw(tensor)
+
+    return mark
+
+
+def reduced(codes: Tensor, protocol: Any) -> Any:
+    """How quantized data of a state dict are pickled: as what they are, plain data.
+
+    In a distributed checkpoint they say so when they are read.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        name = str(frame.f_globals.get("__name__", ""))
+        if name.startswith("torch.distributed.checkpoint"):
+            return saved_codes, (codes,)
+        frame = frame.f_back
+    return codes.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
+
+
+def saved_codes(codes: Tensor) -> Tensor:
+    """What a distributed checkpoint is read as."""
+    return codes.as_subclass(SavedCodes)
+
+
+# which reads nothing else than what is declared to be safe
+torch.serialization.add_safe_globals([saved_codes])
 
 
 class RawNumbers(Tensor):
@@ -154,7 +209,7 @@ def refuse_raw(tensors: Mapping[str, Any]) -> None:
 
 def plain(tensor: Tensor) -> Tensor:
     """A tensor of a state dict, if it is quantized data as nothing but data."""
-    if not isinstance(tensor, StoredWeight | RawNumbers):
+    if not isinstance(tensor, StoredWeight | SavedCodes | RawNumbers):
         return tensor
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(Tensor)

@@ -31,6 +31,7 @@ from hijack.modules import (
 from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
 from hijack.registry import Registry, current_registry
+from hijack.resharding import is_gathered, whole
 from hijack.safetensors_io.header import join
 from hijack.scheme import Scheme
 from hijack.selection import Patterns, Selection
@@ -90,17 +91,37 @@ def wrap_module(
         NonFiniteError: if the weight holds inf or NaN.
         HijackError: whatever else the scheme refuses. The module is then unchanged.
     """
+    return wrap_layer(module, "", scheme, registry=registry, **options)
+
+
+def wrap_layer(
+    module: M,
+    layer: str,
+    scheme: str | Scheme,
+    *,
+    registry: Registry | None = None,
+    **options: Any,
+) -> M:
+    """`wrap_module`, of a module with a name.
+
+    Args:
+        module: as for `wrap_module`.
+        layer: its name in its model, for plugins and messages; "" is the root.
+        scheme: as for `wrap_module`, as are the others.
+        registry: whose schemes and plugins are asked; None for the one in force.
+        **options: passed to ``scheme.quantize``.
+    """
     registry = current_registry(registry)
-    where = type(module).__name__
+    where, prefix = layer or type(module).__name__, f"{layer}." if layer else ""
     asked = registry.get(scheme)
     asked.check_options(options)
     refuse_offloaded(module, "wrap_module")
-    chosen = _select(registry, module, "", asked)
+    chosen = _select(registry, module, prefix, asked)
     options = _options_for(chosen, asked, options)
     reason = _why_not(module, chosen, options)
     if reason is not None:
         raise ModuleError(f"{where}: cannot be wrapped with {chosen.name}; {reason}")
-    weight = _quantized(registry, module, chosen, options, "", where)
+    weight = _quantized(registry, module, chosen, options, prefix, where)
     apply_all([prepare(module, weight, registry)])
     return module
 
@@ -548,7 +569,7 @@ def _quantized(
     device: torch.device | None = None,
 ) -> QuantizedTensor:
     """A module's weight, quantized, or zeroed on a device if it is on meta."""
-    weight = _weight(module)
+    weight = whole(_weight(module))
     answer = registry.create_params(module, scheme, prefix)
     if answer is None and weight.is_meta and device is not None:
         scheme.check_options(options)
@@ -583,6 +604,10 @@ def _why_not(
     weight = module._parameters.get("weight")
     if weight is None:
         return "it has no parameter named weight"
+    if is_gathered(module):
+        return (
+            "FSDP has gathered its weight; call reshard() on the sharded module first"
+        )
     return _declined(scheme, tuple(weight.shape), options)
 
 

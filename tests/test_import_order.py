@@ -28,6 +28,8 @@ ROOMS = (
     "stored",
     "offloading",
     "sharding",
+    "collectives",
+    "resharding",
     "safetensors_io",
     "formats",
     "naming",

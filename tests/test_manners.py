@@ -4,6 +4,7 @@ import concurrent.futures
 import copy
 import gc
 import io
+import warnings
 import weakref
 
 import pytest
@@ -183,6 +184,22 @@ def test_the_weight_of_a_state_dict_behaves_as_plain_data(layer):
     with torch.no_grad():
         weight.copy_(torch.zeros_like(qdata))
     assert not layer.weight.value().any()
+
+
+def test_a_distributed_checkpoint_of_one_process(layer, dense, tmp_path):
+    """It is read by a quantized module, and refused by a dense one."""
+    import torch.distributed.checkpoint as dcp
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no process group is there, it says
+        dcp.save(layer.state_dict(), checkpoint_id=tmp_path)
+        other = hijack.wrap_module(nn.Linear(128, 32), "blockwise_fp8")
+        state = dict(other.state_dict())
+        dcp.load(state, checkpoint_id=tmp_path)
+        with pytest.raises(dcp.CheckpointException, match="expected a dense weight"):
+            dcp.load(nn.Linear(128, 32).state_dict(), checkpoint_id=tmp_path)
+    other.load_state_dict(state)
+    assert torch.equal(other.weight.dense(), dense.weight)
 
 
 def test_data_do_not_become_the_weight_of_a_dense_module(layer):

@@ -20,6 +20,7 @@ from hijack.checkpoint.notes import (
     replaced_notes,
     unstored_notes,
 )
+from hijack.checkpoint.processes import run_in_processes
 from hijack.checkpoint.quantize_plan import QuantizePlan
 from hijack.checkpoint.quantize_run import RunOptions, count_workers, run
 from hijack.errors import CheckpointError
@@ -111,6 +112,7 @@ def quantize_file(
     ignore_unmatched: bool = False,
     device: str | torch.device = "cpu",
     workers: int | None = None,
+    processes: int = 1,
     max_shard_size: int | str | None = None,
     write_config: bool = False,
     dry_run: bool = False,
@@ -151,8 +153,11 @@ def quantize_file(
         ignore_unmatched: whether LoRAs of layers that the checkpoint lacks are left
             out; by default they are refused.
         device: where to compute, such as ``"cuda"``.
-        workers: number of threads; None is one for each core. ``scheme.quantize`` is
-            called from several at once, and the result is the same.
+        workers: number of threads of each process; None is one for each core.
+            ``scheme.quantize`` is called from several at once, and the result is the
+            same.
+        processes: to share the work, which pays with more cores than eight. A script
+            that asks for several calls this under ``if __name__ == "__main__":``.
         max_shard_size: bytes, or text such as ``"5GB"``: write shards of at most this
             size, and ``dst`` with ``.index.json`` as their index.
         write_config: write ``config.json`` beside ``dst``, with the
@@ -192,7 +197,9 @@ def quantize_file(
     choice = choose(header, chosen.targets, include, exclude, rules, declines)
     merged = Loras.open(wanted, header, ignore_unmatched)
     plan = _plan(chosen, dialect, choice, options, merged)
-    run_options = RunOptions(_device(device), count_workers(workers), progress)
+    run_options = RunOptions(
+        _device(device), count_workers(workers, processes), progress
+    )
     config = None
     if write_config:
         replace = overwrite or dry_run
@@ -201,7 +208,7 @@ def quantize_file(
         )
     report = _report(plan, output, size, _notes(plan, write_config), not dry_run)
     if not dry_run:
-        _write(plan, Path(dst), size, run_options, lora_files, overwrite)
+        _write(plan, Path(dst), size, run_options, lora_files, overwrite, processes)
         if config is not None:
             write_config_beside(Path(dst), header.config, config)
     return report
@@ -231,12 +238,16 @@ def _write(
     run_options: RunOptions,
     loras: Sequence[Path],
     overwrite: bool,
+    processes: int,
 ) -> None:
     snapshot = SourceSnapshot(plan.header, loras)
     with open_writer(
         dst, plan.tensors, plan.metadata, None, size, overwrite=overwrite
     ) as writer:
-        run(plan, writer, run_options)
+        if processes == 1:
+            run(plan, writer, run_options)
+        else:
+            run_in_processes(plan, writer, run_options, processes)
         snapshot.check_unchanged()
 
 

@@ -36,19 +36,57 @@ class RunOptions:
         device: where to compute.
         workers: number of threads.
         progress: called after each layer, from the thread that calls `run`.
+        memory: bytes of tensors that may be in memory at once.
     """
 
     device: torch.device
     workers: int = 1
     progress: Progress | None = None
+    memory: int = dataclasses.field(default_factory=lambda: MEMORY)
+
+
+class LayerProgress:
+    """Tells of each layer of a plan, once all its parts are written."""
+
+    def __init__(self, plan: QuantizePlan, progress: Progress | None) -> None:
+        self._progress = progress
+        self._parts = collections.Counter(step.layer for step in plan.steps)
+        self._done, self._total = 0, len(plan.options)
+
+    def finished(self, step: Step) -> None:
+        """Count a step that was executed."""
+        if step.layer is None:
+            return
+        self._parts[step.layer] -= 1
+        if self._parts[step.layer]:
+            return
+        self._done += 1
+        if self._progress is not None:
+            self._progress(self._done, self._total, step.layer)
 
 
 def run(plan: QuantizePlan, writer: CheckpointWriter, options: RunOptions) -> None:
     """Write every tensor of a plan."""
+    write_format_tensors(plan, writer)
+    progress = LayerProgress(plan, options.progress)
+    with contextlib.closing(run_steps(plan, plan.steps, writer, options)) as finished:
+        for step in finished:
+            progress.finished(step)
+
+
+def write_format_tensors(plan: QuantizePlan, writer: CheckpointWriter) -> None:
+    """Write the tensors that say something of the whole file."""
     for key, tensor in plan.format_metadata.tensors.items():
         writer.write(key, tensor)
-    done, total = 0, len(plan.options)
-    parts = collections.Counter(step.layer for step in plan.steps)
+
+
+def run_steps(
+    plan: QuantizePlan,
+    steps: Iterable[Step],
+    writer: CheckpointWriter,
+    options: RunOptions,
+) -> Generator[Step]:
+    """Execute some steps of a plan, and yield each when it is done."""
     local = threading.local()
 
     def do(step: Step) -> None:
@@ -64,16 +102,7 @@ def run(plan: QuantizePlan, writer: CheckpointWriter, options: RunOptions) -> No
         if step.cost > _LARGE:
             _trim_memory()
 
-    with contextlib.closing(_each(plan.steps, do, options.workers)) as finished:
-        for step in finished:
-            if step.layer is None:
-                continue
-            parts[step.layer] -= 1
-            if parts[step.layer]:
-                continue
-            done += 1
-            if options.progress is not None:
-                options.progress(done, total, step.layer)
+    yield from _each(steps, do, options)
 
 
 def _memory_for(plan: QuantizePlan, step: Step, local: threading.local) -> Tensor:
@@ -104,17 +133,21 @@ def _trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def count_workers(workers: int | None) -> int:
-    """The number of threads to use; None is one for each core.
+def count_workers(workers: int | None, processes: int = 1) -> int:
+    """The number of threads to use in each process; None is one for each core.
 
     Raises:
-        CheckpointError: if it is not a positive number.
+        CheckpointError: if one of them is not a positive number.
     """
+    if type(processes) is not int or processes < 1:
+        raise CheckpointError(
+            f"processes: got {processes!r}, expected a positive number of processes"
+        )
     if workers is None:
         cores = os.cpu_count() or 1
         if hasattr(os, "sched_getaffinity"):
             cores = len(os.sched_getaffinity(0))
-        return min(cores, MAX_WORKERS)
+        return min(max(cores // processes, 1), MAX_WORKERS)
     if type(workers) is not int or workers < 1:
         raise CheckpointError(
             f"workers: got {workers!r}, expected a positive number of threads, or None "
@@ -124,18 +157,18 @@ def count_workers(workers: int | None) -> int:
 
 
 def _each(
-    steps: Iterable[Step], do: Callable[[Step], None], workers: int
+    steps: Iterable[Step], do: Callable[[Step], None], options: RunOptions
 ) -> Generator[Step]:
     """Do every step, and yield each when it is done.
 
     A step starts when a thread is free and there is enough memory for its cost.
     """
-    with _pool(workers) as pool:
+    with _pool(options.workers) as pool:
         running: dict[Future[None], Step] = {}
         for step in steps:
             while running and (
-                len(running) >= workers
-                or step.cost + sum(s.cost for s in running.values()) > MEMORY
+                len(running) >= options.workers
+                or step.cost + sum(s.cost for s in running.values()) > options.memory
             ):
                 yield from _finished(running)
             running[pool.submit(do, step)] = step

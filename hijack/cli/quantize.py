@@ -57,6 +57,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--workers", type=int, metavar="N", help="threads, default one for each core"
     )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="that share the work, with more cores than eight; default 1",
+    )
     add_shard_size(parser)
     add_force(parser)
     add_json(parser)
@@ -144,6 +151,7 @@ def run(args: argparse.Namespace) -> int:
             ignore_unmatched=args.ignore_unmatched,
             device=args.device,
             workers=args.workers,
+            processes=args.processes,
             max_shard_size=args.max_shard_size,
             write_config=args.write_config,
             dry_run=args.dry_run,

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hijack.claim import Claim
+from hijack.decoded import DecodedView
 from hijack.formats import matching
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.hosts.rows import Joiner, Run
@@ -93,7 +95,9 @@ class TravellingWeight(QuantizedTensor):
             result = moved(*args, **(kwargs or {}))
             if result is not None:
                 return result
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        # a part that was decoded is a tensor of the host's, which may write to it
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        return tree_map_only(DecodedView, _plain, result)
 
 
 def read_weights(
@@ -119,8 +123,47 @@ def read_weights(
     Raises:
         HijackError: where `hijack.load` would refuse the file.
     """
+    return _weights(*open_source(source), assume, dtype, current_registry(registry))
+
+
+def read_quantized(
+    source: Source,
+    *,
+    assume: Sequence[str] = (),
+    dtype: torch.dtype = torch.float32,
+    registry: Registry | None = None,
+) -> dict[str, Tensor] | None:
+    """`read_weights`, or None where nothing is quantized: the host reads that itself.
+
+    Of a file with nothing but dense tensors, only the header is read.
+    """
     registry = current_registry(registry)
     header, tensors = open_source(source)
+    if not assume and _is_dense(header):
+        return None
+    weights = _weights(header, tensors, assume, dtype, registry)
+    quantized = any(isinstance(w, TravellingWeight) for w in weights.values())
+    return weights if quantized else None
+
+
+def _is_dense(header: Header) -> bool:
+    """Whether no tensor is, and nothing says of any, that it is quantized."""
+    return set(header.metadata) <= {"format"} and all(
+        info.dtype in _PLAIN for info in header.tensors.values()
+    )
+
+
+#: Dtypes that no tensor of a quantized layer is in alone.
+_PLAIN = frozenset({"F64", "F32", "F16", "BF16", "I64", "BOOL"})
+
+
+def _weights(
+    header: Header,
+    tensors: Mapping[str, Tensor],
+    assume: Sequence[str],
+    dtype: torch.dtype,
+    registry: Registry,
+) -> dict[str, Tensor]:
     identified = identify(header, registry, assume=assume)
     identified.check()
     claims = identified.claims()
@@ -139,8 +182,35 @@ def read_weights(
     return result
 
 
+def _plain(part: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunctionSubclass():
+        return part.as_subclass(Tensor)
+
+
 def _readable(tensor: Tensor, dtype: str) -> Tensor:
     return tensor.to(torch.bfloat16) if dtype in PLAIN_CASTS else tensor
+
+
+def cropped(weights: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Weights in the shapes of a model's, where a file pads them and says so.
+
+    Args:
+        weights: of `read_weights`, under the model's names.
+        model: dense, or on the meta device.
+    """
+    result = dict(weights)
+    for key, parameter in model.named_parameters():
+        weight, shape = weights.get(key), tuple(parameter.shape)
+        if not isinstance(weight, TravellingWeight) or tuple(weight.shape) == shape:
+            continue
+        found = weight.found
+        if found is None or found.claim.cropped(shape).shape != shape:
+            continue  # the host says that it does not fit
+        again = matching.read_weight(
+            weight.scheme, found.claim, found.tensors, shape, weight.dtype
+        )
+        result[key] = TravellingWeight.of(again, found)
+    return result
 
 
 def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ same weight; else the rows are decoded, which is right too, and larger.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -33,12 +34,15 @@ class Run(NamedTuple):
         return (self.start, self.stop) == (0, length(self.tensor))
 
     def rows(self, tensor: Tensor) -> Tensor:
-        """The part for these rows, of a tensor with a row for every one or several.
+        """The part for these rows, of a tensor with rows for each, or one for several.
 
         Raises:
             ValueError: if it has no such part.
         """
         total, count = length(self.tensor), length(tensor)
+        if tensor.ndim and total and count and not count % total:
+            several = count // total
+            return tensor[self.start * several : self.stop * several]
         each = total // count if count else 0
         if not tensor.ndim or not each or total % count:
             raise ValueError("has other rows")
@@ -51,8 +55,8 @@ class Joiner:
     """Makes tensors of rows of others."""
 
     def __init__(self) -> None:
-        #: Whether data like this can be joined; its values do not matter.
-        self._joinable: dict[Any, bool] = {}
+        #: How data like this can be joined, or None; its values do not matter.
+        self._ways: dict[Any, _Way | None] = {}
 
     def join(self, runs: list[Run], name: str = "a tensor") -> Tensor:
         """The tensor that has these rows, one after another.
@@ -88,12 +92,17 @@ class Joiner:
         known = tuple(
             (kind, run.start, run.stop) for kind, run in zip(kinds, runs, strict=True)
         )
-        if not self._joinable.get(known, True):
-            return None
-        joined = _join_data(runs)
-        if known not in self._joinable:
-            self._joinable[known] = joined is not None and _is_right(joined, runs)
-        return joined if self._joinable[known] else None
+        if known in self._ways:
+            way = self._ways[known]
+            return None if way is None else _join_data(runs, way)
+        for way in (_if_possible, _row_each):
+            joined = _join_data(runs, way)
+            if joined is not None and _is_right(joined, runs):
+                self._ways[known] = way
+                return joined
+        if all(run.tensor is runs[0].tensor for run in runs):
+            self._ways[known] = None  # of others, other values may be alike
+        return None
 
 
 def length(tensor: Tensor) -> int:
@@ -110,7 +119,23 @@ def dense(runs: list[Run]) -> Tensor:
 # -- details ---------------------------------------------------------------------------
 
 
-def _join_data(runs: list[Run]) -> QuantizedTensor | None:
+#: Whether a tensor of a scheme is cut with a weight's rows; else all rows share it.
+_Way = Callable[[Run, Tensor], bool]
+
+
+def _if_possible(run: Run, tensor: Tensor) -> bool:
+    try:
+        run.rows(tensor)
+    except ValueError:
+        return False
+    return True
+
+
+def _row_each(run: Run, tensor: Tensor) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == length(run.tensor)
+
+
+def _join_data(runs: list[Run], way: _Way) -> QuantizedTensor | None:
     first: Any = runs[0].tensor
     parts: list[Any] = [run.tensor for run in runs]
     count = sum(run.stop - run.start for run in runs)
@@ -119,10 +144,17 @@ def _join_data(runs: list[Run]) -> QuantizedTensor | None:
         rows = [r.rows(t) for r, t in zip(runs, tensors, strict=True)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
+    def join(tensors: list[Tensor]) -> Tensor:
+        if all(way(run, t) for run, t in zip(runs, tensors, strict=True)):
+            return cat(tensors)
+        if all(_same_bytes(tensor, tensors[0]) for tensor in tensors[1:]):
+            return tensors[0]
+        raise ValueError("differs between the parts")
+
     try:
         qdata = cat([part.qdata for part in parts])
         params = {
-            name: cat([part.params[name] for part in parts]) for name in first.params
+            name: join([part.params[name] for part in parts]) for name in first.params
         }
         dialect = matching.encoding_dialect(
             first.scheme, first.config.dialect, qdata, params, first.options
@@ -132,6 +164,16 @@ def _join_data(runs: list[Run]) -> QuantizedTensor | None:
         return QuantizedTensor(qdata, params, config, shape, first.dtype)
     except (HijackError, ValueError, RuntimeError):
         return None
+
+
+def _same_bytes(tensor: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a scheme hold the same."""
+    if (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
+        return False
+    mine, theirs = (
+        t.contiguous().reshape(-1).view(torch.uint8) for t in (tensor, other)
+    )
+    return torch.equal(mine, theirs)
 
 
 def _is_right(joined: QuantizedTensor, runs: list[Run]) -> bool:

@@ -51,6 +51,8 @@ _BITS: Mapping[str, int] = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8}
 _MAX_BYTES = 2**63 - 1
 #: Key of the quantization config, in ``config.json`` and in header metadata.
 CONFIG_KEY = "quantization_config"
+#: What a ``quantization_config`` of hijack's own calls its method.
+QUANT_METHOD = "hijack"
 #: Bytes of the largest tensor that may be a marker.
 MAX_MARKER = 1 << 16
 
@@ -297,6 +299,25 @@ def merge_metadata(
             layers = {**layers_in(metadata[name]), **layers_in(more[name])}
             merged[name] = json.dumps({**table, **more_table, "layers": layers})
     return merged
+
+
+def configured_metadata(config: Mapping[str, object] | None) -> dict[str, str]:
+    """Metadata in a ``config.json``, where a library wrote the files beside it.
+
+    Libraries write what they please into the headers of files.
+
+    Args:
+        config: the ``config.json``; a ``quantization_config`` of hijack's counts.
+    """
+    quantization = (config or {}).get(CONFIG_KEY)
+    if not isinstance(quantization, dict):
+        return {}
+    metadata = quantization.get("metadata")
+    if quantization.get("quant_method") != QUANT_METHOD or not isinstance(
+        metadata, dict
+    ):
+        return {}
+    return {key: text for key, text in metadata.items() if isinstance(text, str)}
 
 
 def metadata_clash(metadata: Mapping[str, str], more: Mapping[str, str]) -> str | None:

@@ -31,6 +31,7 @@ from hijack.safetensors_io.header import (
     TensorInfo,
     bits_of,
     bytes_of,
+    configured_metadata,
     gc_paused,
     merge_metadata,
 )
@@ -90,6 +91,7 @@ def read_header(source: Paths) -> Header:
             "no shard holds; the shards are of another checkpoint, or incomplete"
         )
     config = read_configs(paths[0].parent)
+    metadata = merge_metadata(configured_metadata(config), metadata)
     name = _name(source, paths)
     reader = _MappedTensors(tensors, files).read_bytes
     return Header(tensors, metadata, config, name, reader, files)

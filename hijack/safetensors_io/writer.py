@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import errno
 import os
 import shutil
@@ -26,38 +27,58 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _NO_RESERVE = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)
 
 
-class CheckpointWriter:
-    """Writes the tensors of a plan, in any order and from any thread.
+@dataclasses.dataclass(frozen=True)
+class WriterFiles:
+    """The files that a writer writes, before they have their names.
 
-    Args:
+    Attributes:
         path: the destination, for messages.
         plan: key to dtype and shape of every tensor.
         layouts: of the files.
         folder: the temporary folder of the files.
     """
 
-    def __init__(
-        self, path: Path, plan: Plan, layouts: Sequence[FileLayout], folder: Path
-    ) -> None:
-        self._path, self._plan = path, plan
-        self._size = _size(layouts)
+    path: Path
+    plan: Plan
+    layouts: Sequence[FileLayout]
+    folder: Path
+
+
+class CheckpointWriter:
+    """Writes the tensors of a plan, in any order and from any thread.
+
+    Args:
+        files: to write.
+        create: whether to make them; they are there where another process has.
+
+    Attributes:
+        files: that it writes.
+    """
+
+    def __init__(self, files: WriterFiles, *, create: bool = True) -> None:
+        self.files = files
+        self._path, self._plan = files.path, files.plan
+        self._size = _size(files.layouts)
         self._offsets = {
             key: (number, *offsets)
-            for number, layout in enumerate(layouts)
+            for number, layout in enumerate(files.layouts)
             for key, offsets in layout.offsets.items()
         }
         self._missing = {
             key: end - begin for key, (_, begin, end) in self._offsets.items()
         }
         self._lock = threading.Lock()
-        self._files: list[int] = []
+        self._open: list[int] = []
         try:
             with self._writing():
-                for number, layout in enumerate(layouts):
-                    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0)
-                    part = folder / part_name(number)
-                    self._files.append(os.open(part, flags, 0o666))
-                    _reserve(self._files[-1], layout.size)
+                for number, layout in enumerate(files.layouts):
+                    flags = os.O_RDWR | getattr(os, "O_BINARY", 0)
+                    flags |= os.O_CREAT if create else 0
+                    part = files.folder / part_name(number)
+                    self._open.append(os.open(part, flags, 0o666))
+                    if not create:
+                        continue
+                    _reserve(self._open[-1], layout.size)
                     self._put(number, layout.header, 0)
         except BaseException:
             self.close()  # an open file uses space even after it is deleted
@@ -102,7 +123,7 @@ class CheckpointWriter:
                 f"{key}: got {offset - begin} bytes, expected {end - begin}; did the "
                 "source change while it was read?"
             )
-        self._missing.pop(key, None)
+        self.note(key, end - begin)
 
     def write_part(self, key: str, tensor: Tensor, offset: int) -> None:
         """Write a part of one planned tensor; all parts together are written once.
@@ -125,10 +146,14 @@ class CheckpointWriter:
             )
         with self._writing():
             self._put(number, data, begin + offset)
+        self.note(key, len(data))
+
+    def note(self, key: str, size: int) -> None:
+        """Count bytes of a tensor that were written, here or by another process."""
         with self._lock:
-            self._missing[key] -= len(data)
-            if self._missing[key] == 0:
-                del self._missing[key]
+            left = self._missing.pop(key, 0) - size
+            if left > 0:
+                self._missing[key] = left
 
     def finish(self) -> None:
         """Wait until everything is on disk.
@@ -142,18 +167,18 @@ class CheckpointWriter:
                 f"{len(self._missing)} tensors"
             )
         with self._writing():
-            for file in self._files:
+            for file in self._open:
                 os.fsync(file)
 
     def close(self) -> None:
         """Close the files."""
-        while self._files:
-            os.close(self._files.pop())
+        while self._open:
+            os.close(self._open.pop())
 
     # -- details -----------------------------------------------------------------------
 
     def _put(self, number: int, data: bytes | memoryview, offset: int) -> None:
-        view, file = memoryview(data), self._files[number]
+        view, file = memoryview(data), self._open[number]
         while view:
             if hasattr(os, "pwrite"):
                 count = os.pwrite(file, view, offset)
@@ -211,7 +236,7 @@ def open_writer(
             folder = stack.enter_context(temp_dir(output.target, output.clean))
         # another process may have written the file while this one waited for it
         refuse_replacing(output.replaced(), overwrite=overwrite)
-        writer = CheckpointWriter(path, plan, layouts, folder)
+        writer = CheckpointWriter(WriterFiles(path, plan, layouts, folder))
         stack.callback(writer.close)
         yield writer
         writer.finish()
