@@ -97,10 +97,13 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _is_alike(module: nn.Module, fresh: nn.Module) -> bool:
-    """Whether two modules have the same attributes, but for hooks and tensors."""
+    """Whether a module still has what its constructor has set, but for tensors.
+
+    Others may have set more on it since.
+    """
     mine, theirs = _plain_attributes(module), _plain_attributes(fresh)
     try:
-        return bool(mine == theirs)
+        return all(key in mine and bool(mine[key] == theirs[key]) for key in theirs)
     except (RuntimeError, ValueError):  # arrays do not compare so
         return False
 
