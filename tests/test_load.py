@@ -647,6 +647,30 @@ def test_tables_that_can_be_computed_are(tmp_path):
     assert report.on_meta == ()
 
 
+class Configured(nn.Module):
+    """Tells a part of it what the part does not keep, and keeps it in a config."""
+
+    def __init__(self, width, theta=10000.0):
+        super().__init__()
+        self.config = {"width": width, "theta": theta}
+        self.proj = nn.Linear(width, 32)
+        self.rope = Forgetful(theta)
+
+
+def test_tables_are_computed_by_what_knows_the_arguments(tmp_path):
+    """A module that the table's module is in, by its config."""
+    path = quantized_file(tmp_path / "q.safetensors")
+    with torch.device("meta"):
+        model = Configured(128, 5e5)
+    hijack.load(model, path)
+    assert torch.equal(model.rope.table, Forgetful(5e5).table)
+    with torch.device("meta"):
+        changed = Configured(128, 5e5)
+        changed.rope.register_buffer("table", torch.arange(9), persistent=False)
+    with pytest.raises(CheckpointError, match=r"rope.table"):
+        hijack.load(changed, path)
+
+
 @pytest.mark.parametrize("table", [Forgetful, lambda: Halving(8)])
 def test_tables_that_cannot_be_computed_are_named(table, tmp_path):
     """Refused if strict, else in the report; a guess would be a wrong number."""
