@@ -70,12 +70,15 @@ def save(
 def contents(
     model: nn.Module, dialect: str | None = None, *, keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a model's file.
+    """The tensors and the metadata of a file that holds a model.
 
     Args:
         model: sharded weights are gathered one after another, by all processes.
         dialect: as for `save`.
         keep: whether to keep what is gathered; nothing is returned otherwise.
+
+    Raises:
+        CheckpointError: as `save` does.
     """
     weights: dict[str, QuantizedTensor] = {}
     tensors = {key: t.detach() for key, t in model.state_dict().items()}
@@ -88,13 +91,24 @@ def contents(
             del tensors[join(name, key)]
         if keep:
             weights[name] = weight
+    _refuse_stacks(tensors)
     for key, tensor in tensors.items():
         gathered = whole(tensor)
         tensors[key] = gathered if keep else gathered.to("meta")
     if not keep:
         return {}, {}
-    spelled, metadata = spell(weights, _dialects(weights, dialect), tensors)
+    spelled, metadata = spell(weights, choose_dialects(weights, dialect), tensors)
     return tensors | spelled, FRAMEWORK | metadata
+
+
+def _refuse_stacks(tensors: Mapping[str, Tensor]) -> None:
+    for key, tensor in tensors.items():
+        if isinstance(tensor, QuantizedTensor):
+            raise CheckpointError(
+                f"{key}: got quantized weights stacked to one tensor, which no file "
+                "stores, expected one tensor a weight; save with the host's own "
+                "save_pretrained, or call hijack.unwrap first"
+            )
 
 
 def spell(
@@ -134,8 +148,8 @@ def spell(
     return {**tensors, **marks.tensors}, said
 
 
-def _dialects(
-    weights: Mapping[str, QuantizedTensor], name: str | None
+def choose_dialects(
+    weights: Mapping[str, QuantizedTensor], name: str | None = None
 ) -> dict[str, Dialect]:
     """The dialect of each layer; one for all that have none of their own."""
     chosen: dict[str, Dialect] = {}

@@ -36,6 +36,7 @@ from hijack.safetensors_io.header import join
 from hijack.scheme import Scheme
 from hijack.selection import Patterns, Selection
 from hijack.sharding import shard_of
+from hijack.stacked import StackedWeight
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -231,6 +232,7 @@ def unwrap(module: M) -> M:
                 "processes, expected a whole one; call hijack.unwrap before sharding"
             )
     for part in list(module.modules()):
+        _decode_stacks(part, dense)
         if not isinstance(part, Wrapped):
             continue
         quantized = part.weight
@@ -240,6 +242,15 @@ def unwrap(module: M) -> M:
             dense[id(quantized)] = nn.Parameter(weight, part._hijack.requires_grad)
         restore(part, dense[id(quantized)])
     return module
+
+
+def _decode_stacks(module: nn.Module, dense: dict[int, nn.Parameter]) -> None:
+    """Make parameters dense that are stacks of quantized weights."""
+    for name, stack in list[Any](module._parameters.items()):
+        if isinstance(stack, StackedWeight):
+            if id(stack) not in dense:
+                dense[id(stack)] = nn.Parameter(stack.value().detach())
+            module._parameters[name] = dense[id(stack)]
 
 
 @contextlib.contextmanager

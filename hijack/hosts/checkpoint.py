@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map_only
 
 from hijack.claim import Claim
 from hijack.decoded import DecodedView
 from hijack.formats import matching
 from hijack.formats.identification import PLAIN_CASTS, identify
+from hijack.formats.stacked_blocks import find_stacks, keys_of, read_stack
 from hijack.hosts.rows import Joiner, Run
 from hijack.loading import Source, marker_keys, open_source
 from hijack.modules import Change, Wrapped, apply_all, prepare
-from hijack.quantized import QuantizedTensor
+from hijack.quantized import FACTORIES, OPERATIONS, QuantizedTensor
 from hijack.registry import Registry, current_registry
 from hijack.safetensors_io.header import Header, join
+from hijack.stacked import StackedWeight
 from hijack.text import logger
 
 log = logger(__name__)
@@ -63,6 +65,7 @@ class TravellingWeight(QuantizedTensor):
     """
 
     found: Found | None = None
+    name = ""  # of its layer, where it was not found in a file
 
     @classmethod
     def of(
@@ -95,6 +98,62 @@ class TravellingWeight(QuantizedTensor):
             result = moved(*args, **(kwargs or {}))
             if result is not None:
                 return result
+        _tell_decoding(func, args)
+        # a part that was decoded is a tensor of the host's, which may write to it
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        return tree_map_only(DecodedView, _plain, result)
+
+
+def _tell_decoding(func: Any, args: Any) -> None:
+    """Say in the log which weights a host's own operation decodes."""
+    packet = func.overloadpacket
+    if func in OPERATIONS or packet in FACTORIES or packet is aten.to:
+        return
+    for weight in tree_flatten(args)[0]:
+        if isinstance(weight, TravellingWeight | TravellingStack):
+            found = getattr(weight, "found", None)
+            name = weight.name if found is None else found.claim.layer
+            log.info(
+                "hijack: %s of shape %s is decoded by %s",
+                name or "a weight",
+                tuple(weight.shape),
+                packet.__name__,
+            )
+
+
+class TravellingStack(StackedWeight):
+    """Weights on their way that the host has stacked, such as those of experts.
+
+    Attributes:
+        name: of the first one's layer.
+    """
+
+    name = ""
+
+    def requires_grad_(self, requires_grad: bool = True) -> QuantizedTensor:
+        """Ignore it: hosts make Parameters with what their dense modules have."""
+        return self
+
+    def replace(self, **changes: Any) -> QuantizedTensor:
+        """The same but for some fields; it travels on."""
+        replaced: Any = super().replace(**changes)
+        replaced.name = self.name
+        return replaced  # type: ignore[no-any-return]
+
+    def travelling(self) -> list[Tensor]:
+        """Each of the weights, travelling on its own."""
+        return [TravellingWeight.of(part) for part in self.parts()]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        moved = _STACKS.get(func)
+        if moved is not None and not _any_transposed(args):
+            result = moved(*args, **(kwargs or {}))
+            if result is not None:
+                return result
+        _tell_decoding(func, args)
         # a part that was decoded is a tensor of the host's, which may write to it
         result = super().__torch_dispatch__(func, types, args, kwargs)
         return tree_map_only(DecodedView, _plain, result)
@@ -117,8 +176,9 @@ def read_weights(
 
     Returns:
         Key to tensor. A quantized layer is a `TravellingWeight` under the layer's
-        ``weight``; plain casts to FP8 are bfloat16, which has all their numbers; all
-        else is as it is in the file, without what only marks quantized layers.
+        ``weight``, experts that the file has stacked are a `TravellingStack`; plain
+        casts to FP8 are bfloat16, which has all their numbers; all else is as it is in
+        the file, without what only marks quantized layers.
 
     Raises:
         HijackError: where `hijack.load` would refuse the file.
@@ -142,7 +202,7 @@ def read_quantized(
     if not assume and _is_dense(header):
         return None
     weights = _weights(header, tensors, assume, dtype, registry)
-    quantized = any(isinstance(w, TravellingWeight) for w in weights.values())
+    quantized = any(isinstance(w, QuantizedTensor) for w in weights.values())
     return weights if quantized else None
 
 
@@ -164,12 +224,21 @@ def _weights(
     dtype: torch.dtype,
     registry: Registry,
 ) -> dict[str, Tensor]:
+    result: dict[str, Tensor] = {}
+    stacks = find_stacks(header, registry)
+    if stacks:
+        for name in stacks:
+            stack = read_stack(name, tensors, registry, dtype)
+            result[name] = travelling(stack, name)
+        taken = {key for name in stacks for key in keys_of(name)}
+        rest = {k: info for k, info in header.tensors.items() if k not in taken}
+        header = dataclasses.replace(header, tensors=rest)
     identified = identify(header, registry, assume=assume)
     identified.check()
     claims = identified.claims()
     used = {key for claim in claims.values() for key in claim.keys.values()}
     used |= marker_keys(header, claims, registry)
-    result = {
+    result |= {
         key: _readable(tensors[key], info.dtype)
         for key, info in header.tensors.items()
         if key not in used
@@ -180,6 +249,29 @@ def _weights(
         found = Found(claim, header, tensors)
         result[join(layer, "weight")] = TravellingWeight.of(weight, found)
     return result
+
+
+def travelling(tensor: Tensor, name: str) -> Tensor:
+    """A tensor that is to be split, renamed and joined, on its way to a file or back.
+
+    Args:
+        tensor: a stack of quantized weights becomes one that travels.
+        name: of the stack.
+    """
+    if not isinstance(tensor, StackedWeight):
+        return tensor
+    fields = (tensor.config, tuple(tensor.shape), tensor.dtype, tensor.additions)
+    stack = TravellingStack(tensor.qdata, tensor.params, *fields)
+    stack.transposed, stack.name = tensor.transposed, name
+    return stack
+
+
+def decoded(tensor: Tensor, name: str) -> Tensor:
+    """A tensor as a dense one; a line of the log names it if it was quantized."""
+    if not isinstance(tensor, QuantizedTensor):
+        return tensor
+    log.info("hijack: %s is decoded", name)
+    return tensor.value()
 
 
 def _plain(part: Tensor) -> Tensor:
@@ -217,7 +309,8 @@ def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]
     """Make modules quantized whose parameters have become quantized weights.
 
     Where a module cannot be (it is no target of the scheme, or the parameter is another
-    than ``weight``), the parameter is decoded, and a line of the log says so.
+    than ``weight``), the parameter is decoded, and a line of the log says so. A stack
+    of weights stays one, in whichever module: it computes by itself.
 
     Args:
         model: a host has put tensors of `read_weights` into it.
@@ -232,18 +325,23 @@ def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]
     """
     registry = current_registry(registry)
     changes: dict[str, Change] = {}
-    decoded: list[tuple[nn.Module, str, nn.Parameter]] = []
+    others: list[tuple[nn.Module, str, Any]] = []  # that are not quantized as modules
     arrived: dict[int, Any] = {}  # what modules share they go on sharing
-    for name, module in model.named_modules():
-        for attribute, parameter in list(module._parameters.items()):
+    for name, module in _quantized_first(model):
+        for attribute, parameter in list[Any](module._parameters.items()):
             if not isinstance(parameter, QuantizedTensor):
+                continue
+            if isinstance(parameter, StackedWeight):
+                stack = parameter.for_module().as_parameter()
+                others.append((module, attribute, stack))
                 continue
             target = attribute == "weight" and isinstance(
                 module, parameter.scheme.targets
             )
-            if target and isinstance(module, Wrapped):
-                continue
             key = id(parameter)
+            if target and isinstance(module, Wrapped):
+                arrived[key] = parameter  # others may have been tied to it
+                continue
             if target:
                 if key not in arrived:
                     weight = _arrived(module, name, parameter, registry)
@@ -251,13 +349,19 @@ def adopt(model: nn.Module, registry: Registry | None = None) -> tuple[str, ...]
                 changes[name] = prepare(module, arrived[key], registry)
                 continue
             if key not in arrived:
-                arrived[key] = nn.Parameter(parameter.value(), requires_grad=False)
-                log.info("hijack: %s is decoded", join(name, attribute))
-            decoded.append((module, attribute, arrived[key]))
+                dense = decoded(parameter, join(name, attribute))
+                arrived[key] = nn.Parameter(dense, requires_grad=False)
+            others.append((module, attribute, arrived[key]))
     apply_all(changes.values())
-    for module, attribute, parameter in decoded:
+    for module, attribute, parameter in others:
         module._parameters[attribute] = parameter
     return tuple(changes)
+
+
+def _quantized_first(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules by name, those that are quantized already before the others."""
+    named = model.named_modules()
+    return sorted(named, key=lambda pair: not isinstance(pair[1], Wrapped))
 
 
 def _arrived(
@@ -337,4 +441,62 @@ _ROWS: dict[Any, Callable[..., Any]] = {
     aten.split.Tensor: _split,
     aten.split_with_sizes.default: _split_with_sizes,
     aten.cat.default: _cat,
+    aten.stack.default: lambda tensors, dim=0: None if dim else _stacked(tensors),
+}
+
+
+# -- stacks ----------------------------------------------------------------------------
+
+
+def _stacked(weights: Sequence[Tensor | None]) -> TravellingStack | None:
+    """A stack of weights; None where one is None, or they cannot be stacked."""
+    whole = [weight for weight in weights if weight is not None]
+    stack: Any = TravellingStack.of(whole) if len(whole) == len(weights) else None
+    if stack is not None:
+        found = getattr(whole[0], "found", None)
+        stack.name = "" if found is None else found.claim.layer
+    return stack  # type: ignore[no-any-return]
+
+
+def _any_transposed(args: Any) -> bool:
+    """Whether any is a stack of transposed weights, whose rows are columns."""
+    return any(getattr(tensor, "transposed", False) for tensor in tree_flatten(args)[0])
+
+
+def _split_stack(stack: Any, size: int, dim: int = 0) -> list[Any] | None:
+    parts = stack.travelling()
+    if dim % stack.dim() == 0:
+        stacks = [_stacked(parts[i : i + size]) for i in range(0, len(parts), size)]
+    elif dim % stack.dim() == 1:
+        pieces = [_split(part, size) for part in parts]
+        if None in pieces:
+            return None
+        stacks = [_stacked(piece) for piece in zip(*pieces, strict=True)]
+    else:
+        return None
+    return None if None in stacks else stacks
+
+
+def _cat_stacks(stacks: Sequence[Any], dim: int = 0) -> TravellingStack | None:
+    if not all(isinstance(stack, TravellingStack) for stack in stacks):
+        return None
+    if dim % stacks[0].dim() != 1 or len({stack.shape[0] for stack in stacks}) > 1:
+        return None
+    rows = zip(*(stack.travelling() for stack in stacks), strict=True)
+    joined = _stacked([_cat(row) for row in rows])
+    if joined is not None:
+        joined.name = stacks[0].name
+    return joined
+
+
+def _squeeze_stack(stack: Any, dim: int) -> Tensor | None:
+    if dim % stack.dim() or stack.shape[0] != 1:
+        return None
+    return stack.travelling()[0]  # type: ignore[no-any-return]
+
+
+_STACKS: dict[Any, Callable[..., Any]] = {
+    aten.split.Tensor: _split_stack,
+    aten.cat.default: _cat_stacks,
+    aten.squeeze.dim: _squeeze_stack,
 }

@@ -1,0 +1,236 @@
+"""Loading: which quantizer is asked, which files are read, and as which tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hijack.dtypes import DENSE_DTYPES
+from hijack.errors import CheckpointError, HijackError
+from hijack.hosts.checkpoint import decoded, read_quantized
+from hijack.hosts.config import HijackConfig
+from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
+from hijack.hosts.transformers.saving import VARIANT
+from hijack.safetensors_io.header import QUANT_METHOD, join
+from hijack.stacked import StackedWeight
+from hijack.text import logger
+
+log = logger(__name__)
+
+Function = Callable[..., Any]
+
+
+# -- which quantizer -------------------------------------------------------------------
+
+
+def make_get_hf_quantizer(original: Function) -> Function:
+    """hijack's quantizer where it is asked for, or the host's own refuses."""
+
+    def get_hf_quantizer(
+        config: Any, quantization_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        asked = _as_hijack(quantization_config)
+        if asked is not None:
+            _forget(config)  # what it says of the files, the files say too
+            return original(config, asked, *args, **kwargs)
+        try:
+            return original(config, quantization_config, *args, **kwargs)
+        except Exception as error:
+            method = _forget(config)
+            if quantization_config is not None or method in (None, QUANT_METHOD):
+                raise
+            log.warning(
+                "hijack: transformers cannot use quant_method %s here; hijack reads "
+                "the file: %s",
+                method,
+                error,
+            )
+            result = original(config, HijackConfig(), *args, **kwargs)
+            result[0].refused = error
+            return result
+
+    return get_hf_quantizer
+
+
+def _as_hijack(given: Any) -> HijackConfig | None:
+    """The config if it is one of hijack's, which may be given as a table."""
+    if isinstance(given, Mapping) and given.get("quant_method") == QUANT_METHOD:
+        return HijackConfig(**given)
+    return given if isinstance(given, HijackConfig) else None
+
+
+def _forget(config: Any) -> str | None:
+    """Take the ``quantization_config`` out of a model's config.
+
+    Returns:
+        The method it names; None if there is no such config.
+    """
+    method = None
+    parts = [getattr(config, name, None) for name in config.sub_configs]
+    for part in (config, *parts):
+        found = getattr(part, "quantization_config", None)
+        if found is not None:
+            del part.quantization_config
+            table = found if isinstance(found, Mapping) else vars(found)
+            name = table.get("quant_method")
+            method = method or str(getattr(name, "value", name))
+    return method
+
+
+# -- which files -----------------------------------------------------------------------
+
+
+def make_get_resolved_checkpoint_files(original: Function) -> Function:
+    """Find the files that `save_pretrained` writes where hijack has patched it."""
+    signature = inspect.signature(original)
+
+    def get_resolved_checkpoint_files(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except OSError as error:
+            call = signature.bind(*args, **kwargs)
+            variant = call.arguments.get("variant")
+            call.arguments["variant"] = f"{VARIANT}.{variant}" if variant else VARIANT
+            try:
+                return original(*call.args, **call.kwargs)
+            except OSError:
+                raise error from None
+
+    return get_resolved_checkpoint_files
+
+
+def make_get_state_dict_dtype(original: Function) -> Function:
+    """The dtype of a checkpoint is that of its dense tensors, not of its codes."""
+
+    def get_state_dict_dtype(state_dict: Mapping[str, Tensor]) -> Any:
+        layers = {
+            key.rpartition(".")[0]
+            for key, tensor in state_dict.items()
+            if tensor.dtype not in DENSE_DTYPES
+        }
+        dense = {
+            key: tensor
+            for key, tensor in state_dict.items()
+            if tensor.dtype in DENSE_DTYPES and key.rpartition(".")[0] not in layers
+        }
+        dtype = original(dense or state_dict)
+        quantized = dtype.is_floating_point and dtype not in DENSE_DTYPES
+        return torch.bfloat16 if quantized else dtype
+
+    return get_state_dict_dtype
+
+
+# -- which tensors ---------------------------------------------------------------------
+
+
+def make_load_pretrained_model(original: Function) -> Function:
+    """Give the host one tensor for each weight, where any is quantized."""
+    signature = inspect.signature(original)
+
+    def load_pretrained_model(*args: Any, **kwargs: Any) -> Any:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = call.arguments
+        new = "load_config" in given  # since transformers 5
+        settings = vars(given["load_config"]) if new else given
+        quantizer = settings["hf_quantizer"]
+        others = quantizer is not None and not isinstance(quantizer, HijackQuantizer)
+        if others and quantizer.pre_quantized:
+            return original(*args, **kwargs)
+        weights = _read(given["state_dict"], given["checkpoint_files"], quantizer)
+        if others:
+            return original(*args, **kwargs)
+        changes, device_map = dict[str, Any](), settings["device_map"]
+        if weights is not None:
+            given["state_dict"], changes["sharded_metadata"] = weights, None
+        if device_map and (weights is not None or quantizer is not None):
+            # what is to be on the disk is written there when it is quantized
+            changes["device_map"] = {
+                name: "cpu" if place == "disk" else place
+                for name, place in device_map.items()
+            }
+        if new:
+            config = dataclasses.replace(given["load_config"], **changes)
+            changes = {"load_config": config}
+        given.update(changes)
+        result = original(*call.args, **call.kwargs)
+        if not new:
+            given["model"].tie_weights()
+            _finish(given["model"], quantizer, device_map)
+        return result
+
+    return load_pretrained_model
+
+
+def make_finalize_model_loading(original: Function) -> Function:
+    """Make a model quantized once its weights are complete and tied."""
+
+    def finalize_model_loading(
+        model: nn.Module, load_config: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        quantizer = load_config.hf_quantizer
+        try:
+            result = original(model, load_config, *args, **kwargs)
+        except RuntimeError as error:  # which says "some issues"
+            reason = getattr(quantizer, "error", None)
+            if not isinstance(reason, HijackError):
+                raise
+            raise reason from error
+        _finish(model, quantizer, load_config.device_map)
+        return result
+
+    return finalize_model_loading
+
+
+def _read(
+    state_dict: Mapping[str, Tensor] | None,
+    files: list[str] | None,
+    quantizer: Any,
+) -> dict[str, Tensor] | None:
+    """The weights as the host wants them; None if nothing in them is quantized.
+
+    Raises:
+        CheckpointError: if they are quantized, and a quantizer is to quantize them.
+    """
+    ours = isinstance(quantizer, HijackQuantizer)
+    assume = quantizer.quantization_config.assume if ours else ()
+    if state_dict is not None:
+        weights = read_quantized(state_dict, assume=assume)
+    elif files and all(str(file).endswith(".safetensors") for file in files):
+        weights = read_quantized(files, assume=assume)
+    else:
+        return None
+    quantizes = quantizer is not None and (not ours or quantizer.scheme is not None)
+    if weights is not None and quantizes:
+        raise CheckpointError(
+            "quantization_config: got one that quantizes a dense checkpoint, and this "
+            "is quantized already, expected none; use HijackConfig() to read it"
+        )
+    return weights
+
+
+def _finish(
+    model: nn.Module, quantizer: Any, device_map: Mapping[str, Any] | None
+) -> None:
+    if quantizer is None and is_quantized(model):
+        quantizer = HijackQuantizer(HijackConfig())
+    if isinstance(quantizer, HijackQuantizer):
+        quantizer.finish(model)
+        for name, module in model.named_modules():
+            for attribute, stack in list[Any](module._parameters.items()):
+                key = join(name, attribute)
+                if isinstance(stack, StackedWeight) and _on_disk(key, device_map):
+                    # accelerate writes no stacks to the disk
+                    dense = nn.Parameter(decoded(stack, key), requires_grad=False)
+                    module._parameters[attribute] = dense
+
+
+def _on_disk(key: str, device_map: Mapping[str, Any] | None) -> bool:
+    """Whether a parameter's place is the disk: that of the longest name it is in."""
+    names = [n for n in device_map or () if not n or f"{key}.".startswith(f"{n}.")]
+    return bool(names) and (device_map or {})[max(names, key=len)] == "disk"
