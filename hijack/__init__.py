@@ -7,7 +7,6 @@ torch too: once that is imported, they are patched, or will be when they are imp
 
 import contextlib as _contextlib
 import importlib as _importlib
-import logging as _logging
 import sys as _sys
 import typing as _typing
 
@@ -47,9 +46,8 @@ def _arm_hosts(torch: object = None) -> None:
         _importlib.import_module("hijack.hosts").arm_all()
     except Exception as error:  # what somebody imports must not fail because of us
         kind = type(error).__name__
-        _logging.getLogger("hijack").warning(
-            "hijack: no host is patched: %s: %s", kind, error
-        )
+        log = _importlib.import_module("hijack.text").logger("hijack")
+        log.warning("hijack: no host is patched: %s: %s", kind, error)
 
 
 # where wrapt is missing, the names that need it say so
