@@ -348,20 +348,21 @@ class _Plan:
 
     def _check_unsaved(self, strict: bool) -> None:
         """Compute what is on meta and in no checkpoint, or name it."""
-        on_meta: dict[int, list[str]] = {}
-        modules: dict[int, nn.Module] = {}
-        for name, module, _ in unsaved_on_meta(self.model):
-            if not self._stays(self.names.key(name)):
-                on_meta.setdefault(id(module), []).append(name)
-                modules[id(module)] = module
-        left: list[str] = []
-        for key, module in modules.items():
-            device = self.devices.of(on_meta[key][0].rpartition(".")[0])
-            tensors = recompute_unsaved(module, device)
-            if tensors is None:
-                left += on_meta[key]
-            else:
-                self.computed.append((module, tensors))
+        on_meta: dict[str, list[str]] = {}
+        for name, tensor in unsaved_on_meta(self.model):
+            if not self._stays(self.names.key(join(name, tensor))):
+                on_meta.setdefault(name, []).append(tensor)
+        computed = recompute_unsaved(self.model, on_meta)
+        for name, tensors in computed.items():
+            device = self.devices.of(name) or torch.device("cpu")
+            there = {key: tensor.to(device) for key, tensor in tensors.items()}
+            self.computed.append((self.model.get_submodule(name), there))
+        left = [
+            join(name, tensor)
+            for name, tensors in on_meta.items()
+            if name not in computed
+            for tensor in tensors
+        ]
         self.on_meta = tuple(left)
         if strict and left:
             raise CheckpointError(

@@ -342,8 +342,7 @@ def recreate(module: nn.Module) -> None:
 
 def _unbound(base: type[nn.Module]) -> nn.Module:
     """An empty module that becomes a wrapped one when its state is set."""
-    kind = _wrapped_class(base, None, ())
-    return kind.__new__(kind)
+    return object.__new__(_wrapped_class(base, None, ()))
 
 
 def _class_for(
@@ -382,6 +381,8 @@ def _wrapped_class(
             "_bound_forward": None if bound is None else staticmethod(bound),
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
+            # PEFT makes parts of adapters by ``type(layer)(...)``, which are dense
+            "__new__": lambda cls, *args, **kwargs: base(*args, **kwargs),
         }
         if hasattr(base, "reset_parameters"):
             namespace["reset_parameters"] = recreate

@@ -175,8 +175,8 @@ def is_wanted(*inputs: Any) -> bool:
         False in compiled code, under transforms, and while something is traced.
     """
     return (
-        not torch.compiler.is_dynamo_compiling()
-        and torch.is_grad_enabled()
+        torch.is_grad_enabled()
+        and not torch.compiler.is_dynamo_compiling()
         and any(getattr(input, "requires_grad", False) for input in inputs)
         and _AUTOGRAD._saved_tensors_hooks_is_enabled()
         and not torch._C._are_functorch_transforms_active()

@@ -538,3 +538,180 @@ def test_a_wrapped_layer_that_was_made_dense_takes_a_dense_weight(assign):
         layer.load_state_dict({"bias": torch.ones(8)}, assign=assign)
     with pytest.raises(RuntimeError, match=r"weight: got shape \(4, 8\)"):
         layer.load_state_dict({**tensors, "weight": torch.ones(4, 8)}, assign=assign)
+
+
+# -- names, devices, and what no checkpoint holds --------------------------------------
+
+
+class Rotary(nn.Module):
+    """Computes a table when it is constructed, as rotary embeddings do."""
+
+    def __init__(self, width, theta=10000.0, device=None):
+        super().__init__()
+        self.width, self.theta = width, theta
+        powers = torch.arange(0, width, 2, device=device) / width
+        self.register_buffer("frequencies", 1 / theta**powers, persistent=False)
+        self.table = torch.outer(torch.arange(8, device=device), 1 / theta**powers)
+
+
+class Forgetful(nn.Module):
+    """Keeps no argument, so that its table cannot be computed again."""
+
+    def __init__(self, theta=10000.0):
+        super().__init__()
+        self.register_buffer("table", torch.arange(4) / theta, persistent=False)
+
+
+class Halving(nn.Module):
+    """Keeps something else under the name of its argument."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.width = width // 2
+        self.register_buffer("table", torch.arange(self.width), persistent=False)
+
+
+def with_tables(*tables):
+    model = nn.Module()
+    model.proj = nn.Linear(128, 32)
+    model.tables = nn.ModuleList(tables)
+    return model
+
+
+def quantized_file(path, prefix="", **options):
+    torch.manual_seed(0)
+    layer = nn.Linear(128, 32)
+    tensors = {f"{prefix}proj.{k}": t for k, t in layer.state_dict().items()}
+    source = path.with_suffix(".dense.safetensors")
+    save_file(tensors, source)
+    hijack.quantize_file(
+        source, path, include=["*proj"], block_size=(1, 128), **options
+    )
+    return path
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "model.diffusion_model.", "diffusion_model.", "transformer.", "a.b."]
+)
+@pytest.mark.parametrize("dialect", ["musubi", "hijack", "torchao"])
+def test_a_model_is_found_under_any_prefix(prefix, dialect, tmp_path):
+    """Whatever the file calls its tensors; the report has the model's names."""
+    path = quantized_file(tmp_path / "q.safetensors", prefix, dialect=dialect)
+    model, plain = with_tables(), with_tables()
+    report = hijack.load(model, path)
+    assert list(report.layers) == ["proj"]
+    assert report.layers["proj"].dialect == dialect
+    assert report.forwards().keys() == {"proj"}
+    hijack.load(plain, quantized_file(tmp_path / "p.safetensors"))
+    assert torch.equal(model.proj.weight + 0, plain.proj.weight + 0)
+    assert torch.equal(model.proj.bias, plain.proj.bias)
+
+
+def test_a_prefix_that_is_one_of_two_is_not_chosen(tmp_path):
+    """A file of two networks does not say which of them is meant."""
+    layer = nn.Linear(128, 32).state_dict()
+    tensors = {f"{p}.proj.{k}": t for p in ("ema", "student") for k, t in layer.items()}
+    with pytest.raises(CheckpointError, match="keys do not match"):
+        hijack.load(with_tables(), tensors)
+    hijack.load(with_tables(), {k: t for k, t in tensors.items() if k[0] == "e"})
+
+
+def test_names_that_are_there_come_before_prefixes(tmp_path):
+    """A model that is in the file as it is, is not looked for elsewhere."""
+    own, other = nn.Linear(128, 32), nn.Linear(128, 32)
+    tensors = {f"proj.{k}": t for k, t in own.state_dict().items()}
+    tensors |= {f"old.proj.{k}": t for k, t in other.state_dict().items()}
+    model = with_tables()
+    report = hijack.load(model, tensors, strict=False)
+    assert torch.equal(model.proj.weight, own.weight)
+    assert len(report.unexpected) == 2
+
+
+def test_compiled_models_load_by_the_names_they_had(tmp_path):
+    """``torch.compile`` puts a word into every name."""
+    path = quantized_file(tmp_path / "q.safetensors")
+    model = torch.compile(with_tables(), backend="eager")
+    assert len(hijack.load(model, path).layers) == 1
+
+
+def test_tables_that_can_be_computed_are(tmp_path):
+    """Buffers and plain tensors of a model on meta, by the module's constructor."""
+    path = quantized_file(tmp_path / "q.safetensors")
+    with torch.device("meta"):
+        model = with_tables(Rotary(16, 5e5))
+    model.tables[0].is_mine = True  # as libraries mark modules
+    report = hijack.load(model, path)
+    wanted = Rotary(16, 5e5)
+    assert torch.equal(model.tables[0].frequencies, wanted.frequencies)
+    assert torch.equal(model.tables[0].table, wanted.table)
+    assert report.on_meta == ()
+
+
+class Configured(nn.Module):
+    """Tells a part of it what the part does not keep, and keeps it in a config."""
+
+    def __init__(self, width, theta=10000.0):
+        super().__init__()
+        self.config = {"width": width, "theta": theta}
+        self.proj = nn.Linear(width, 32)
+        self.rope = Forgetful(theta)
+
+
+def test_tables_are_computed_by_what_knows_the_arguments(tmp_path):
+    """A module that the table's module is in, by its config."""
+    path = quantized_file(tmp_path / "q.safetensors")
+    with torch.device("meta"):
+        model = Configured(128, 5e5)
+    hijack.load(model, path)
+    assert torch.equal(model.rope.table, Forgetful(5e5).table)
+    with torch.device("meta"):
+        changed = Configured(128, 5e5)
+        changed.rope.register_buffer("table", torch.arange(9), persistent=False)
+    with pytest.raises(CheckpointError, match=r"rope.table"):
+        hijack.load(changed, path)
+
+
+@pytest.mark.parametrize("table", [Forgetful, lambda: Halving(8)])
+def test_tables_that_cannot_be_computed_are_named(table, tmp_path):
+    """Refused if strict, else in the report; a guess would be a wrong number."""
+    path = quantized_file(tmp_path / "q.safetensors")
+    with torch.device("meta"):
+        model = with_tables(table(), Rotary(16))
+    with pytest.raises(CheckpointError, match=r"tables.0.table.*on the meta"):
+        hijack.load(model, path)
+    assert model.proj.weight.is_meta
+    report = hijack.load(model, path, strict=False)
+    assert report.on_meta == ("tables.0.table",)
+    assert "1 on meta" in str(report)
+    assert not model.tables[1].frequencies.is_meta
+
+
+def test_a_device_map_says_what_is_loaded_and_where(tmp_path):
+    """By names of modules, the longest that fits; meta stays meta."""
+    path = tmp_path / "q.safetensors"
+    model = nn.Sequential(nn.Linear(128, 32), nn.Linear(32, 8), Rotary(16))
+    hijack.wrap_model(model, "blockwise_fp8", include=["0"])
+    hijack.save(model, path)
+
+    def empty():
+        with torch.device("meta"):
+            return nn.Sequential(nn.Linear(128, 32), nn.Linear(32, 8), Rotary(16))
+
+    for everywhere in ("cpu", torch.device("cpu"), {"": "cpu"}):
+        loaded = empty()
+        hijack.load(loaded, path, device_map=everywhere)
+        assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
+    for left, kept in (("0", "1"), ("1", "0")):
+        loaded = empty()
+        report = hijack.load(loaded, path, device_map={"": "cpu", left: "meta"})
+        assert loaded.get_submodule(left).weight.is_meta
+        assert not loaded.get_submodule(kept).weight.is_meta
+        assert report.missing == report.unexpected == ()
+    hijack.load(loaded, path, device_map={"0.bias": "cpu", "0": "cpu", "1": "cpu"})
+    for wrong, message in (
+        ({"nobody": "cpu"}, "nobody"),
+        ({"": "disk"}, "disk_offload"),
+        ("nowhere", "such as"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            hijack.load(empty(), path, device_map=wrong)

@@ -1,5 +1,6 @@
 """A quantized weight passes for the dense one: it computes as such, or refuses."""
 
+import concurrent.futures
 import copy
 import gc
 import io
@@ -365,3 +366,56 @@ def test_a_weight_on_meta_takes_its_own_data_back(layer):
         type(meta)(torch.randn(32, 128))
     with pytest.raises(DTypeError, match="alone"):
         QuantizedTensor(qdata, requires_grad=False)
+
+
+# -- writes that are asked for ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "scheme", ["blockwise_fp8", "nvfp4", "mxfp4", "nf4", "int8", "w4a8"]
+)
+def test_writes_that_are_asked_for_quantize_the_result(scheme):
+    """As the layer was quantized, in the memory it has, with every way to write."""
+    torch.manual_seed(0)
+    delta = torch.randn(32, 256)
+    writes = (
+        lambda w: w.data.add_(delta),
+        lambda w: w.detach().mul_(2),
+        lambda w: w.copy_(delta),
+        lambda w: setattr(w, "data", delta.clone()),
+        nn.init.ones_,
+        lambda w: torch.add(w.detach(), delta, out=w.detach()),
+    )
+    for write in writes:
+        layer = hijack.wrap_module(nn.Linear(256, 32), scheme)
+        plain = nn.Parameter(layer.weight.value())
+        expected = nn.Linear(256, 32)
+        with torch.no_grad():
+            write(plain)
+            expected.weight.copy_(plain)
+        hijack.wrap_module(expected, scheme, **layer.weight.options)
+        pointer = layer.weight.data_ptr()
+        with hijack.requantizing(), torch.no_grad():
+            write(layer.weight)
+        assert layer.weight.data_ptr() == pointer
+        assert torch.equal(layer.weight.value(), expected.weight.value())
+    with pytest.raises(ReadOnlyError, match="requantizing"):
+        layer.weight.data.add_(delta)
+
+
+def test_what_cannot_be_asked_for_stays_refused(layer):
+    """Parts, other shapes, what is no number, and other threads."""
+    before = data(layer.weight.qdata).clone()
+    with hijack.requantizing():
+        for write in (
+            lambda: layer.weight.data[0].add_(1),
+            lambda: setattr(layer.weight, "data", torch.ones(3)),
+            lambda: layer.weight.data.fill_(float("nan")),
+            lambda: layer.weight.to("meta").data.add_(1),
+        ):
+            with pytest.raises(hijack.HijackError):
+                write()
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            done = pool.submit(layer.weight.data.add_, 1.0)
+            assert isinstance(done.exception(), ReadOnlyError)
+    assert torch.equal(data(layer.weight.qdata), before)

@@ -640,3 +640,17 @@ def test_code_compiled_with_an_earlier_version_of_a_scheme_is_not_used(tmp_path)
             command, env={**os.environ, **folders}, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
+
+
+def test_the_class_of_a_wrapped_module_constructs_dense_ones():
+    """PEFT makes the parts of an adapter by the class of the layer."""
+
+    class Four(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+
+    for module, arguments in ((nn.Conv2d(4, 8, 3), (4, 2, 3)), (Four(), ())):
+        hijack.wrap_module(module, "blockwise_fp8")
+        made = type(module)(*arguments)
+        assert type(made) is type(hijack.unwrap(module))
+        assert type(made.weight) is nn.Parameter

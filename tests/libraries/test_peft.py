@@ -77,7 +77,7 @@ def bits(model):
     """Everything that a model computes with, as bytes."""
     state = model.state_dict()
     return {
-        key: tensor.detach().contiguous().view(torch.uint8).clone()
+        key: tensor.detach().reshape(-1).view(torch.uint8).clone()
         for key, tensor in state.items()
     }
 
@@ -315,6 +315,45 @@ def test_adapters_have_the_compute_dtype(scheme, upcast):
             assert torch.equal(got, wanted)
     x = inputs(torch.bfloat16)
     torch.testing.assert_close(pairs[0](x), pairs[1](x), rtol=0.02, atol=0.02)
+
+
+class Mixed(nn.Module):
+    """An embedding and convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.emb, self.conv1 = nn.Embedding(16, 64), nn.Conv1d(64, 64, 3, padding=1)
+        self.conv2, self.out = nn.Conv2d(4, 8, 3), nn.Linear(64, 8)
+
+    def forward(self, tokens):
+        hidden = self.conv1(self.emb(tokens).transpose(1, 2)).transpose(1, 2)
+        return self.out(hidden).sum() + self.conv2(hidden.reshape(1, 4, -1, 16)).sum()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_layers_of_other_kinds_are_adapted(dora):
+    """Their adapters are made by the class of the layer."""
+    names = ["emb", "conv1", "conv2", "out"]
+    results = []
+    for dense in (False, True):
+        torch.manual_seed(0)
+        model = Mixed()
+        hijack.wrap_model(model, "blockwise_fp8", include=names)
+        before = bits(model)
+        if dense:
+            hijack.unwrap(model)
+        torch.manual_seed(1)
+        config = LoraConfig(
+            r=4, target_modules=names, use_dora=dora, init_lora_weights=False
+        )
+        adapted = get_peft_model(model, config)
+        adapted(torch.arange(16)[None]).backward()
+        trained = [p.grad for p in adapted.parameters() if p.requires_grad]
+        results.append(trained)
+        if not dense:
+            assert_same_bits(adapted.unload(), before)
+    for got, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-3)
 
 
 # -- several adapters, files -----------------------------------------------------------

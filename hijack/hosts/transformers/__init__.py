@@ -9,17 +9,13 @@ registered says what the host asks of one; `HijackConfig` is how a user asks for
 from __future__ import annotations
 
 import sys
-import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hijack.hosts.adapter import Probe
 from hijack.hosts.config import HijackConfig
 from hijack.modules import quantized_weight
 from hijack.patching import Entry, Patch
 from hijack.safetensors_io.header import QUANT_METHOD
-
-if TYPE_CHECKING:
-    from torch import nn
 
 NAME = "transformers"
 #: The host can be patched once this module is imported completely.
@@ -41,9 +37,6 @@ PROBES = (
     Probe(f"{_MODEL}.save_pretrained", ("save_directory", "variant")),
     Probe(f"{_MODEL}.get_memory_footprint", ("return_buffers",)),
 )
-
-#: Models that were loaded with quantized weights and are alive.
-LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def get_version() -> str:
@@ -85,8 +78,9 @@ def _footprint(model: Any) -> list[Patch]:
 
 def live() -> int:
     """How many modules of models that are alive hold quantized weights."""
+    quantizer = sys.modules.get(f"{__name__}.quantizer")
     return sum(
         quantized_weight(module) is not None
-        for model in list(LIVE)
+        for model in list(() if quantizer is None else quantizer.LIVE)
         for module in model.modules()
     )

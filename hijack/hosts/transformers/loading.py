@@ -142,7 +142,14 @@ def make_load_pretrained_model(original: Function) -> Function:
         others = quantizer is not None and not isinstance(quantizer, HijackQuantizer)
         if others and quantizer.pre_quantized:
             return original(*args, **kwargs)
-        weights = _read(given["state_dict"], given["checkpoint_files"], quantizer)
+        dtype = settings["dtype"]
+        weights = _read(
+            given["state_dict"],
+            given["checkpoint_files"],
+            quantizer,
+            # a cast would copy what is mapped from the file
+            dtype if dtype in DENSE_DTYPES else torch.float32,
+        )
         if others:
             return original(*args, **kwargs)
         changes, device_map = dict[str, Any](), settings["device_map"]
@@ -191,6 +198,7 @@ def _read(
     state_dict: Mapping[str, Tensor] | None,
     files: list[str] | None,
     quantizer: Any,
+    dtype: torch.dtype,
 ) -> dict[str, Tensor] | None:
     """The weights as the host wants them; None if nothing in them is quantized.
 
@@ -200,9 +208,9 @@ def _read(
     ours = isinstance(quantizer, HijackQuantizer)
     assume = quantizer.quantization_config.assume if ours else ()
     if state_dict is not None:
-        weights = read_quantized(state_dict, assume=assume)
+        weights = read_quantized(state_dict, assume=assume, dtype=dtype)
     elif files and all(str(file).endswith(".safetensors") for file in files):
-        weights = read_quantized(files, assume=assume)
+        weights = read_quantized(files, assume=assume, dtype=dtype)
     else:
         return None
     quantizes = quantizer is not None and (not ours or quantizer.scheme is not None)

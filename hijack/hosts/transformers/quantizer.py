@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from hijack.errors import CheckpointError, HijackError, ShapeError
 from hijack.hosts.checkpoint import adopt
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.transformers import LIVE
+from hijack.hosts.transformers.state import spelled_state_dict
 from hijack.modules import Wrapped, quantized_weight, restore
 from hijack.quantized import QuantizedTensor
 from hijack.registry import current_registry
@@ -20,6 +21,9 @@ from hijack.safetensors_io.header import Header
 from hijack.scheme import Scheme
 from hijack.selection import choose
 from hijack.wrap import unwrap, wrap_layer
+
+#: Models with quantized weights that are alive.
+LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -168,8 +172,6 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors and the metadata that a file is to have."""
-        from hijack.hosts.transformers.saving import spelled_state_dict
-
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
         return spelled_state_dict(model)
