@@ -48,8 +48,14 @@ def close(model, dense):
 # -- folders ---------------------------------------------------------------------------
 
 
-@models()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, torch.float32) for name in CONFIGS),
+        *((name, torch.bfloat16) for name in CONFIGS),
+        (FLUX, torch.float16),
+    ],
+)
 def test_a_folder_is_loaded_as_the_dense_one(tmp_path, name, dtype):
     """Without a word of hijack in its config; in any dtype the host is asked for."""
     model, dense = quantized(build(name))
