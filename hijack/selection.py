@@ -96,6 +96,16 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def listed(patterns: Patterns) -> Patterns:
+    """Patterns that can be read more than once."""
+    return patterns if patterns is None or isinstance(patterns, str) else list(patterns)
+
+
+def asks_for_default(*patterns: Patterns) -> bool:
+    """Whether any of some lists of patterns has the word ``"default"``."""
+    return any(DEFAULT in (_as_list(each, "patterns") or ()) for each in patterns)
+
+
 class Selection:
     """Chooses layers by their names. Exclude outweighs include.
 

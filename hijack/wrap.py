@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -32,9 +33,16 @@ from hijack.offloading import refuse_offloaded
 from hijack.quantized import QuantizationConfig, QuantizedTensor, quantize_weight
 from hijack.registry import Registry, current_registry
 from hijack.resharding import is_gathered, whole
-from hijack.safetensors_io.header import join
+from hijack.safetensors_io.header import Header, join
 from hijack.scheme import Scheme
-from hijack.selection import Patterns, Selection
+from hijack.selection import (
+    Choice,
+    Patterns,
+    Selection,
+    asks_for_default,
+    choose,
+    listed,
+)
 from hijack.sharding import shard_of
 from hijack.stacked import StackedWeight
 
@@ -58,10 +66,12 @@ class WrapReport:
     bytes_after: int
 
     def __str__(self) -> str:
-        return (
+        text = (
             f"{len(self.layers)} layers quantized, {len(self.skipped)} skipped, "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
+        reasons = Counter(self.skipped.values()).most_common(3)
+        return text + "".join(f"; {count}: {reason}" for reason, count in reasons)
 
 
 # -- public operations -----------------------------------------------------------------
@@ -146,7 +156,9 @@ def wrap_model(
     Args:
         model: any module; it may itself be a target.
         scheme: a registered name, or a scheme.
-        include: fnmatch patterns on module names; None includes every target.
+        include: fnmatch patterns on module names; None includes every target. In both
+            lists ``"default"`` stands for what `quantize_file` takes if nothing is
+            said: what is usual for the model's family.
         exclude: fnmatch patterns on module names to leave dense.
         registry: whose schemes and plugins are asked; None for the one in force.
         **options: passed to ``scheme.quantize``.
@@ -163,7 +175,9 @@ def wrap_model(
     chosen = registry.get(scheme)
     chosen.check_options(options)
     refuse_offloaded(model, "wrap_model")
-    selection = Selection(include, exclude)
+    include, exclude = listed(include), listed(exclude)
+    usual = _usual_layers(model, chosen, include, exclude, options)
+    selection = Selection(include, exclude) if usual is None else Selection()
     targets = {n: m for n, m in model.named_modules() if isinstance(m, chosen.targets)}
     fused = _read_by_fast_path(model)
     where = f"those {chosen.name} can wrap"
@@ -180,6 +194,8 @@ def wrap_model(
     adapters = adapter_parts(model)
     for name, module in targets.items():
         reason, prefix = selection.reason(name, base_name(name)), join(name, "")
+        if usual is not None and base_name(name) not in usual.layers:
+            reason = usual.skipped.get(base_name(name), "it is not usual for the model")
         if name in adapters:
             reason = f"it is a part of an adapter of {adapters[name]}"
         layer_scheme, given = chosen, options
@@ -284,6 +300,12 @@ def building(
     registry = current_registry(registry)
     chosen = registry.get(scheme)
     chosen.check_options(options)
+    include, exclude = listed(include), listed(exclude)
+    if asks_for_default(include, exclude):
+        raise ModuleError(
+            "building: got the pattern 'default', expected patterns on module names; "
+            "what is usual for a model is known once it is built: call wrap_model then"
+        )
     deferred = _DeferredModules(chosen, registry, Selection(include, exclude), options)
     with deferred.collecting():
         yield
@@ -560,6 +582,30 @@ def _owner(cls: type, name: str) -> type:
 def _weight(module: nn.Module) -> nn.Parameter:
     weight: nn.Parameter = module._parameters["weight"]  # type: ignore[assignment]
     return weight
+
+
+def _usual_layers(
+    model: nn.Module,
+    scheme: Scheme,
+    include: Patterns,
+    exclude: Patterns,
+    options: Mapping[str, Any],
+) -> Choice | None:
+    """The layers that are quantized where a pattern asks for what is usual, else None.
+
+    Raises:
+        CheckpointError: if a pattern matches no layer, or no layer is left.
+    """
+    if not asks_for_default(include, exclude):
+        return None
+    state = {base_name(key): tensor for key, tensor in model.state_dict().items()}
+    return choose(
+        Header.from_state_dict(state),
+        scheme.targets,
+        include,
+        exclude,
+        declines=lambda shape, own: _declined(scheme, shape, options),
+    )
 
 
 def _select(

@@ -654,3 +654,37 @@ def test_the_class_of_a_wrapped_module_constructs_dense_ones():
         made = type(module)(*arguments)
         assert type(made) is type(hijack.unwrap(module))
         assert type(made.weight) is nn.Parameter
+
+
+class TinyLanguageModel(nn.Module):
+    """Names by which embeddings and heads are told."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(32, 64)
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(2))
+        self.lm_head = nn.Linear(64, 32)
+
+
+def test_the_word_default_stands_for_what_is_usual():
+    """As for `quantize_file`: embeddings and heads stay dense, and the report says."""
+    model = TinyLanguageModel()
+    report = hijack.wrap_model(model, "blockwise_fp8", exclude=["default", "layers.1"])
+    assert report.layers == ("layers.0",)
+    assert set(report.skipped) == {"embed_tokens", "layers.1", "lm_head"}
+    assert "3 skipped" in str(report)
+    assert report.skipped["lm_head"] in str(report)
+    other = TinyLanguageModel()
+    assert hijack.wrap_model(other, "blockwise_fp8", "default").layers == (
+        "layers.0",
+        "layers.1",
+    )
+
+
+def test_the_word_default_is_refused_where_no_model_is_there_yet():
+    """Within `building`."""
+    with (
+        pytest.raises(hijack.HijackError, match="wrap_model"),
+        hijack.building("blockwise_fp8", exclude="default"),
+    ):
+        pass
