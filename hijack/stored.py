@@ -60,7 +60,8 @@ class StoredWeight(Tensor):
                 raise _refusal(func)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
-        result = tree_map_only(Tensor, as_raw, result)
+        mark = _raw_numbers if _computes(func) else as_raw
+        result = tree_map_only(Tensor, mark, result)
         return tree_map_only(StoredWeight, _plain_or_same(args), result)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredWeight:
@@ -191,6 +192,28 @@ def as_raw(tensor: Tensor) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
             return tensor.as_subclass(RawNumbers)
     return tensor
+
+
+def _computes(func: Any) -> bool:
+    """Whether a function of torch gives other numbers of the same dtype."""
+    name = getattr(func, "__name__", "").strip("_")
+    return (
+        name.removeprefix("r").removeprefix("i") in _ARITHMETIC or name in _ARITHMETIC
+    )
+
+
+#: Arithmetic, which integers have in their own dtype.
+_ARITHMETIC = {
+    *("add", "sub", "mul", "div", "truediv", "floordiv", "mod", "pow", "neg", "abs"),
+    *("and", "or", "xor", "lshift", "rshift", "clamp", "where", "lerp", "addcmul"),
+}
+
+
+def _raw_numbers(tensor: Tensor) -> Tensor:
+    if type(tensor) is not Tensor or tensor.dtype == torch.bool:
+        return tensor
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.as_subclass(RawNumbers)
 
 
 def refuse_raw(tensors: Mapping[str, Any]) -> None:

@@ -255,3 +255,20 @@ def test_a_file_that_is_ambiguous_is_refused(tmp_path):
     save_file(tensors, path)
     with pytest.raises(hijack.HijackError):
         read_weights(path)
+
+
+def test_a_weight_is_not_rounded_to_bare_fp8(tmp_path):
+    """A host's dtype is the one to compute in."""
+    path, _ = checkpoint(tmp_path)
+    with pytest.raises(hijack.HijackError, match="expected the dtype to compute in"):
+        read_weights(path)["0.weight"].to(torch.float8_e4m3fn)
+
+
+def test_a_copy_into_a_dense_tensor_is_told(tmp_path, caplog):
+    """The host then has no quantized weight, and its adapter may not know."""
+    path, dense = checkpoint(tmp_path)
+    target = torch.empty(256, 128)
+    with caplog.at_level("INFO"):
+        target.copy_(read_weights(path)["0.weight"])
+    assert torch.equal(target, dense["0.weight"])
+    assert "0 of shape (256, 128) is decoded by copy_" in caplog.text

@@ -142,6 +142,9 @@ def test_data_of_integers_are_no_numbers_either():
     layer = hijack.wrap_module(nn.Linear(64, 8), Int8())
     state = layer.state_dict()
     for compute in (
+        lambda w: w + 1,
+        lambda w: 1 - w,
+        lambda w: w * 2,
         lambda w: w + torch.ones(64),
         lambda w: torch.ones(64).add(w),
         lambda w: w.float().add(1),

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 
 from hijack.claim import Claim
 from hijack.decoded import DecodedView
-from hijack.errors import ShapeError
+from hijack.dtypes import DENSE_DTYPES
+from hijack.errors import DTypeError, ShapeError
 from hijack.formats import matching
 from hijack.formats.identification import PLAIN_CASTS, identify
 from hijack.formats.stacked_blocks import find_stacks, keys_of, read_stack
@@ -99,16 +100,30 @@ class TravellingWeight(QuantizedTensor):
             result = moved(*args, **(kwargs or {}))
             if result is not None:
                 return result
+        _refuse_narrow(func, args, kwargs or {})
         _tell_decoding(func, args)
         # a part that was decoded is a tensor of the host's, which may write to it
         result = super().__torch_dispatch__(func, types, args, kwargs)
         return tree_map_only(DecodedView, _plain, result)
 
 
+def _refuse_narrow(func: Any, args: Any, kwargs: Any) -> None:
+    """Refuse a cast that would round a quantized weight to bare numbers of FP8."""
+    dtype = kwargs.get("dtype")
+    if func is not aten._to_copy.default or dtype is None or dtype in DENSE_DTYPES:
+        return
+    if dtype.is_floating_point:
+        raise DTypeError(
+            f"cast: got {dtype} for {args[0]!r}, expected the dtype to compute in, such "
+            "as torch.bfloat16; the weight stays quantized as it is"
+        )
+
+
 def _tell_decoding(func: Any, args: Any) -> None:
     """Say in the log which weights a host's own operation decodes."""
     packet = func.overloadpacket
-    if func in OPERATIONS or packet in FACTORIES or packet is aten.to:
+    copies = func is aten.copy_.default and not isinstance(args[0], QuantizedTensor)
+    if (func in OPERATIONS and not copies) or packet in FACTORIES or packet is aten.to:
         return
     for weight in tree_flatten(args)[0]:
         if isinstance(weight, TravellingWeight | TravellingStack):

@@ -110,7 +110,8 @@ class Diagnosis:
             f"plugin {plugin}: took {seconds:.1f} s to import"
             for plugin, seconds in self.slow_imports.items()
         ]
-        return "\n".join(map(printable, [*lines, *self.problems]))
+        ending = self.problems or ("no problems found",)
+        return "\n".join(map(printable, [*lines, *ending]))
 
 
 def diagnose(registry: Registry | None = None) -> Diagnosis:
@@ -177,12 +178,29 @@ def _kernels(scheme: Scheme) -> tuple[str, ...]:
 
 def _misspelled(schemes: Iterable[Scheme]) -> list[str]:
     known = list(schemes)
-    return kernels.misspelled(kernels.kernel_names(known)) + [
-        f"{kernels.INPUTS_VARIABLE}: got {name!r}, expected 0, 1 or names of schemes"
-        f"{did_you_mean(name, [scheme.name for scheme in known])}"
-        for name in os.environ.get(kernels.INPUTS_VARIABLE, "").split(",")
-        if name.strip() not in {"", "0", "1", *(scheme.name for scheme in known)}
+    names = [scheme.name for scheme in known]
+    # what is disabled is no scheme any more, so only what looks like another is told
+    disabled = _words("HIJACK_DISABLE") - {"*", *status(), *names}
+    hints = {name: did_you_mean(name, [*status(), *names]) for name in disabled}
+    inputs = _words(kernels.INPUTS_VARIABLE) - {"0", "1", *names}
+    return [
+        *(
+            f"HIJACK_DISABLE: got {name!r}, expected hosts and schemes{hint}"
+            for name, hint in sorted(hints.items())
+            if hint
+        ),
+        *kernels.misspelled(kernels.kernel_names(known)),
+        *(
+            f"{kernels.INPUTS_VARIABLE}: got {name!r}, expected 0, 1 or names of "
+            f"schemes{did_you_mean(name, names)}"
+            for name in sorted(inputs)
+        ),
     ]
+
+
+def _words(variable: str) -> set[str]:
+    """What a comma list names."""
+    return {name.strip() for name in os.environ.get(variable, "").split(",")} - {""}
 
 
 def _devices() -> list[str]:

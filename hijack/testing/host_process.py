@@ -177,6 +177,7 @@ def _half_imported(subject: Subject, fails: bool) -> None:
 def drift(subject: Subject) -> Iterator[tuple[str, Callable[[], None]]]:
     """Where something is missing that the adapter needs, the host is left alone."""
     subject.load()
+    assert subject.host.PROBES, "PROBES: got none, expected what the patches rely on"
     for probe in subject.host.PROBES:
         yield probe.path, functools.partial(_drift, subject, probe)
 
@@ -362,7 +363,10 @@ def main(check: str) -> int:
     warm_up(subject.host.MODULE)
     os.environ.pop("HIJACK_DISABLE", None)
     failed = [name for name, step in CHECKS[check](subject) if not forked(step)]
-    print(f"{check}: {failed or 'all'} {'failed' if failed else 'passed'}")
+    legend = (
+        " (i imports the host, p patches it, u unpatches)" if check == "orders" else ""
+    )
+    print(f"{check}: {failed or 'all'} {'failed' if failed else 'passed'}{legend}")
     return len(failed)
 
 
