@@ -114,8 +114,8 @@ def _refuse_narrow(func: Any, args: Any, kwargs: Any) -> None:
         return
     if dtype.is_floating_point:
         raise DTypeError(
-            f"cast: got {dtype} for {args[0]!r}, expected the dtype to compute in, such "
-            "as torch.bfloat16; the weight stays quantized as it is"
+            f"cast: got {dtype} for {args[0]!r}, expected the dtype to compute in, "
+            "such as torch.bfloat16; the weight stays quantized as it is"
         )
 
 
