@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,37 +19,41 @@ from hijack.hosts.checkpoint import read_quantized
 from hijack.hosts.config import HijackConfig
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
-from hijack.registry import current_registry
-from hijack.safetensors_io.header import Header
-from hijack.selection import choose
 
 
 def read_files(
     files: Sequence[Any],
     state_dict: Mapping[str, Tensor] | None,
-    load: Callable[[Any], Mapping[str, Tensor]],
     config: HijackConfig | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    load: Callable[[Any], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor] | None:
-    """The weights of a model's files as a host wants them.
+    """The weights of a model's files as a library wants them.
 
     Args:
         files: all of them: a scale may be in another than its weight.
-        state_dict: what the host has read of them, if it has.
-        load: reads a file that is no safetensors file.
+        state_dict: what the library has read of them, or was given instead.
         config: of the model, if it has one.
+        dtype: that quantized weights stand for.
+        load: reads a file that is no safetensors file; None leaves such files alone.
 
     Returns:
         As for `read_quantized`: None if nothing is quantized.
     """
     config = HijackConfig() if config is None else config
+    how: dict[str, Any] = {"assume": config.assume, "dtype": dtype}
     if files and all(str(file).endswith(".safetensors") for file in files):
-        return read_quantized([os.fspath(f) for f in files], assume=config.assume)
+        return read_quantized([os.fspath(file) for file in files], **how)
     if state_dict is None:
+        if load is None:
+            return None
         state_dict = {key: t for file in files for key, t in load(file).items()}
-    marked = _Marked(state_dict)
     layers = marked_layers(config.metadata)
-    marked._metadata = {name: {"hijack": entry} for name, entry in layers.items()}
-    return read_quantized(marked, assume=config.assume)
+    if layers:
+        state_dict = _Marked(state_dict)
+        state_dict._metadata = {n: {"hijack": entry} for n, entry in layers.items()}
+    return read_quantized(state_dict, **how)
 
 
 class _Marked(dict[str, Tensor]):
@@ -57,72 +62,36 @@ class _Marked(dict[str, Tensor]):
     _metadata: dict[str, Any]
 
 
-def choose_layers(model: nn.Module, config: HijackConfig) -> dict[str, dict[str, Any]]:
-    """The layers of a dense model that a config has quantized, and their options.
+def without_disk(device_map: Mapping[str, Any]) -> dict[str, Any]:
+    """A device map with the CPU in the place of the disk.
 
-    Args:
-        model: may be on the meta device.
-        config: one without a scheme chooses none.
-
-    Raises:
-        CheckpointError: if a pattern matches no layer, or none is left to quantize.
+    What is for the disk is written there once it is quantized; until then it stays in
+    the file it is read from.
     """
-    if config.scheme is None:
-        return {}
-    scheme, modules = current_registry().get(config.scheme), dict(model.named_modules())
-    choice = choose(
-        Header.from_state_dict(model.state_dict()),
-        scheme.targets,
-        config.include,
-        config.exclude,
-        config.rules,
-        lambda shape, own: scheme.declines(shape, **{**config.options, **own}),
-    )
-    return {
-        layer: {**config.options, **options}
-        for layer, options in choice.layers.items()
-        if isinstance(modules[layer], scheme.targets)
-    }
+    places = device_map.items()
+    return {name: "cpu" if place == "disk" else place for name, place in places}
 
 
-def check_config(config: HijackConfig) -> None:
-    """Refuse a scheme or options that nobody knows, before anything is read."""
-    if config.scheme is not None:
-        current_registry().get(config.scheme).check_options(config.options)
+# -- models ----------------------------------------------------------------------------
+
+#: Models with quantized weights that are alive, by the library that loaded them.
+_LOADED: dict[str, weakref.WeakSet[nn.Module]] = {}
 
 
-def count_quantized(models: Iterable[nn.Module]) -> int:
-    """How many modules of some models hold quantized weights."""
-    modules = (module for model in models for module in model.modules())
+def remember(library: str, model: nn.Module) -> None:
+    """Count a model among those that a library has loaded."""
+    _LOADED.setdefault(library, weakref.WeakSet()).add(model)
+
+
+def count_live(library: str) -> int:
+    """How many modules of the models it has loaded hold quantized weights."""
+    modules = (m for model in list(_LOADED.get(library, ())) for m in model.modules())
     return sum(quantized_weight(module) is not None for module in modules)
 
 
-# -- saving ----------------------------------------------------------------------------
-
-
-def with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as such that share memory only if they are the same.
-
-    Those of a file are parts of it, and hosts take parts of one memory for tied, which
-    they do not split into shards. Nothing is copied.
-    """
-    known: dict[tuple[int, int], Tensor] = {}
-    result = {}
-    for key, tensor in tensors.items():
-        place = tensor.data_ptr(), tensor.nbytes
-        if place not in known:
-            known[place] = _own_storage(tensor)
-        result[key] = known[place]
-    return result
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The same memory, as all that a storage has."""
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    if whole or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return tensor
-    data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return torch.from_numpy(data).view(tensor.dtype).reshape(tensor.shape)
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any weight of a model is quantized by hijack."""
+    return any(isinstance(weight, QuantizedTensor) for weight in model.parameters())
 
 
 def make_get_memory_footprint(original: Callable[..., Any]) -> Callable[..., Any]:

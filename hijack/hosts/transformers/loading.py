@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hijack.device_map import place_of
 from hijack.dtypes import DENSE_DTYPES
 from hijack.errors import CheckpointError, HijackError
-from hijack.hosts.checkpoint import decoded, read_quantized
+from hijack.hosts.checkpoint import decoded
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
+from hijack.hosts.libraries import is_quantized, read_files, without_disk
+from hijack.hosts.transformers.quantizer import HijackQuantizer
 from hijack.hosts.transformers.saving import VARIANT
 from hijack.safetensors_io.header import QUANT_METHOD, join
 from hijack.stacked import StackedWeight
@@ -157,10 +159,7 @@ def make_load_pretrained_model(original: Function) -> Function:
             given["state_dict"], changes["sharded_metadata"] = weights, None
         if device_map and (weights is not None or quantizer is not None):
             # what is to be on the disk is written there when it is quantized
-            changes["device_map"] = {
-                name: "cpu" if place == "disk" else place
-                for name, place in device_map.items()
-            }
+            changes["device_map"] = without_disk(device_map)
         if new:
             config = dataclasses.replace(given["load_config"], **changes)
             changes = {"load_config": config}
@@ -206,13 +205,9 @@ def _read(
         CheckpointError: if they are quantized, and a quantizer is to quantize them.
     """
     ours = isinstance(quantizer, HijackQuantizer)
-    assume = quantizer.quantization_config.assume if ours else ()
-    if state_dict is not None:
-        weights = read_quantized(state_dict, assume=assume, dtype=dtype)
-    elif files and all(str(file).endswith(".safetensors") for file in files):
-        weights = read_quantized(files, assume=assume, dtype=dtype)
-    else:
-        return None
+    config = quantizer.quantization_config if ours else None
+    read = files if files and state_dict is None else ()
+    weights = read_files(read, state_dict, config, dtype=dtype)
     quantizes = quantizer is not None and (not ours or quantizer.scheme is not None)
     if weights is not None and quantizes:
         raise CheckpointError(
@@ -232,13 +227,8 @@ def _finish(
         for name, module in model.named_modules():
             for attribute, stack in list[Any](module._parameters.items()):
                 key = join(name, attribute)
-                if isinstance(stack, StackedWeight) and _on_disk(key, device_map):
+                on_disk = place_of(key, device_map or {}) == "disk"
+                if isinstance(stack, StackedWeight) and on_disk:
                     # accelerate writes no stacks to the disk
                     dense = nn.Parameter(decoded(stack, key), requires_grad=False)
                     module._parameters[attribute] = dense
-
-
-def _on_disk(key: str, device_map: Mapping[str, Any] | None) -> bool:
-    """Whether a parameter's place is the disk: that of the longest name it is in."""
-    names = [n for n in device_map or () if not n or f"{key}.".startswith(f"{n}.")]
-    return bool(names) and (device_map or {})[max(names, key=len)] == "disk"
