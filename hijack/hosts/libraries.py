@@ -1,6 +1,7 @@
 """What adapters of libraries that load models from folders have in common.
 
-Such a library knows quantizers and a ``quantization_config``; see `HijackConfig`.
+Such a library knows a ``quantization_config``, see `HijackConfig`, and asks a
+`Quantizer`; what it writes is in `hijack.hosts.saving`.
 """
 
 from __future__ import annotations
@@ -14,17 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hijack.device_map import place_of
+from hijack.errors import CheckpointError
 from hijack.formats.native_marker import marked_layers
-from hijack.hosts.checkpoint import read_quantized
+from hijack.hosts.checkpoint import decoded, read_quantized
 from hijack.hosts.config import HijackConfig
+from hijack.hosts.quantizer import Quantizer
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
+from hijack.safetensors_io.header import join
+from hijack.sharding import shard_of
+from hijack.stacked import StackedWeight
 
 
 def read_files(
     files: Sequence[Any],
     state_dict: Mapping[str, Tensor] | None,
-    config: HijackConfig | None,
+    quantizer: Any,
     *,
     dtype: torch.dtype = torch.float32,
     load: Callable[[Any], Mapping[str, Tensor]] | None = None,
@@ -34,14 +41,41 @@ def read_files(
     Args:
         files: all of them: a scale may be in another than its weight.
         state_dict: what the library has read of them, or was given instead.
-        config: of the model, if it has one.
+        quantizer: that the library has found, hijack's or another's; None if none.
         dtype: that quantized weights stand for.
         load: reads a file that is no safetensors file; None leaves such files alone.
 
     Returns:
-        As for `read_quantized`: None if nothing is quantized.
+        As for `read_quantized`: None if nothing is quantized, or another has done it.
+
+    Raises:
+        CheckpointError: if they are quantized, and a quantizer is to quantize them.
     """
-    config = HijackConfig() if config is None else config
+    config = HijackConfig()
+    quantizes = quantizer is not None
+    if isinstance(quantizer, Quantizer):
+        config, quantizes = quantizer.quantization_config, quantizer.scheme is not None
+    elif quantizes:
+        if quantizer.pre_quantized:
+            return None
+        load = None
+    weights = _read(files, state_dict, config, dtype, load)
+    if weights is not None and quantizes:
+        raise CheckpointError(
+            "quantization_config: got one that quantizes a dense checkpoint, and this "
+            "is quantized already, expected none; leave out the quantization_config, "
+            "or use HijackConfig() to read it"
+        )
+    return weights
+
+
+def _read(
+    files: Sequence[Any],
+    state_dict: Mapping[str, Tensor] | None,
+    config: HijackConfig,
+    dtype: torch.dtype,
+    load: Callable[[Any], Mapping[str, Tensor]] | None,
+) -> dict[str, Tensor] | None:
     how: dict[str, Any] = {"assume": config.assume, "dtype": dtype}
     if files and all(str(file).endswith(".safetensors") for file in files):
         return read_quantized([os.fspath(file) for file in files], **how)
@@ -90,8 +124,22 @@ def count_live(library: str) -> int:
 
 
 def is_quantized(model: nn.Module) -> bool:
-    """Whether any weight of a model is quantized by hijack."""
-    return any(isinstance(weight, QuantizedTensor) for weight in model.parameters())
+    """Whether any weight of a model is quantized by hijack, or was before sharding."""
+    return any(
+        isinstance(weight, QuantizedTensor) or shard_of(weight) is not None
+        for weight in model.parameters()
+    )
+
+
+def decode_stacks_on_disk(model: nn.Module, device_map: Mapping[str, Any]) -> None:
+    """Decode stacks of weights that are for the disk: accelerate writes none there."""
+    for name, module in model.named_modules():
+        for attribute, stack in list[Any](module._parameters.items()):
+            key = join(name, attribute)
+            on_disk = place_of(key, device_map) == "disk"
+            if isinstance(stack, StackedWeight) and on_disk:
+                dense = nn.Parameter(decoded(stack, key), requires_grad=False)
+                module._parameters[attribute] = dense
 
 
 def make_get_memory_footprint(original: Callable[..., Any]) -> Callable[..., Any]:

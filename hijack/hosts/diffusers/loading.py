@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from hijack.errors import CheckpointError
 from hijack.hosts.checkpoint import TravellingWeight, adopt, cropped, read_quantized
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.diffusers.quantizer import HijackQuantizer
 from hijack.hosts.libraries import read_files, remember, without_disk
 
 Function = Callable[..., Any]
@@ -32,14 +31,12 @@ def make_load_pretrained_model(original: Function) -> Function:
     def _load_pretrained_model(cls: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(cls, *args, **kwargs)
         given = call.arguments
-        quantizer = given.get("hf_quantizer")
-        theirs = not isinstance(quantizer, HijackQuantizer | None)
-        if theirs or given.get("dduf_entries"):
-            return original(cls, *args, **kwargs)  # another's files
+        if given.get("dduf_entries"):
+            return original(cls, *args, **kwargs)
         weights = read_files(
             given["resolved_model_file"] or [],
             given["state_dict"],
-            None if quantizer is None else quantizer.quantization_config,
+            given.get("hf_quantizer"),
             load=sys.modules[_PARTS].load_state_dict,
         )
         if weights is None:
