@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -12,6 +12,18 @@ from hijack.errors import CheckpointError
 
 #: A device for all, or name of a module or parameter to device; "" is the whole model.
 DeviceMap = str | int | torch.device | Mapping[str, str | int | torch.device]
+
+
+Place = TypeVar("Place")
+
+
+def place_of(name: str, places: Mapping[str, Place]) -> Place | None:
+    """The place of the longest name in a map that a name is in; None if it has none."""
+    while name not in places:
+        if not name:
+            return None
+        name = name.rpartition(".")[0]
+    return places[name]
 
 
 class Devices:
@@ -44,11 +56,7 @@ class Devices:
 
     def of(self, name: str) -> torch.device | None:
         """The device of a module, parameter or buffer; None if the map does not say."""
-        while name not in self._map:
-            if not name:
-                return None
-            name = name.rpartition(".")[0]
-        return self._map[name]
+        return place_of(name, self._map)
 
     def move(self, model: nn.Module) -> None:
         """Move what is elsewhere, such as buffers that are in no checkpoint."""

@@ -20,6 +20,7 @@ from hijack.safetensors_io.header import FRAMEWORK, TensorInfo, join, merge_meta
 from hijack.safetensors_io.writer import write_checkpoint
 from hijack.scheme import Scheme
 from hijack.sharding import shard_of
+from hijack.stacked import StackedWeight
 
 
 def save(
@@ -80,25 +81,40 @@ def contents(
     Raises:
         CheckpointError: as `save` does.
     """
+    tensors, weights = gathered(model, keep=keep)
+    _refuse_stacks(tensors)
+    if not keep:
+        return {}, {}
+    spelled, metadata = spell(weights, choose_dialects(weights, dialect), tensors)
+    return tensors | spelled, FRAMEWORK | metadata
+
+
+def gathered(
+    model: nn.Module, *, keep: bool = True
+) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
+    """A model's other tensors by key, and its quantized weights by layer.
+
+    Args:
+        model: sharded weights are gathered one after another, by all processes.
+        keep: whether to keep what is gathered.
+    """
     weights: dict[str, QuantizedTensor] = {}
     tensors = {key: t.detach() for key, t in model.state_dict().items()}
     for name, module in model.named_modules():
-        parameter = module._parameters.get("weight")
+        parameter: Any = module._parameters.get("weight")
         if not isinstance(parameter, QuantizedTensor) and shard_of(parameter) is None:
             continue
+        if isinstance(parameter, StackedWeight):
+            continue  # it is one tensor in the state dict too
         weight: Any = whole(parameter)
         for key in weight.plain_tensors():
             del tensors[join(name, key)]
         if keep:
             weights[name] = weight
-    _refuse_stacks(tensors)
     for key, tensor in tensors.items():
-        gathered = whole(tensor)
-        tensors[key] = gathered if keep else gathered.to("meta")
-    if not keep:
-        return {}, {}
-    spelled, metadata = spell(weights, choose_dialects(weights, dialect), tensors)
-    return tensors | spelled, FRAMEWORK | metadata
+        unsharded = whole(tensor)
+        tensors[key] = unsharded if keep else unsharded.to("meta")
+    return tensors, weights
 
 
 def _refuse_stacks(tensors: Mapping[str, Tensor]) -> None:

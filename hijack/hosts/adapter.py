@@ -88,6 +88,12 @@ class Adapter(Protocol):
         """How many modules of the host hold quantized weights."""
 
 
+def imported_version(name: str) -> str:
+    """The version that an imported module says it has, or "unknown"."""
+    version = getattr(sys.modules.get(name), "__version__", None)
+    return version if isinstance(version, str) else "unknown"
+
+
 def version_key(version: str) -> tuple[int, ...]:
     """A version's leading numbers; of anything else nothing is known."""
     match = re.match(r"\d+(?:\.\d+)*", version)

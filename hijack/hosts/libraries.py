@@ -1,54 +1,93 @@
 """What adapters of libraries that load models from folders have in common.
 
-Such a library knows quantizers and a ``quantization_config``; see `HijackConfig`.
+Such a library knows a ``quantization_config``, see `HijackConfig`, and asks a
+`Quantizer`; what it writes is in `hijack.hosts.saving`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hijack.device_map import place_of
+from hijack.errors import CheckpointError
 from hijack.formats.native_marker import marked_layers
-from hijack.hosts.checkpoint import read_quantized
+from hijack.hosts.checkpoint import decoded, read_quantized
 from hijack.hosts.config import HijackConfig
+from hijack.hosts.quantizer import Quantizer
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
-from hijack.registry import current_registry
-from hijack.safetensors_io.header import Header
-from hijack.selection import choose
+from hijack.safetensors_io.header import join
+from hijack.sharding import shard_of
+from hijack.stacked import StackedWeight
 
 
 def read_files(
     files: Sequence[Any],
     state_dict: Mapping[str, Tensor] | None,
-    load: Callable[[Any], Mapping[str, Tensor]],
-    config: HijackConfig | None,
+    quantizer: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    load: Callable[[Any], Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor] | None:
-    """The weights of a model's files as a host wants them.
+    """The weights of a model's files as a library wants them.
 
     Args:
         files: all of them: a scale may be in another than its weight.
-        state_dict: what the host has read of them, if it has.
-        load: reads a file that is no safetensors file.
-        config: of the model, if it has one.
+        state_dict: what the library has read of them, or was given instead.
+        quantizer: that the library has found, hijack's or another's; None if none.
+        dtype: that quantized weights stand for.
+        load: reads a file that is no safetensors file; None leaves such files alone.
 
     Returns:
-        As for `read_quantized`: None if nothing is quantized.
+        As for `read_quantized`: None if nothing is quantized, or another has done it.
+
+    Raises:
+        CheckpointError: if they are quantized, and a quantizer is to quantize them.
     """
-    config = HijackConfig() if config is None else config
+    config = HijackConfig()
+    quantizes = quantizer is not None
+    if isinstance(quantizer, Quantizer):
+        config, quantizes = quantizer.quantization_config, quantizer.scheme is not None
+    elif quantizes:
+        if quantizer.pre_quantized:
+            return None
+        load = None
+    weights = _read(files, state_dict, config, dtype, load)
+    if weights is not None and quantizes:
+        raise CheckpointError(
+            "quantization_config: got one that quantizes a dense checkpoint, and this "
+            "is quantized already, expected none; leave out the quantization_config, "
+            "or use HijackConfig() to read it"
+        )
+    return weights
+
+
+def _read(
+    files: Sequence[Any],
+    state_dict: Mapping[str, Tensor] | None,
+    config: HijackConfig,
+    dtype: torch.dtype,
+    load: Callable[[Any], Mapping[str, Tensor]] | None,
+) -> dict[str, Tensor] | None:
+    how: dict[str, Any] = {"assume": config.assume, "dtype": dtype}
     if files and all(str(file).endswith(".safetensors") for file in files):
-        return read_quantized([os.fspath(f) for f in files], assume=config.assume)
+        return read_quantized([os.fspath(file) for file in files], **how)
     if state_dict is None:
+        if load is None:
+            return None
         state_dict = {key: t for file in files for key, t in load(file).items()}
-    marked = _Marked(state_dict)
     layers = marked_layers(config.metadata)
-    marked._metadata = {name: {"hijack": entry} for name, entry in layers.items()}
-    return read_quantized(marked, assume=config.assume)
+    if layers:
+        state_dict = _Marked(state_dict)
+        state_dict._metadata = {n: {"hijack": entry} for n, entry in layers.items()}
+    return read_quantized(state_dict, **how)
 
 
 class _Marked(dict[str, Tensor]):
@@ -57,72 +96,50 @@ class _Marked(dict[str, Tensor]):
     _metadata: dict[str, Any]
 
 
-def choose_layers(model: nn.Module, config: HijackConfig) -> dict[str, dict[str, Any]]:
-    """The layers of a dense model that a config has quantized, and their options.
+def without_disk(device_map: Mapping[str, Any]) -> dict[str, Any]:
+    """A device map with the CPU in the place of the disk.
 
-    Args:
-        model: may be on the meta device.
-        config: one without a scheme chooses none.
-
-    Raises:
-        CheckpointError: if a pattern matches no layer, or none is left to quantize.
+    What is for the disk is written there once it is quantized; until then it stays in
+    the file it is read from.
     """
-    if config.scheme is None:
-        return {}
-    scheme, modules = current_registry().get(config.scheme), dict(model.named_modules())
-    choice = choose(
-        Header.from_state_dict(model.state_dict()),
-        scheme.targets,
-        config.include,
-        config.exclude,
-        config.rules,
-        lambda shape, own: scheme.declines(shape, **{**config.options, **own}),
-    )
-    return {
-        layer: {**config.options, **options}
-        for layer, options in choice.layers.items()
-        if isinstance(modules[layer], scheme.targets)
-    }
+    places = device_map.items()
+    return {name: "cpu" if place == "disk" else place for name, place in places}
 
 
-def check_config(config: HijackConfig) -> None:
-    """Refuse a scheme or options that nobody knows, before anything is read."""
-    if config.scheme is not None:
-        current_registry().get(config.scheme).check_options(config.options)
+# -- models ----------------------------------------------------------------------------
+
+#: Models with quantized weights that are alive, by the library that loaded them.
+_LOADED: dict[str, weakref.WeakSet[nn.Module]] = {}
 
 
-def count_quantized(models: Iterable[nn.Module]) -> int:
-    """How many modules of some models hold quantized weights."""
-    modules = (module for model in models for module in model.modules())
+def remember(library: str, model: nn.Module) -> None:
+    """Count a model among those that a library has loaded."""
+    _LOADED.setdefault(library, weakref.WeakSet()).add(model)
+
+
+def count_live(library: str) -> int:
+    """How many modules of the models it has loaded hold quantized weights."""
+    modules = (m for model in list(_LOADED.get(library, ())) for m in model.modules())
     return sum(quantized_weight(module) is not None for module in modules)
 
 
-# -- saving ----------------------------------------------------------------------------
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any weight of a model is quantized by hijack, or was before sharding."""
+    return any(
+        isinstance(weight, QuantizedTensor) or shard_of(weight) is not None
+        for weight in model.parameters()
+    )
 
 
-def with_own_memory(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as such that share memory only if they are the same.
-
-    Those of a file are parts of it, and hosts take parts of one memory for tied, which
-    they do not split into shards. Nothing is copied.
-    """
-    known: dict[tuple[int, int], Tensor] = {}
-    result = {}
-    for key, tensor in tensors.items():
-        place = tensor.data_ptr(), tensor.nbytes
-        if place not in known:
-            known[place] = _own_storage(tensor)
-        result[key] = known[place]
-    return result
-
-
-def _own_storage(tensor: Tensor) -> Tensor:
-    """The same memory, as all that a storage has."""
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    if whole or tensor.device.type != "cpu" or not tensor.is_contiguous():
-        return tensor
-    data = tensor.detach().reshape(-1).view(torch.uint8).numpy()
-    return torch.from_numpy(data).view(tensor.dtype).reshape(tensor.shape)
+def decode_stacks_on_disk(model: nn.Module, device_map: Mapping[str, Any]) -> None:
+    """Decode stacks of weights that are for the disk: accelerate writes none there."""
+    for name, module in model.named_modules():
+        for attribute, stack in list[Any](module._parameters.items()):
+            key = join(name, attribute)
+            on_disk = place_of(key, device_map) == "disk"
+            if isinstance(stack, StackedWeight) and on_disk:
+                dense = nn.Parameter(decoded(stack, key), requires_grad=False)
+                module._parameters[attribute] = dense
 
 
 def make_get_memory_footprint(original: Callable[..., Any]) -> Callable[..., Any]:

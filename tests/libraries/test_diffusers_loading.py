@@ -1,5 +1,6 @@
 """diffusers loads any file that hijack reads: folders, quantize on load, devices."""
 
+import enum
 import inspect
 import json
 import subprocess
@@ -371,6 +372,37 @@ def test_a_quantized_file_is_not_quantized_again(tmp_path):
     config = HijackConfig("int8")
     with pytest.raises(HijackError, match="leave out the quantization_config"):
         model_class(QWEN).from_pretrained(path, quantization_config=config)
+
+
+def test_a_quantized_file_is_not_quantized_by_others(tmp_path, monkeypatch):
+    """A quantizer of the host's is not let loose on weights that are codes."""
+    from diffusers.quantizers import auto, base
+
+    class Method(str, enum.Enum):
+        OTHER = "somebody"
+
+    class Config(HijackConfig):
+        def __init__(self, **how):
+            super().__init__(**how)
+            self.quant_method = Method.OTHER
+
+    class Quantizer(base.DiffusersQuantizer):
+        is_serializable = is_trainable = True
+
+        def _process_model_before_weight_loading(self, model, **_):
+            return model
+
+        _process_model_after_weight_loading = _process_model_before_weight_loading
+
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "somebody", Quantizer)
+    dense = build(QWEN)
+    path = folder_of(dense, tmp_path / "dense", dense.state_dict())
+    found = model_class(QWEN).from_pretrained(path, quantization_config=Config())
+    assert isinstance(found.hf_quantizer, Quantizer)
+    model, _ = quantized(dense)
+    path = folder(model, tmp_path / "quantized")
+    with pytest.raises(HijackError, match="quantized already"):
+        model_class(QWEN).from_pretrained(path, quantization_config=Config())
 
 
 # -- without hijack, and without quantized data ----------------------------------------

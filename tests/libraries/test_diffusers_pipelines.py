@@ -165,19 +165,29 @@ def test_one_config_is_for_models_of_both_libraries(tmp_path):
 
 
 def test_a_model_that_was_unwrapped_is_saved_dense(tmp_path):
-    """Its config says nothing of hijack any more; one that is elsewhere is refused."""
-    from accelerate import cpu_offload
-
+    """Its config says nothing of hijack any more."""
     model, dense = quantized(build(QWEN))
     model.save_pretrained(tmp_path / "a")
     loaded = type(model).from_pretrained(tmp_path / "a")
-    away = cpu_offload(copy.deepcopy(loaded), torch.device("cpu"))
-    with pytest.raises(CheckpointError, match="offloaded"):
-        away.save_pretrained(tmp_path / "no")
     loaded.dequantize()
     loaded.save_pretrained(tmp_path / "b")
     assert "hijack" not in (tmp_path / "b" / "config.json").read_text()
     same_weights(type(model).from_pretrained(tmp_path / "b"), dense)
+
+
+def test_a_model_that_is_offloaded_is_saved(tmp_path):
+    """What accelerate's hooks keep elsewhere is read; what nothing reads is refused."""
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_submodules
+
+    model, dense = quantized(build(QWEN))
+    away = cpu_offload(copy.deepcopy(model), torch.device("cpu"))
+    away.save_pretrained(tmp_path / "a")
+    same_weights(type(model).from_pretrained(tmp_path / "a"), dense)
+    assert all(parameter.is_meta for parameter in away.parameters())
+    remove_hook_from_submodules(away)
+    with pytest.raises(CheckpointError, match="offloaded"):
+        away.to("meta").save_pretrained(tmp_path / "no")
 
 
 # -- offloading ------------------------------------------------------------------------

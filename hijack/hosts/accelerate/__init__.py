@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from types import FunctionType
 
-from hijack.hosts.adapter import Probe
+from hijack.hosts.adapter import Probe, imported_version
 from hijack.patching import Patch
 
 NAME = "accelerate"
@@ -30,8 +30,7 @@ PROBES = (
 
 def get_version() -> str:
     """accelerate's version, or "unknown"."""
-    version = getattr(sys.modules.get("accelerate"), "__version__", None)
-    return version if isinstance(version, str) else "unknown"
+    return imported_version(NAME)
 
 
 def patches() -> list[Patch]:

@@ -13,6 +13,7 @@ from torch import nn
 
 from hijack.errors import CheckpointError
 from hijack.formats.identification import identify
+from hijack.hosts.libraries import without_disk
 from hijack.loading import load
 from hijack.modules import Wrapped
 from hijack.quantized import QuantizedTensor
@@ -91,17 +92,13 @@ def _load(
             f"{source}: got broadcast_from_rank0=True for quantized layers, expected "
             "every process to read the file; pass broadcast_from_rank0=False"
         )
-    devices = None if device_map is None else dict(device_map)
-    for name, device in (devices or {}).items():
-        if device == "disk":
-            devices = {**(devices or {}), name: "cpu"}
-            index = Path(offload_folder or ".", "index.json")
-            if index.is_file():
-                raise CheckpointError(
-                    f"{index}: got weights that were offloaded before, which would "
-                    "take the place of these, expected an empty offload_folder; "
-                    "remove it first"
-                )
+    index = Path(offload_folder or ".", "index.json")
+    if "disk" in (device_map or {}).values() and index.is_file():
+        raise CheckpointError(
+            f"{index}: got weights that were offloaded before, which would take the "
+            "place of these, expected an empty offload_folder; remove it first"
+        )
+    devices = None if device_map is None else without_disk(device_map)
     before = dict(model.named_parameters(remove_duplicate=False))
     report = load(model, source, strict=strict, device_map=devices)
     if report.unexpected:

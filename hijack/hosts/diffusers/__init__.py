@@ -14,7 +14,7 @@ from typing import Any
 
 import wrapt
 
-from hijack.hosts.adapter import Probe
+from hijack.hosts.adapter import Probe, imported_version
 from hijack.hosts.config import HijackConfig
 from hijack.patching import Entry, Patch
 from hijack.safetensors_io.header import QUANT_METHOD
@@ -71,7 +71,7 @@ wrapt.register_post_import_hook(_import_rest, _MODELS)
 
 def get_version() -> str:
     """The imported diffusers' version, or "unknown"."""
-    return str(getattr(sys.modules.get(NAME), "__version__", "unknown"))
+    return imported_version(NAME)
 
 
 def patches() -> list[Patch | Entry]:
@@ -84,7 +84,7 @@ def patches() -> list[Patch | Entry]:
     single: Any = sys.modules[MODULE]
     into_meta = "load_model_dict_into_meta"
     return [
-        Entry(auto, "AUTO_QUANTIZER_MAPPING", QUANT_METHOD, quantizer.create_class()),
+        Entry(auto, "AUTO_QUANTIZER_MAPPING", QUANT_METHOD, quantizer.HijackQuantizer),
         Entry(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", QUANT_METHOD, HijackConfig),
         Patch(model, "_load_pretrained_model", loading.make_load_pretrained_model),
         Patch(parts, into_meta, loading.make_placing),
@@ -115,5 +115,6 @@ def _offloading() -> list[Patch]:
 
 def live() -> int:
     """How many layers of models that the host loaded hold quantized weights."""
-    loading = sys.modules.get("hijack.hosts.diffusers.loading")
-    return 0 if loading is None else loading.count_live()
+    from hijack.hosts.libraries import count_live
+
+    return count_live(NAME)

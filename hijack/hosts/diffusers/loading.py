@@ -6,7 +6,6 @@ import contextvars
 import inspect
 import os
 import sys
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,20 +14,11 @@ from torch import Tensor, nn
 from hijack.errors import CheckpointError
 from hijack.hosts.checkpoint import TravellingWeight, adopt, cropped, read_quantized
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.diffusers.quantizer import Quantizer
-from hijack.hosts.libraries import count_quantized, read_files
+from hijack.hosts.libraries import read_files, remember, without_disk
 
 Function = Callable[..., Any]
 
-#: Models with quantized weights that the host has loaded.
-_LOADED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
 _PARTS = "diffusers.models.model_loading_utils"
-
-
-def count_live() -> int:
-    """How many layers of models that were loaded hold quantized weights."""
-    return count_quantized(list(_LOADED))
 
 
 # -- folders ---------------------------------------------------------------------------
@@ -41,14 +31,13 @@ def make_load_pretrained_model(original: Function) -> Function:
     def _load_pretrained_model(cls: Any, *args: Any, **kwargs: Any) -> Any:
         call = signature.bind(cls, *args, **kwargs)
         given = call.arguments
-        quantizer = given.get("hf_quantizer")
-        if not isinstance(quantizer, Quantizer | None) or given.get("dduf_entries"):
-            return original(cls, *args, **kwargs)  # another's files
+        if given.get("dduf_entries"):
+            return original(cls, *args, **kwargs)
         weights = read_files(
             given["resolved_model_file"] or [],
             given["state_dict"],
-            sys.modules[_PARTS].load_state_dict,
-            None if quantizer is None else quantizer.quantization_config,
+            given.get("hf_quantizer"),
+            load=sys.modules[_PARTS].load_state_dict,
         )
         if weights is None:
             return original(cls, *args, **kwargs)
@@ -62,10 +51,8 @@ def make_load_pretrained_model(original: Function) -> Function:
         weights = cropped(weights, given["model"])
         given |= {"state_dict": weights, "loaded_keys": list(weights)}
         if given.get("device_map"):
-            # what goes to the disk is read from the file, and accelerate writes it
-            places = given["device_map"].items()
-            on_cpu = {name: "cpu" if at == "disk" else at for name, at in places}
-            given |= {"device_map": on_cpu, "offload_state_dict": False}
+            devices = without_disk(given["device_map"])  # accelerate writes there
+            given |= {"device_map": devices, "offload_state_dict": False}
         return original(*call.args, **call.kwargs)
 
     return _load_pretrained_model
@@ -193,4 +180,4 @@ def _any_travels(tensors: Mapping[str, Any]) -> bool:
 
 def _arrive(model: nn.Module) -> None:
     if adopt(model):
-        _LOADED.add(model)
+        remember("diffusers", model)

@@ -2,58 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from diffusers.quantizers.base import DiffusersQuantizer
 from torch import Tensor, nn
 
-from hijack.errors import CheckpointError
-from hijack.hosts.checkpoint import TravellingWeight
-from hijack.hosts.config import HijackConfig
-from hijack.hosts.libraries import check_config, choose_layers
-from hijack.wrap import unwrap, wrap_layer
+from hijack.hosts.quantizer import Quantizer
 
 
-def create_class() -> type[Any]:
-    """The class for the host's table, which derives from the host's own."""
-    from diffusers.quantizers.base import DiffusersQuantizer
+class HijackQuantizer(Quantizer, DiffusersQuantizer):  # type: ignore[misc]
+    """What diffusers asks of a quantizer, answered for hijack."""
 
-    return type("HijackQuantizer", (Quantizer, DiffusersQuantizer), {})
-
-
-class Quantizer:
-    """Quantizes dense files layer by layer; of quantized ones it only says so."""
-
-    quantization_config: HijackConfig
     use_keep_in_fp32_modules = True  # what stays dense is as in a dense model
     is_serializable = True
-    is_trainable = True
-    is_compileable = True
-
-    def __init__(self, quantization_config: HijackConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)  # type: ignore[call-arg]
-        self.layers: Mapping[str, Mapping[str, Any]] = {}
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a scheme or options that nobody knows, before anything is read."""
-        check_config(self.quantization_config)
 
     def preprocess_model(self, model: nn.Module, **kwargs: Any) -> None:
-        """Choose the layers to quantize, in a model without weights.
+        """Choose the layers to quantize.
 
         The host's own would have the model refuse casts, which are right.
         """
         self._process_model_before_weight_loading(model)
-
-    def _process_model_before_weight_loading(
-        self, model: nn.Module, **kwargs: Any
-    ) -> None:
-        self.layers = choose_layers(model, self.quantization_config)
-
-    def _process_model_after_weight_loading(
-        self, model: nn.Module, **kwargs: Any
-    ) -> None:
-        """Do nothing: layers became quantized as they arrived."""
 
     def check_if_quantized_param(
         self,
@@ -63,21 +31,8 @@ class Quantizer:
         *args: Any,
         **kwargs: Any,
     ) -> bool:
-        """Whether a weight is to be quantized.
-
-        Raises:
-            CheckpointError: if it is already.
-        """
-        layer, _, attribute = param_name.rpartition(".")
-        if attribute != "weight" or layer not in self.layers:
-            return False
-        if isinstance(param_value, TravellingWeight):
-            raise CheckpointError(
-                f"{layer}: got a layer quantized with {param_value.scheme.name}, "
-                f"expected a dense one to quantize with {self.quantization_config}; "
-                "leave out the quantization_config"
-            )
-        return True
+        """Whether a weight is to be quantized."""
+        return self.is_chosen(param_name)
 
     def create_quantized_param(
         self,
@@ -90,19 +45,10 @@ class Quantizer:
     ) -> None:
         """Quantize a layer, on the device it is for."""
         layer = param_name.rpartition(".")[0]
-        module, config = model.get_submodule(layer), self.quantization_config
-        dense = param_value.to(target_device)
-        module.weight = nn.Parameter(dense)
-        wrap_layer(module, layer, config.scheme or "", **self.layers[layer])
+        self.quantize(model, layer, param_value.to(target_device))
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], **kwargs: Any
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """What a file holds, and its metadata."""
         return state_dict, self.quantization_config.metadata
-
-    def dequantize(self, model: Any) -> Any:
-        """Make the model dense; nothing of hijack is left in it."""
-        unwrap(model)
-        model.__dict__.pop("hf_quantizer", None)
-        return model

@@ -10,13 +10,11 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hijack.errors import CheckpointError
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.diffusers.quantizer import Quantizer, create_class
-from hijack.hosts.libraries import with_own_memory
-from hijack.modules import quantized_weight
-from hijack.safetensors_io.header import CONFIG_KEY, FRAMEWORK
-from hijack.saving import contents
+from hijack.hosts.diffusers.quantizer import HijackQuantizer
+from hijack.hosts.libraries import is_quantized
+from hijack.hosts.saving import file_contents, refuse_other_quantizer
+from hijack.safetensors_io.header import CONFIG_KEY
 
 Function = Callable[..., Any]
 
@@ -25,51 +23,24 @@ def make_save_pretrained(original: Function) -> Function:
     """Save a model with its quantized layers, whoever quantized them."""
 
     def save_pretrained(self: Any, *args: Any, **kwargs: Any) -> Any:
-        quantized = [
-            name
-            for name, module in self.named_modules()
-            if quantized_weight(module) is not None
-        ]
         config = dict(self.config)
         known = isinstance(config.pop(CONFIG_KEY, None), HijackConfig)
-        if not quantized:
+        if not is_quantized(self):
             # one that was quantized is dense now, and its config would say otherwise
             instead = _instead(self, config) if known else contextlib.nullcontext()
             with instead:
                 return original(self, *args, **kwargs)
-        _check(self, quantized)
-        tensors, metadata = contents(self)
-        said = {k: v for k, v in metadata.items() if k not in FRAMEWORK}
-        own = HijackConfig(metadata=said)
+        refuse_other_quantizer(self)
+        tensors, metadata = file_contents(self)
+        own = HijackConfig(metadata=metadata)
         attributes = {
-            "state_dict": lambda: with_own_memory(tensors),
-            "hf_quantizer": create_class()(own),
+            "state_dict": lambda: tensors,
+            "hf_quantizer": HijackQuantizer(own),
         }
         with _instead(self, {**config, CONFIG_KEY: own}, **attributes):
             return original(self, *args, **kwargs)
 
     return save_pretrained
-
-
-def _check(model: Any, layers: list[str]) -> None:
-    """Refuse a model that cannot be written as it is.
-
-    Raises:
-        CheckpointError: if its data are elsewhere, or another quantizer has a part.
-    """
-    quantizer = getattr(model, "hf_quantizer", None)
-    if not isinstance(quantizer, Quantizer | None):
-        raise CheckpointError(
-            f"save_pretrained: got layers quantized by hijack, such as {layers[0]}, in "
-            f"a model that {type(quantizer).__name__} has quantized, expected one of "
-            "them; call hijack.unwrap first"
-        )
-    away = [n for n in layers if model.get_submodule(n).weight.is_meta]
-    if away:
-        raise CheckpointError(
-            f"save_pretrained: {away[0]} is offloaded, expected its data in memory; "
-            "remove the hooks first, or load the model without offloading"
-        )
 
 
 @contextlib.contextmanager

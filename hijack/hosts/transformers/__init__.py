@@ -11,9 +11,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hijack.hosts.adapter import Probe
+from hijack.hosts.adapter import Probe, imported_version
 from hijack.hosts.config import HijackConfig
-from hijack.modules import quantized_weight
 from hijack.patching import Entry, Patch
 from hijack.safetensors_io.header import QUANT_METHOD
 
@@ -41,7 +40,7 @@ PROBES = (
 
 def get_version() -> str:
     """The imported transformers' version, or "unknown"."""
-    return str(getattr(sys.modules.get("transformers"), "__version__", "unknown"))
+    return imported_version(NAME)
 
 
 def patches() -> list[Patch | Entry]:
@@ -69,7 +68,7 @@ def patches() -> list[Patch | Entry]:
 
 
 def _footprint(model: Any) -> list[Patch]:
-    from hijack.hosts.transformers.saving import make_get_memory_footprint
+    from hijack.hosts.libraries import make_get_memory_footprint
 
     name = "get_memory_footprint"
     owner = next(base for base in model.__mro__ if name in vars(base))
@@ -77,10 +76,7 @@ def _footprint(model: Any) -> list[Patch]:
 
 
 def live() -> int:
-    """How many modules of models that are alive hold quantized weights."""
-    quantizer = sys.modules.get(f"{__name__}.quantizer")
-    return sum(
-        quantized_weight(module) is not None
-        for model in list(() if quantizer is None else quantizer.LIVE)
-        for module in model.modules()
-    )
+    """How many layers of models that the host loaded hold quantized weights."""
+    from hijack.hosts.libraries import count_live
+
+    return count_live(NAME)

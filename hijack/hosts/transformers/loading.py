@@ -11,13 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from hijack.dtypes import DENSE_DTYPES
-from hijack.errors import CheckpointError, HijackError
-from hijack.hosts.checkpoint import decoded, read_quantized
+from hijack.errors import HijackError
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
+from hijack.hosts.libraries import (
+    decode_stacks_on_disk,
+    is_quantized,
+    read_files,
+    without_disk,
+)
+from hijack.hosts.transformers.quantizer import HijackQuantizer
 from hijack.hosts.transformers.saving import VARIANT
-from hijack.safetensors_io.header import QUANT_METHOD, join
-from hijack.stacked import StackedWeight
+from hijack.safetensors_io.header import QUANT_METHOD
 from hijack.text import logger
 
 log = logger(__name__)
@@ -139,28 +143,22 @@ def make_load_pretrained_model(original: Function) -> Function:
         new = "load_config" in given  # since transformers 5
         settings = vars(given["load_config"]) if new else given
         quantizer = settings["hf_quantizer"]
-        others = quantizer is not None and not isinstance(quantizer, HijackQuantizer)
-        if others and quantizer.pre_quantized:
-            return original(*args, **kwargs)
-        dtype = settings["dtype"]
-        weights = _read(
-            given["state_dict"],
-            given["checkpoint_files"],
+        dtype, state_dict = settings["dtype"], given["state_dict"]
+        weights = read_files(
+            (state_dict is None and given["checkpoint_files"]) or (),
+            state_dict,
             quantizer,
             # a cast would copy what is mapped from the file
-            dtype if dtype in DENSE_DTYPES else torch.float32,
+            dtype=dtype if dtype in DENSE_DTYPES else torch.float32,
         )
-        if others:
+        if not isinstance(quantizer, HijackQuantizer | None):
             return original(*args, **kwargs)
         changes, device_map = dict[str, Any](), settings["device_map"]
         if weights is not None:
             given["state_dict"], changes["sharded_metadata"] = weights, None
         if device_map and (weights is not None or quantizer is not None):
             # what is to be on the disk is written there when it is quantized
-            changes["device_map"] = {
-                name: "cpu" if place == "disk" else place
-                for name, place in device_map.items()
-            }
+            changes["device_map"] = without_disk(device_map)
         if new:
             config = dataclasses.replace(given["load_config"], **changes)
             changes = {"load_config": config}
@@ -194,34 +192,6 @@ def make_finalize_model_loading(original: Function) -> Function:
     return finalize_model_loading
 
 
-def _read(
-    state_dict: Mapping[str, Tensor] | None,
-    files: list[str] | None,
-    quantizer: Any,
-    dtype: torch.dtype,
-) -> dict[str, Tensor] | None:
-    """The weights as the host wants them; None if nothing in them is quantized.
-
-    Raises:
-        CheckpointError: if they are quantized, and a quantizer is to quantize them.
-    """
-    ours = isinstance(quantizer, HijackQuantizer)
-    assume = quantizer.quantization_config.assume if ours else ()
-    if state_dict is not None:
-        weights = read_quantized(state_dict, assume=assume, dtype=dtype)
-    elif files and all(str(file).endswith(".safetensors") for file in files):
-        weights = read_quantized(files, assume=assume, dtype=dtype)
-    else:
-        return None
-    quantizes = quantizer is not None and (not ours or quantizer.scheme is not None)
-    if weights is not None and quantizes:
-        raise CheckpointError(
-            "quantization_config: got one that quantizes a dense checkpoint, and this "
-            "is quantized already, expected none; use HijackConfig() to read it"
-        )
-    return weights
-
-
 def _finish(
     model: nn.Module, quantizer: Any, device_map: Mapping[str, Any] | None
 ) -> None:
@@ -229,16 +199,4 @@ def _finish(
         quantizer = HijackQuantizer(HijackConfig())
     if isinstance(quantizer, HijackQuantizer):
         quantizer.finish(model)
-        for name, module in model.named_modules():
-            for attribute, stack in list[Any](module._parameters.items()):
-                key = join(name, attribute)
-                if isinstance(stack, StackedWeight) and _on_disk(key, device_map):
-                    # accelerate writes no stacks to the disk
-                    dense = nn.Parameter(decoded(stack, key), requires_grad=False)
-                    module._parameters[attribute] = dense
-
-
-def _on_disk(key: str, device_map: Mapping[str, Any] | None) -> bool:
-    """Whether a parameter's place is the disk: that of the longest name it is in."""
-    names = [n for n in device_map or () if not n or f"{key}.".startswith(f"{n}.")]
-    return bool(names) and (device_map or {})[max(names, key=len)] == "disk"
+        decode_stacks_on_disk(model, device_map or {})

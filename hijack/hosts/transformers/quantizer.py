@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Mapping
+import sys
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from hijack.errors import CheckpointError, HijackError, ShapeError
-from hijack.hosts.checkpoint import adopt
+from hijack.errors import CheckpointError, HijackError
+from hijack.hosts.checkpoint import TravellingWeight, adopt
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.transformers.state import spelled_state_dict
+from hijack.hosts.libraries import is_quantized, remember
+from hijack.hosts.quantizer import Quantizer
+from hijack.hosts.saving import file_contents
 from hijack.modules import Wrapped, quantized_weight, restore
-from hijack.quantized import QuantizedTensor
-from hijack.registry import current_registry
-from hijack.safetensors_io.header import Header
 from hijack.scheme import Scheme
-from hijack.selection import choose
-from hijack.wrap import unwrap, wrap_layer
-
-#: Models with quantized weights that are alive.
-LIVE: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
-class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
+class HijackQuantizer(Quantizer, HfQuantizer):  # type: ignore[misc]
     """What transformers asks of a quantizer, answered for hijack.
 
     Attributes:
@@ -34,70 +27,38 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
             is why this one is asked.
         error: why a layer could not be quantized; the host reports such errors of all
             layers and raises one of its own.
-        layers: those to quantize, with the options of each.
     """
-
-    requires_calibration = False
-    quantization_config: HijackConfig
 
     def __init__(self, quantization_config: HijackConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.refused: Exception | None = None
         self.error: HijackError | None = None
-        self.layers: Mapping[str, Mapping[str, Any]] = {}
         self._finished = False
 
     @property
     def scheme(self) -> Scheme | None:
         """The scheme to quantize with; that of a config.json says what was done."""
-        name = None if self.pre_quantized else self.quantization_config.scheme
-        return None if name is None else current_registry().get(name)
-
-    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse a scheme or an option that does not exist before anything is read."""
-        if self.scheme is not None:
-            self.scheme.check_options(self.quantization_config.options)
+        return None if self.pre_quantized else super().scheme
 
     # -- loading -----------------------------------------------------------------------
-
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Choose the layers to quantize, in a model without weights."""
-        config, scheme = self.quantization_config, self.scheme
-        if scheme is None:
-            return model
-        choice = choose(
-            Header.from_state_dict(model.state_dict()),
-            scheme.targets,
-            config.include,
-            config.exclude,
-            config.rules,
-            lambda shape, own: scheme.declines(shape, **{**config.options, **own}),
-        )
-        modules = dict(model.named_modules())
-        self.layers = {
-            layer: {**config.options, **options}
-            for layer, options in choice.layers.items()
-            if isinstance(modules[layer], scheme.targets)  # routers may not be
-        }
-        return model
 
     def param_needs_quantization(
         self, model: nn.Module, param_name: str, **kwargs: Any
     ) -> bool:
         """Whether a weight is quantized when it arrives, as transformers 5 can do."""
-        layer, _, attribute = param_name.rpartition(".")
         arrives = hasattr(HfQuantizer, "get_quantize_ops")
-        return arrives and attribute == "weight" and layer in self.layers
+        return arrives and self.is_chosen(param_name)
 
     def get_quantize_ops(self) -> _Quantize:
         """What quantizes a weight when it arrives."""
         return _Quantize(self)
 
-    def quantize(self, model: nn.Module, layer: str) -> None:
-        """Quantize a layer that has its weight."""
-        module = model.get_submodule(layer)
+    def quantize(
+        self, model: nn.Module, layer: str, weight: Tensor | None = None
+    ) -> None:
+        """Quantize a layer, and keep the error for the host if it cannot be."""
         try:
-            wrap_layer(module, layer, self.scheme or "", **self.layers[layer])
+            super().quantize(model, layer, weight)
         except HijackError as error:
             self.error = error
             raise
@@ -140,15 +101,15 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         model.hf_quantizer, model.is_quantized = self, True
         model.quantization_method = config.quant_method
         model.config.quantization_config = config
-        LIVE.add(model)
+        remember("transformers", model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         self.attach(model)
         return model
 
-    def dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
-        """Make a model dense again, in the dtype it computes in."""
-        unwrap(model)
+    def dequantize(self, model: Any, dtype: Any = None) -> Any:
+        """Make a model dense again; before transformers 5 the host's own would fail."""
+        self._dequantize(model)
         self.remove_quantization_config(model)
         return model
 
@@ -158,23 +119,13 @@ class HijackQuantizer(HfQuantizer):  # type: ignore[misc]
         """Whether a model can be saved: as safetensors."""
         return safe_serialization is not False
 
-    @property
-    def is_trainable(self) -> bool:
-        """Whether adapters beside the quantized layers can be trained."""
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
-        """Whether the quantized layers can be compiled."""
-        return True
-
     def get_state_dict_and_metadata(
         self, model: Any, safe_serialization: bool = True
     ) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """The tensors and the metadata that a file is to have."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}  # adapters alone are saved
-        return spelled_state_dict(model)
+        return file_contents(model, _original_names)
 
 
 class _Quantize:
@@ -201,20 +152,26 @@ class _Quantize:
                 continue
             weight = value[0] if isinstance(value, list) else value
             layer = name.rpartition(".")[0]
-            module = model.get_submodule(layer)
-            if weight.shape != module.weight.shape:
-                raise ShapeError(
-                    f"{name}: got shape {tuple(weight.shape)}, expected "
-                    f"{tuple(module.weight.shape)}; is this the right model?"
-                )
-            module.weight = nn.Parameter(weight, requires_grad=False)
-            self.quantizer.quantize(model, layer)
-            module.weight._is_hf_initialized = True
+            self.quantizer.quantize(model, layer, weight)
+            model.get_submodule(layer).weight._is_hf_initialized = True
             kwargs["missing_keys"].discard(name)
             del input_dict[name]
         return input_dict
 
 
-def is_quantized(model: nn.Module) -> bool:
-    """Whether any weight of a model is quantized by hijack."""
-    return any(isinstance(weight, QuantizedTensor) for weight in model.parameters())
+def _original_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the model's first files had them, where the host can tell.
+
+    Of layers that share a quantized weight only the first is there: the host ties the
+    others to it when it loads the file.
+    """
+    seen: set[int] = set()
+    for key, tensor in list(tensors.items()):
+        if isinstance(tensor, TravellingWeight) and id(tensor) in seen:
+            del tensors[key]
+        seen.add(id(tensor))
+    host = sys.modules.get("transformers.core_model_loading")
+    if host is None:  # before transformers 5
+        return tensors
+    reverted: dict[str, Tensor] = host.revert_weight_conversion(model, tensors)
+    return reverted

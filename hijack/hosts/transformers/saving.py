@@ -13,12 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from hijack.errors import CheckpointError
 from hijack.hosts.config import HijackConfig
-from hijack.hosts.transformers.quantizer import HijackQuantizer, is_quantized
-from hijack.quantized import QuantizedTensor
+from hijack.hosts.libraries import is_quantized
+from hijack.hosts.saving import refuse_other_quantizer
+from hijack.hosts.transformers.quantizer import HijackQuantizer
 
 Function = Callable[..., Any]
 
@@ -77,24 +76,5 @@ def _synchronised(model: Any) -> bool:
         return False
     if quantizer is None:
         HijackQuantizer(HijackConfig()).attach(model)
-    elif not isinstance(quantizer, HijackQuantizer):
-        raise CheckpointError(
-            "save_pretrained: got a model with weights quantized by hijack and by "
-            f"{type(quantizer).__name__}, expected one of them; call hijack.unwrap "
-            "first"
-        )
+    refuse_other_quantizer(model)
     return True
-
-
-def make_get_memory_footprint(original: Function) -> Function:
-    """Count quantized weights as large as their data are."""
-
-    def get_memory_footprint(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        size = original(self, *args, **kwargs)
-        for weight in self.parameters():
-            if isinstance(weight, QuantizedTensor):
-                size -= weight.numel() * weight.element_size()
-                size += sum(part.nbytes for part in weight.plain_tensors().values())
-        return size
-
-    return get_memory_footprint
