@@ -190,7 +190,7 @@ def _pad(shard: QuantizedShard, padding: Sequence[int], value: float = 0) -> Ten
         added[dim] = end * whole.qdata.shape[dim] // whole.shape[dim]
         qdata = torch.cat([qdata, qdata.new_zeros(added)], dim)
         shape[dim] += end
-    return shard.replace(qdata=qdata, shape=tuple(shape), part=None)
+    return shard.replace(qdata=qdata, shape=tuple(shape))  # the part is what it was
 
 
 def _cat(shards: Sequence[Tensor], dim: int = 0) -> Tensor:
@@ -220,11 +220,24 @@ def _broadcast(tensors: list[Any], *args: Any, **kwargs: Any) -> Any:
     return tensors, work
 
 
+def _bounds(shard: QuantizedShard) -> Tensor:
+    """First and last element of a part in each dimension, as numbers to send."""
+    part = shard.part or (slice(-1, -1),) * shard.dim()
+    return torch.tensor([[each.start, each.stop] for each in part])
+
+
 def _scatter(
     outputs: list[Any], inputs: list[list[Any]], group: Any, root: int, *args: Any
 ) -> Any:
     """Send each process its part of the quantized data, and all of the rest."""
     (output,), parts = outputs, inputs[0] if inputs else []
+    bounds = torch.full((output.dim(), 2), -1, device=output.qdata.device)
+    known = [[_bounds(part).to(bounds.device) for part in parts]] if parts else []
+    torch.ops.c10d.scatter_([bounds], known, group, root, *args)[1].wait()
+    # it was made like the first one's
+    output.part = tuple(slice(*each) for each in bounds.tolist())
+    if any(each.stop < 0 for each in output.part):
+        output.part = None
     for name, tensor in output.weight.params.items():
         if parts:
             tensor.copy_(parts[0].weight.params[name])

@@ -315,8 +315,8 @@ class _Plan:
             if name in self.modules:
                 expected.discard(join(name, "weight"))
         for name, module in self.modules.items():
-            weight = module._parameters.get("weight")
-            if isinstance(weight, QuantizedTensor):  # its scales come with it
+            weight = quantized_weight(module)
+            if weight is not None:  # its scales come with it
                 expected -= {join(name, key) for key in weight.params}
         given = set(self.dense)
         present = given | {join(name, "weight") for name in self.claims}

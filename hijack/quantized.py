@@ -386,6 +386,10 @@ class QuantizedTensor(Tensor):
         # it would be written into a part that was decoded, and be lost
         raise _no_write(self, "indexing")
 
+    def fill_diagonal_(self, *_: Any, **__: Any) -> QuantizedTensor:
+        """Refuse: torch would write into a part that was decoded."""
+        raise _no_write(self, "fill_diagonal_")
+
     def data_ptr(self) -> int:
         """Address of the quantized data, by which programs find shared weights."""
         return self.qdata.data_ptr()
@@ -470,7 +474,8 @@ class QuantizedTensor(Tensor):
         with torch.inference_mode(False):
             args, kwargs = tree_map_only(QuantizedTensor, _decoded, (args, kwargs))
         result = func(*args, **kwargs)
-        if func.is_view and not torch.compiler.is_compiling():
+        views = func.is_view or func.overloadpacket in _UNSAFE_VIEWS
+        if views and not torch.compiler.is_compiling():
             return tree_map_only(Tensor, as_part, result)
         return result
 
@@ -622,6 +627,12 @@ def _are_alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:
 def _pin_memory(weight: QuantizedTensor, *_: Any, **__: Any) -> QuantizedTensor:
     return weight.map(lambda tensor: tensor.pin_memory())
 
+
+#: Operations that give views and do not say so.
+_UNSAFE_VIEWS = {
+    *(aten.unsafe_split, aten.unsafe_split_with_sizes, aten.unsafe_chunk),
+    aten.view,
+}
 
 #: Operations that make a tensor like another.
 FACTORIES = {

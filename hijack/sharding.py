@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from hijack.decoded import as_part
 from hijack.errors import HijackError, ReadOnlyError, SchemeError
 from hijack.quantized import (
     FACTORIES,
@@ -168,7 +169,11 @@ class QuantizedShard(Tensor):
             if filled:
                 held: Any = out
                 gathered = parts[:, :sent].reshape(-1, *rest)[:count]
-                held.qdata.view(gathered.dtype).copy_(gathered)
+                qdata = held.qdata
+                # a backward asks whether they have changed, which they have not
+                autograd: Any = torch.autograd
+                with autograd._unsafe_preserve_version_counter(qdata):
+                    qdata.view(gathered.dtype).copy_(gathered)
             return None  # else it has been gathered into
         data = parts[:, :sent].reshape(-1, *rest)[:count]
         qdata = data.view(self.weight.qdata.dtype)
@@ -342,7 +347,7 @@ def _split(weight: Any, size: int, dim: int = 0) -> Any:
     """Shards for torch's distributed code, decoded parts for everybody else."""
     if isinstance(weight, QuantizedTensor):
         if not _asked_by_torch():
-            return torch.split(weight.value(), size, dim)
+            return [as_part(part) for part in torch.split(weight.value(), size, dim)]
         if weight.additions:
             raise SchemeError(
                 f"{weight!r}: got a weight with additions, expected one without; "
@@ -351,12 +356,18 @@ def _split(weight: Any, size: int, dim: int = 0) -> Any:
         part = tuple(slice(0, length) for length in weight.shape)
         whole = weight.replace(qdata=weight.qdata.to("meta"))
         weight = QuantizedShard(weight.qdata, whole, weight.shape, part)
+        alone = _asked_by_torch().startswith("torch.distributed.tensor")
+    else:
+        alone = False
     shape, dim = weight.shape, dim % weight.dim()
     shards = []
     for start in range(0, shape[dim], size):
         length = min(size, shape[dim] - start)
         qdata = _narrowed(weight.qdata, shape, dim, start, length)
-        if qdata is None:
+        here: Any = _within(weight.part, dim, start, length)
+        if qdata is None or qdata.shape == weight.qdata.shape != shape:
+            qdata = None if length != shape[dim] else weight.qdata
+        if qdata is None or (alone and params_of_part(weight.weight, here) is None):
             raise SchemeError(
                 f"{weight!r}: cannot be cut along dimension {dim} at {start} and "
                 f"{start + length}; got quantized data of shape "
@@ -364,7 +375,6 @@ def _split(weight: Any, size: int, dim: int = 0) -> Any:
                 "layer dense"
             )
         size_here = (*shape[:dim], length, *shape[dim + 1 :])
-        here = _within(weight.part, dim, start, length)
         shards.append(weight.replace(qdata=qdata, shape=size_here, part=here))
     return shards
 
@@ -428,7 +438,8 @@ def _as_strided(
         return weight.replace()  # type: ignore[no-any-return]
     if isinstance(weight, QuantizedShard):
         weight = weight.quantized()
-    return torch.as_strided(weight.value(), tuple(size), tuple(stride), offset)
+    strided = torch.as_strided(weight.value(), tuple(size), tuple(stride), offset)
+    return as_part(strided)
 
 
 def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hijack.errors import ReadOnlyError
 from hijack.quantized import QuantizedTensor
 
 aten = torch.ops.aten
@@ -103,6 +104,17 @@ class StackedWeight(QuantizedTensor):
         context, transposed = context
         weight = QuantizedTensor.__tensor_unflatten__(inner, context, size, stride)
         return _as_stack(StackedWeight, weight, transposed)
+
+    def write(self, weight: Tensor, what: str) -> None:
+        """Refuse, also where writes requantize.
+
+        Raises:
+            ReadOnlyError: always.
+        """
+        raise ReadOnlyError(
+            f"{what}: cannot write into {self!r}; got a write to stacked weights, "
+            "expected one to a dense tensor; call hijack.unwrap first"
+        )
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -60,6 +60,9 @@ def copied(buffer: Tensor, weight: QuantizedTensor) -> None:
 def original(buffer: Tensor) -> QuantizedTensor | None:
     """What a buffer is a copy of; None if it is none, or was written to since."""
     reference, version, weight = _copies.get(id(buffer), (None, 0, None))
-    if reference is None or reference() is not buffer or buffer._version != version:
+    if weight is None or reference is None:
         return None
-    return weight
+    if reference() is not buffer or buffer._version != version:
+        return None
+    # who writes to ``buffer.data`` is not counted
+    return weight if torch.equal(weight.value(buffer.dtype), buffer) else None

@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -141,9 +141,12 @@ def into_dense(mesh):
         raise hijack.HijackError(str(error)) from error
 
 
-def tensor_parallel(mesh, how, dtype=torch.float32):
-    """Against the dense model cut alike; by a scheme, or in blocks of FP8."""
-    torch.manual_seed(0)
+def tensor_parallel(mesh, how, dtype=torch.float32, sends=False):
+    """Against the dense model cut alike; by a scheme, or in blocks of FP8.
+
+    What the first process sends takes the place of what the others have.
+    """
+    torch.manual_seed(dist.get_rank() if sends else 0)
     model = nn.Sequential(nn.Linear(512, 64), nn.ReLU(), nn.Linear(64, 96))
     if how not in PACKED:
         hijack.wrap_model(model.to(dtype), "blockwise_fp8", block_size=how)
@@ -153,7 +156,7 @@ def tensor_parallel(mesh, how, dtype=torch.float32):
     dense, results = hijack.unwrap(copy.deepcopy(model)), []
     for each in (model, dense):
         plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
-        parallelize_module(each, mesh, plan, src_data_rank=None)
+        parallelize_module(each, mesh, plan, src_data_rank=0 if sends else None)
         x = inputs(512).to(dtype).requires_grad_()
         out = each(x)
         out.sum().backward()
@@ -177,7 +180,6 @@ def within_a_group(mesh):
     """Columns cut where several share a rotation, or a block that is not cut."""
     model = hijack.wrap_module(nn.Linear(256, 64), "convrot_w4a4")
     parallelize_module(model, mesh, RowwiseParallel(), src_data_rank=None)
-    model(inputs(128))
 
 
 def both(mesh):
@@ -203,6 +205,36 @@ def wrap_gathered(mesh):
 def different(seed):
     """A model that differs from process to process."""
     return make(seed=seed + dist.get_rank())
+
+
+def backward_uneven(mesh):
+    """FSDP gathers them again for the backward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 61, bias=False))
+    hijack.wrap_model(model, "nf4", include="1")
+    dense = hijack.unwrap(copy.deepcopy(model))
+    dense[1].requires_grad_(False)
+    fully_shard(model[1], mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    grads = []
+    for each in (model, dense):
+        x = inputs().requires_grad_()
+        each(x).sum().backward()
+        grads.append(x.grad)
+    return gap(grads)
+
+
+def loaded_again(mesh):
+    """Twice."""
+    model, dense = make()
+    path = os.path.join(shared_folder(), "model.safetensors")
+    if dist.get_rank() == 0:
+        hijack.save(model, path)
+    dist.barrier()
+    other = shard(make(seed=1)[0], mesh)
+    for _ in range(2):
+        hijack.load(other, path)
+    return gap((other(inputs()), dense(inputs())))
 
 
 def full_tensor(mesh):
@@ -373,6 +405,14 @@ CASES = {
     "refused: compute": lambda mesh: shard(make()[0], mesh).a.weight + 1,
     "refused: unwrap": lambda mesh: hijack.unwrap(shard(make()[0], mesh)),
     "refused: a checkpoint into a dense model": into_dense,
+    "refused: columns within a block": lambda mesh: parallelize_module(
+        hijack.wrap_module(nn.Linear(64, 96), "nf4"), mesh, RowwiseParallel()
+    ),
+    "refused: columns of flat data by FSDP": lambda mesh: fully_shard(
+        hijack.wrap_module(nn.Linear(64, 96, bias=False), "nf4"),
+        mesh=mesh,
+        shard_placement_fn=lambda _: Shard(1),
+    ),
     "refused: a rotated group is cut": within_a_group,
     "refused: wrap what is gathered": wrap_gathered,
     "full tensor": full_tensor,
@@ -391,6 +431,14 @@ CASES = {
         f"tensor parallel {name}": lambda mesh, name=name: tensor_parallel(mesh, name)
         for name in PACKED
     },
+    **{
+        f"tensor parallel {name} that is sent": lambda mesh, name=name: tensor_parallel(
+            mesh, name, sends=True
+        )
+        for name in ("1x64", "24x40", *PACKED)
+    },
+    "backward over packed rows that are uneven": backward_uneven,
+    "loaded into what is wrapped and sharded": loaded_again,
     **{f"fsdp {name}": lambda mesh, name=name: fsdp_of(mesh, name) for name in PACKED},
 }
 

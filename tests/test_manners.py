@@ -58,6 +58,12 @@ WRITES = {
     "data of dense": lambda w: setattr(w, "data", torch.ones(32, 128)),
     "item": lambda w: w.data.__setitem__(0, 1.0),
     "row": lambda w: w[0].add_(1),
+    "chunk": lambda w: w.chunk(2)[0].add_(1),
+    "split": lambda w: w.data.split(16)[0].zero_(),
+    "unsafe chunk": lambda w: w.unsafe_chunk(2)[0].zero_(),
+    "foreach of parts": lambda w: torch._foreach_add_(list(w.split(16)), 1.0),
+    "strided": lambda w: w.as_strided((4,), (1,)).zero_(),
+    "diagonal": lambda w: w.fill_diagonal_(0),
     "transposed": lambda w: w.t().zero_(),
     "row of transposed": lambda w: w.t()[0].mul_(2),
     "item of a row": lambda w: w.data[0].__setitem__(0, 1.0),
@@ -218,6 +224,17 @@ def test_a_state_dict_made_before_a_change_restores(layer):
     layer.reset_parameters()
     layer.load_state_dict(state)
     assert torch.equal(layer.weight.value(), want)
+
+
+def test_a_buffer_that_was_written_to_is_no_copy_of_a_weight(layer):
+    """Also through ``.data``, of whose writes torch keeps no count."""
+    for write in (lambda b: b.add_(1), lambda b: b.data.add_(1)):
+        buffer = torch.empty_like(layer.weight)
+        buffer.copy_(layer.weight)
+        layer.weight.data = buffer  # it is one: nothing changes
+        write(buffer)
+        with pytest.raises(hijack.HijackError, match="cannot write"):
+            layer.weight.data = buffer
 
 
 # -- what asks for no numbers ----------------------------------------------------------

@@ -33,14 +33,14 @@ def results(tmp_path_factory):
 def test_sharded_models_equal_the_dequantized_ones(results):
     """Outputs, gradients of inputs and of adapters, and checkpoints, bit for bit."""
     exact = {k: v for k, v in results.items() if not k.startswith("refused")}
-    assert len(exact) == 41
+    assert len(exact) == 51
     assert set(exact.values()) == {0.0}, exact
 
 
 def test_what_a_shard_cannot_do_is_refused(results):
     """With an error that says what to do."""
     refused = {k: v for k, v in results.items() if k.startswith("refused")}
-    assert len(refused) == 5
+    assert len(refused) == 7
     assert all(isinstance(v, str) and "; " in v for v in refused.values()), refused
 
 

@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hijack.errors import CheckpointError
 from hijack.safetensors_io.header import QUANT_METHOD
 from hijack.selection import Patterns
 
@@ -56,6 +57,13 @@ class HijackConfig:
         self.assume = [assume] if isinstance(assume, str) else list(assume)
         self.metadata: dict[str, str] = dict(more.pop("metadata", None) or {})
         self.options = {**(options or {}), **more}
+        asked = {"include": include, "exclude": exclude, "rules": rules, **self.options}
+        vain = [name for name, value in asked.items() if value not in (None, ())]
+        if scheme is None and vain:
+            raise CheckpointError(
+                f"HijackConfig: got {', '.join(vain)} without a scheme, expected the "
+                "scheme to quantize with, such as HijackConfig('blockwise_fp8', ...)"
+            )
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], **kwargs: Any) -> HijackConfig:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hijack.checkpoint.notes import declined_notes
 from hijack.errors import CheckpointError, ShapeError
 from hijack.hosts.config import HijackConfig
 from hijack.quantized import QuantizedTensor
@@ -14,7 +15,10 @@ from hijack.registry import current_registry
 from hijack.safetensors_io.header import Header
 from hijack.scheme import Scheme
 from hijack.selection import choose
+from hijack.text import logger
 from hijack.wrap import unwrap, wrap_layer
+
+log = logger(__name__)
 
 
 class Quantizer:
@@ -46,6 +50,19 @@ class Quantizer:
         if self.scheme is not None:
             self.scheme.check_options(self.quantization_config.options)
 
+    def refuse_dense(self) -> None:
+        """Refuse a checkpoint without quantized layers, if nothing is to quantize it.
+
+        Raises:
+            CheckpointError: if the config names no scheme.
+        """
+        if self.scheme is None:
+            raise CheckpointError(
+                "quantization_config: got a checkpoint without any quantized layer, "
+                "expected one that hijack reads, or a scheme to quantize it with, "
+                "such as HijackConfig('blockwise_fp8')"
+            )
+
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         """Choose the layers to quantize, in a model that may be on the meta device.
 
@@ -64,6 +81,8 @@ class Quantizer:
             config.rules,
             lambda shape, own: scheme.declines(shape, **{**config.options, **own}),
         )
+        for note in declined_notes(choice):
+            log.warning("hijack: %s", note)
         self.layers = {
             layer: {**config.options, **options}
             for layer, options in choice.layers.items()

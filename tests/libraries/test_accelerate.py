@@ -300,3 +300,14 @@ with tempfile.TemporaryDirectory() as folder:
     )
     result = loaded(torch.ones(1, 8))
 """
+
+
+def test_pickled_files_with_quantized_layers_are_refused(tmp_path):
+    """Their data would be taken for weights."""
+    model = hijack.wrap_module(nn.Linear(64, 64), "blockwise_fp8")
+    hijack.save(model, tmp_path / "model.safetensors", "musubi")
+    tensors = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(hijack.HijackError, match="expected safetensors"):
+        accelerate.load_checkpoint_in_model(nn.Linear(64, 64), tmp_path)

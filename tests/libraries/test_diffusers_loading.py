@@ -486,3 +486,41 @@ def test_every_model_is_tested():
     if diffusers.__version__ < "0.36":
         pytest.skip("diffusers 0.35 has no Z-Image")
     assert all(hasattr(diffusers, name) for name in CONFIGS)
+
+
+def test_a_config_without_a_scheme_quantizes_nothing_and_says_so(tmp_path):
+    """Neither a dense folder nor options are taken without a word."""
+    model = build("QwenImageTransformer2DModel")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(hijack.HijackError, match="a scheme to quantize it with"):
+        type(model).from_pretrained(tmp_path, quantization_config=HijackConfig())
+    with pytest.raises(hijack.HijackError, match="block_size without a scheme"):
+        HijackConfig(block_size=64)
+
+
+def test_a_scheme_for_a_folder_that_is_quantized_is_refused(tmp_path):
+    """What hijack saved, and what names another quantizer."""
+    model = build("QwenImageTransformer2DModel")
+    hijack.wrap_model(model, "blockwise_fp8", include="transformer_blocks.*")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(hijack.HijackError, match="quantized already"):
+        type(model).from_pretrained(tmp_path, quantization_config=HijackConfig("int8"))
+
+
+def test_hijack_reads_what_names_a_quantizer_that_diffusers_has_not(tmp_path):
+    """If it is asked to."""
+    model = build("QwenImageTransformer2DModel")
+    hijack.wrap_model(
+        model, "blockwise_fp8", include="transformer_blocks.*", block_size="row"
+    )
+    name = "diffusion_pytorch_model.safetensors"
+    hijack.save(model, tmp_path / name, "compressed_tensors")
+    method = {"quant_method": "compressed-tensors"}
+    config = {**model.config, "quantization_config": method}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="compressed-tensors"):
+        type(model).from_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, quantization_config=HijackConfig())
+    weight = again.transformer_blocks[0].attn.to_q.weight
+    expected = model.transformer_blocks[0].attn.to_q.weight
+    assert torch.equal(weight.dense(torch.float32), expected.dense(torch.float32))

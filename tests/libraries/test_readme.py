@@ -41,6 +41,7 @@ def make_files(folder):
         head_dim=64,
     )
     model = transformers.Qwen3ForCausalLM(config)
+    model.save_pretrained(folder / "qwen3")
     hijack.wrap_model(model, "blockwise_fp8", include=["*_proj"], block_size=(128, 128))
     (folder / "qwen3-fp8").mkdir()
     hijack.save(model, folder / "qwen3-fp8" / "model.safetensors", "deepseek")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hijack.errors import CheckpointError
 from hijack.formats.identification import identify
@@ -17,7 +17,7 @@ from hijack.hosts.libraries import without_disk
 from hijack.loading import load
 from hijack.modules import Wrapped
 from hijack.quantized import QuantizedTensor
-from hijack.safetensors_io.header import join
+from hijack.safetensors_io.header import Header, join
 from hijack.safetensors_io.reader import read_header
 from hijack.text import logger
 
@@ -37,6 +37,8 @@ def make_load_checkpoint_in_model(original: Callable[..., Any]) -> Callable[...,
         call.apply_defaults()
         given = call.arguments
         source = _source(given["checkpoint"])
+        if source is None:
+            _refuse_pickled(Path(given["checkpoint"]))
         if source is None or not _is_quantized(given["model"], source):
             return original(*args, **kwargs)
         _load(source=source, **given)
@@ -58,6 +60,28 @@ def _source(checkpoint: Any) -> Path | None:
         path = whole if whole.is_file() else indices[0]
     readable = path.suffix in (".safetensors", ".json") and path.is_file()
     return path if readable and not path.name.endswith(".bin.index.json") else None
+
+
+def _refuse_pickled(path: Path) -> None:
+    """Refuse pickled files with quantized layers, which would be taken for weights.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    files = sorted(path.glob("*.bin")) if path.is_dir() else [path]
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".bin" and file.is_file():
+            tensors |= torch.load(file, map_location="meta", weights_only=True)
+    header = Header.from_state_dict(
+        {key: t for key, t in tensors.items() if isinstance(t, Tensor)}
+    )
+    found = identify(header)
+    if found.claims() or found.unconsumed:
+        raise CheckpointError(
+            f"{path}: got pickled files with quantized layers, expected safetensors; "
+            "save the tensors with safetensors.torch.save_file first"
+        )
 
 
 def _is_quantized(model: nn.Module, source: Path) -> bool:

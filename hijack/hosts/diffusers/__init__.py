@@ -39,6 +39,7 @@ PROBES = (
     Probe(f"{_AUTO}.AUTO_QUANTIZER_MAPPING"),
     Probe(f"{_AUTO}.AUTO_QUANTIZATION_CONFIG_MAPPING"),
     Probe("diffusers.quantizers.base.DiffusersQuantizer"),
+    Probe(f"{_AUTO}.DiffusersAutoQuantizer.merge_quantization_configs"),
     Probe(
         f"{_MODELS}.ModelMixin._load_pretrained_model",
         (
@@ -86,6 +87,11 @@ def patches() -> list[Patch | Entry]:
     return [
         Entry(auto, "AUTO_QUANTIZER_MAPPING", QUANT_METHOD, quantizer.HijackQuantizer),
         Entry(auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", QUANT_METHOD, HijackConfig),
+        Patch(
+            auto.DiffusersAutoQuantizer,
+            "merge_quantization_configs",
+            loading.make_merge_quantization_configs,
+        ),
         Patch(model, "_load_pretrained_model", loading.make_load_pretrained_model),
         Patch(parts, into_meta, loading.make_placing),
         Patch(single, into_meta, loading.make_placing, copied=True),

@@ -15,13 +15,35 @@ from hijack.errors import CheckpointError
 from hijack.hosts.checkpoint import TravellingWeight, adopt, cropped, read_quantized
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.libraries import read_files, remember, without_disk
+from hijack.hosts.quantizer import Quantizer
+from hijack.safetensors_io.header import QUANT_METHOD
 
 Function = Callable[..., Any]
 
+#: What a config calls its method.
+METHOD = "quant_method"
 _PARTS = "diffusers.models.model_loading_utils"
 
 
 # -- folders ---------------------------------------------------------------------------
+
+
+def make_merge_quantization_configs(original: Function) -> Function:
+    """What a user asks for, where a folder says already that it is quantized."""
+
+    def merge_quantization_configs(cls: Any, said: Any, asked: Any) -> Any:
+        if not isinstance(asked, HijackConfig):
+            return original(cls, said, asked)
+        if asked.scheme is not None:
+            raise CheckpointError(
+                f"quantization_config: got {asked} for a folder that is quantized "
+                "already, expected none; leave it out"
+            )
+        method = dict(said if isinstance(said, Mapping) else vars(said)).get(METHOD)
+        ours = getattr(method, "value", method) == QUANT_METHOD
+        return original(cls, said, None) if ours else asked
+
+    return merge_quantization_configs
 
 
 def make_load_pretrained_model(original: Function) -> Function:
@@ -40,6 +62,8 @@ def make_load_pretrained_model(original: Function) -> Function:
             load=sys.modules[_PARTS].load_state_dict,
         )
         if weights is None:
+            if isinstance(given.get("hf_quantizer"), Quantizer):
+                given["hf_quantizer"].refuse_dense()
             return original(cls, *args, **kwargs)
         if given.get("tp_shard_specs") is not None:
             raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -150,6 +151,7 @@ def make_load_pretrained_model(original: Function) -> Function:
             quantizer,
             # a cast would copy what is mapped from the file
             dtype=dtype if dtype in DENSE_DTYPES else torch.float32,
+            load=sys.modules["transformers.modeling_utils"].load_state_dict,
         )
         if not isinstance(quantizer, HijackQuantizer | None):
             return original(*args, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.quantizers.base import HfQuantizer
 
-from hijack.errors import CheckpointError, HijackError
+from hijack.errors import HijackError
 from hijack.hosts.checkpoint import TravellingWeight, adopt
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.libraries import is_quantized, remember
@@ -86,11 +86,9 @@ class HijackQuantizer(Quantizer, HfQuantizer):  # type: ignore[misc]
                 if isinstance(module, Wrapped) and quantized_weight(module) is None:
                     restore(module, module.weight)
         elif not is_quantized(model):
-            raise CheckpointError(
-                "quantization_config: got a checkpoint without any quantized layer, "
-                "expected one that hijack reads, or a scheme to quantize it with, "
-                "such as HijackConfig('blockwise_fp8')"
-            ) from self.refused
+            if self.refused is not None:
+                raise self.refused  # hijack has nothing to do with it
+            self.refuse_dense()
         self._finished = True
         self.attach(model)
 
