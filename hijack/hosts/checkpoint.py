@@ -215,15 +215,19 @@ def read_quantized(
     """
     registry = current_registry(registry)
     header, tensors = open_source(source)
-    if not assume and _is_dense(header):
+    if not assume and is_dense(header):
         return None
     weights = _weights(header, tensors, assume, dtype, registry)
     quantized = any(isinstance(w, QuantizedTensor) for w in weights.values())
     return weights if quantized else None
 
 
-def _is_dense(header: Header) -> bool:
-    """Whether no tensor is, and nothing says of any, that it is quantized."""
+def is_dense(header: Header) -> bool:
+    """Whether no tensor is, and nothing says of any, that it is quantized.
+
+    Args:
+        header: of a file or a state dict.
+    """
     return set(header.metadata) <= {"format"} and all(
         info.dtype in _PLAIN for info in header.tensors.values()
     )

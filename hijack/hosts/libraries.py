@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from hijack.device_map import place_of
 from hijack.errors import CheckpointError
 from hijack.formats.native_marker import marked_layers
-from hijack.hosts.checkpoint import decoded, read_quantized
+from hijack.hosts.checkpoint import decoded, is_dense, read_quantized
 from hijack.hosts.config import HijackConfig
 from hijack.hosts.quantizer import Quantizer
 from hijack.modules import quantized_weight
 from hijack.quantized import QuantizedTensor
-from hijack.safetensors_io.header import join
+from hijack.safetensors_io.header import Header, join
 from hijack.sharding import shard_of
 from hijack.stacked import StackedWeight
 
@@ -34,7 +34,7 @@ def read_files(
     quantizer: Any,
     *,
     dtype: torch.dtype = torch.float32,
-    load: Callable[[Any], Mapping[str, Tensor]] | None = None,
+    load: Callable[..., Mapping[str, Tensor]] | None = None,
 ) -> dict[str, Tensor] | None:
     """The weights of a model's files as a library wants them.
 
@@ -43,7 +43,8 @@ def read_files(
         state_dict: what the library has read of them, or was given instead.
         quantizer: that the library has found, hijack's or another's; None if none.
         dtype: that quantized weights stand for.
-        load: reads a file that is no safetensors file; None leaves such files alone.
+        load: reads a file that is no safetensors file, to the device ``map_location``;
+            None leaves such files alone.
 
     Returns:
         As for `read_quantized`: None if nothing is quantized, or another has done it.
@@ -74,7 +75,7 @@ def _read(
     state_dict: Mapping[str, Tensor] | None,
     config: HijackConfig,
     dtype: torch.dtype,
-    load: Callable[[Any], Mapping[str, Tensor]] | None,
+    load: Callable[..., Mapping[str, Tensor]] | None,
 ) -> dict[str, Tensor] | None:
     how: dict[str, Any] = {"assume": config.assume, "dtype": dtype}
     if files and all(str(file).endswith(".safetensors") for file in files):
@@ -82,12 +83,22 @@ def _read(
     if state_dict is None:
         if load is None:
             return None
+        said = config.metadata or config.assume
+        if not said and _are_dense(files, load):
+            return None
         state_dict = {key: t for file in files for key, t in load(file).items()}
     layers = marked_layers(config.metadata)
     if layers:
         state_dict = _Marked(state_dict)
         state_dict._metadata = {n: {"hijack": entry} for n, entry in layers.items()}
     return read_quantized(state_dict, **how)
+
+
+def _are_dense(files: Sequence[Any], load: Callable[..., Mapping[str, Tensor]]) -> bool:
+    """Whether no tensor of some pickled files is quantized; no numbers are read."""
+    metas = [load(file, map_location="meta") for file in files]
+    tensors = {key: t for meta in metas for key, t in meta.items()}
+    return is_dense(Header.from_state_dict(tensors))
 
 
 class _Marked(dict[str, Tensor]):
