@@ -470,14 +470,19 @@ class QuantizedTensor(Tensor):
         written = _written(func, args, kwargs)
         if written:
             return _write(func, args, kwargs, written)
-        # a view of what is made in inference mode cannot be one of this tensor
-        with torch.inference_mode(False):
-            args, kwargs = tree_map_only(QuantizedTensor, _decoded, (args, kwargs))
-        result = func(*args, **kwargs)
-        views = func.is_view or func.overloadpacket in _UNSAFE_VIEWS
-        if views and not torch.compiler.is_compiling():
-            return tree_map_only(Tensor, as_part, result)
-        return result
+        return compute(func, *args, **kwargs)
+
+
+def compute(func: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operation with decoded weights; views of them are for reading only."""
+    # a view of what is made in inference mode cannot be one of this tensor
+    with torch.inference_mode(False):
+        args, kwargs = tree_map_only(QuantizedTensor, _decoded, (args, kwargs))
+    result = func(*args, **kwargs)
+    views = func.is_view or func.overloadpacket in _UNSAFE_VIEWS
+    if views and not torch.compiler.is_compiling():
+        return tree_map_only(Tensor, as_part, result)
+    return result
 
 
 def _decoded(weight: QuantizedTensor) -> Tensor:
@@ -612,7 +617,7 @@ def _view(weight: QuantizedTensor, size: Any) -> Tensor:
     """The weight itself where it is seen in its own shape, as ``view_as`` sees it."""
     if tuple(size) == tuple(weight.shape):
         return weight.replace()
-    return as_part(weight.value().view(tuple(size)))
+    return compute(aten.view.default, weight, size)  # type: ignore[no-any-return]
 
 
 def _are_alike(one: QuantizedTensor, other: QuantizedTensor) -> bool:

@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from hijack.decoded import as_part
 from hijack.errors import HijackError, ReadOnlyError, SchemeError
 from hijack.quantized import (
     FACTORIES,
     OPERATIONS,
     QuantizationConfig,
     QuantizedTensor,
+    compute,
     new_tensor,
 )
 
@@ -347,7 +347,7 @@ def _split(weight: Any, size: int, dim: int = 0) -> Any:
     """Shards for torch's distributed code, decoded parts for everybody else."""
     if isinstance(weight, QuantizedTensor):
         if not _asked_by_torch():
-            return [as_part(part) for part in torch.split(weight.value(), size, dim)]
+            return compute(aten.split.Tensor, weight, size, dim)
         if weight.additions:
             raise SchemeError(
                 f"{weight!r}: got a weight with additions, expected one without; "
@@ -438,8 +438,7 @@ def _as_strided(
         return weight.replace()  # type: ignore[no-any-return]
     if isinstance(weight, QuantizedShard):
         weight = weight.quantized()
-    strided = torch.as_strided(weight.value(), tuple(size), tuple(stride), offset)
-    return as_part(strided)
+    return compute(aten.as_strided.default, weight, size, stride, offset)  # type: ignore[no-any-return]
 
 
 def _copy_(target: Any, source: Any, non_blocking: bool = False) -> Any:
