@@ -391,8 +391,9 @@ def _new_zeros(weight: Any, size: Sequence[int], **kwargs: Any) -> Tensor:
     fsdp = _asked_by_torch().startswith("torch.distributed.fsdp")
     if not fsdp or tuple(size[1:]) != tuple(weight.shape[1:]):
         return new_tensor(aten.new_zeros.default, weight, size, **kwargs)  # type: ignore[no-any-return]
-    each = len(weight.qdata) // max(len(weight), 1)
-    qdata = weight.qdata.new_zeros((size[0] * each, *weight.qdata.shape[1:]))
+    known = weight if isinstance(weight, QuantizedTensor) else weight.weight
+    rows = size[0] * _each(known)
+    qdata = weight.qdata.new_zeros((rows, *weight.qdata.shape[1:]))
     if isinstance(weight, QuantizedTensor):
         whole = weight.replace(qdata=weight.qdata.to("meta"))
         return QuantizedShard(qdata, whole, size)

@@ -55,9 +55,7 @@ class StoredWeight(Tensor):
         first = args[0] if args else None
         if isinstance(first, StoredWeight) and func in _MOVES:
             return _moved(first, func, args[1:], kwargs)
-        for tensor in written(func, args, kwargs):
-            if not _may_write(func, tensor, args):
-                raise _refusal(func)
+        _refuse_dense_writes(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         mark = _raw_numbers if _computes(func) else as_raw
@@ -92,9 +90,7 @@ class SavedCodes(Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        for tensor in written(func, args, kwargs):
-            if not _may_write(func, tensor, args):
-                raise _refusal(func)
+        _refuse_dense_writes(func, args, kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         return tree_map_only(Tensor, _still_codes(args[0]), result)
@@ -189,8 +185,7 @@ class RecalledWeight(QuantizedTensor):
 def as_raw(tensor: Tensor) -> Tensor:
     """Dense numbers computed from quantized data, marked as such."""
     if type(tensor) in (Tensor, StoredWeight) and tensor.dtype in DENSE_DTYPES:
-        with torch._C.DisableTorchFunctionSubclass():
-            return tensor.as_subclass(RawNumbers)
+        return _marked_raw(tensor)
     return tensor
 
 
@@ -212,6 +207,10 @@ _ARITHMETIC = {
 def _raw_numbers(tensor: Tensor) -> Tensor:
     if type(tensor) is not Tensor or tensor.dtype == torch.bool:
         return tensor
+    return _marked_raw(tensor)
+
+
+def _marked_raw(tensor: Tensor) -> Tensor:
     with torch._C.DisableTorchFunctionSubclass():
         return tensor.as_subclass(RawNumbers)
 
@@ -295,6 +294,13 @@ def _recall(weight: QuantizedTensor) -> RecalledWeight:
         weight.dtype,
         weight.additions,
     )
+
+
+def _refuse_dense_writes(func: Any, args: Any, kwargs: Any) -> None:
+    """Refuse a write that leaves something else than quantized data, or numbers."""
+    for tensor in written(func, args, kwargs):
+        if not _may_write(func, tensor, args):
+            raise _refusal(func)
 
 
 def _may_write(func: Any, target: Tensor, args: Any) -> bool:
